@@ -1,0 +1,180 @@
+"""Settings from config files and the command line, checked. Read configure, parse, load_file; the rest is types, messages and help.
+
+A script has its settings at its top, as `learning_rate = 1e-3 # peak rate`, and below them `given = configure(globals(), GPTConfig)`.
+A setting is declared by that one line: its name, its default, its type (the default's) and its text in --help (the comment).
+
+    python train.py config/small.py --learning_rate=3e-4 --compile --no-bias      # in the order written, later wins"""
+import ast, contextlib, dataclasses, difflib, glob, inspect, linecache, os, re, runpy, sys, textwrap, traceback, types
+
+SIMPLE = (bool, int, float, str, tuple) # what a setting can be; anything else in a script is not one
+KIND = {bool: 'true or false', int: 'an int', float: 'a float, not nan', str: 'a str', tuple: 'a tuple, as in (2, 4, 8)'}
+WORDS = {'true': True, '1': True, 'yes': True, 'on': True, 'false': False, '0': False, 'no': False, 'off': False}
+
+class UserError(ValueError):
+    """A message for a person: at most three lines, with the way out. Uncaught, it ends the process with exit code 2 and no traceback."""
+
+def configure(namespace, schema=None, argv=None):
+    """Override the settings in namespace (a script's globals()) from argv; return {name: value} of everything given.
+    Fields of the dataclass schema are accepted too and returned, but never put into namespace. Raises UserError; --help exits."""
+    sys.excepthook = report
+    for stream in (sys.stdout, sys.stderr): # under an ASCII locale one accented letter in a sample would end the run
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(encoding='utf-8', errors='replace')
+    argv = sys.argv[1:] if argv is None else argv
+    settings = {name: value for name, value in namespace.items() if not name.startswith('_') and type(value) in SIMPLE}
+    fields = {f.name: f.default for f in (dataclasses.fields(schema) if schema else ()) if type(f.default) in SIMPLE}
+    known = {**settings, **fields, **settings} # the script's names first, and its default where both have the name
+    if '--help' in argv or '-h' in argv: show_help(namespace, schema, known)
+    given = parse(argv, known)
+    namespace.update({name: value for name, value in given.items() if name in settings}) # only now: an error changes nothing
+    for name, value in given.items(): print(f'{name} = {value!r}    (default {known[name]!r})')
+    return given
+
+def parse(argv, known):
+    """{name: value} from all config files and flags."""
+    given, queue = {}, list(argv)
+    while queue:
+        arg = queue.pop(0)
+        if not arg.startswith('-'): given.update(load_file(arg, known))
+        elif not arg.startswith('--'): raise UserError(f'{brief(arg)}: a setting takes two dashes, as in -{arg}')
+        else: given.update([parse_flag(arg, queue, known)])
+    return given
+
+def parse_flag(arg, queue, known):
+    """(name, value) of one --argument; its value comes off the queue if it is the next argument."""
+    key, equals, text = arg[2:].partition('=') # at the first '=': --start=a=b is the text a=b
+    name = key.replace('-', '_')
+    positive = name.removeprefix('no_')
+    if not equals and name not in known and type(known.get(positive)) is bool: return positive, False
+    if name not in known: raise unknown(name, known, 'command line', '--help lists all.')
+    if not equals and type(known[name]) is bool:
+        # without this `--compile false` would switch compile on and then look for a config file called false
+        if queue and queue[0].lower() in WORDS: raise UserError(f'--{key} {queue[0]}: write --{key}={queue[0]}')
+        return name, True
+    if not equals and (not queue or queue[0].startswith('--')): raise UserError(f'--{key} needs a value, as in --{key}={known[name]!r}')
+    return name, checked(from_text, name, text if equals else queue.pop(0), known[name], 'command line')
+
+def load_file(path, known):
+    """{name: value} of a config file. It runs apart from the script: nothing in it gets out but what is returned here."""
+    if not os.path.isfile(path): raise missing(path)
+    try: bound = runpy.run_path(path)
+    except (Exception, SystemExit) as error: raise broken(path, error) from error
+    given = {}
+    for name, value in bound.items():
+        if name.startswith('_') or callable(value) or isinstance(value, types.ModuleType): continue # scratch, def, class, import
+        if name in known: given[name] = checked(fit, name, value, known[name], where(path, name))
+        elif isinstance(value, (*SIMPLE, list)): # most likely a setting misspelt: accepted in silence it costs a run
+            raise unknown(name, known, where(path, name), f'A scratch variable needs an underscore: _{name}')
+    return given
+
+# --- types: the default decides ---
+
+def checked(convert, name, value, default, origin):
+    """convert(value, default), or the UserError that says what would have fitted."""
+    try: return convert(value, default)
+    except (ValueError, TypeError, LookupError, OverflowError, SyntaxError, RecursionError, MemoryError): # last three: literal_eval
+        raise UserError(f'{name} = {brief(value)} ({origin}): must be {KIND[type(default)]}. The default is {brief(default)}.') from None
+
+def fit(value, default):
+    """value in the type of default, or a ValueError. Strict (True is no int), but for int -> float and list -> tuple."""
+    if type(value) is list: value = tuple(value)
+    if type(default) is float and type(value) is int: value = float(value)
+    if type(value) is not type(default) or value != value: raise ValueError(value) # only nan differs from itself
+    alike = type(default) is tuple and len({type(item) for item in default}) == 1 # the default () says nothing about items
+    return tuple(fit(item, default[0]) for item in value) if alike else value
+
+def from_text(text, default):
+    """What was typed in a shell in the type of default, or an error that checked knows. Any text is a str: 2024, a=b, nothing at all."""
+    if type(default) is str: return text
+    if type(default) is bool: return WORDS[text.lower()]
+    if type(default) is float: return fit(float(text), default)
+    if type(default) is tuple:
+        value = ast.literal_eval(text.strip() or '()')
+        return fit(value if isinstance(value, (tuple, list)) else (value,), default) # --depths=2 is one depth
+    value = float(text) if set(text) & set('.eE') else int(text) # not float alone: it would round a long seed
+    return int(value) if value == int(value) else fit(value, default) # 1e4 is an int, 1.5 is refused
+
+# --- messages ---
+
+def brief(value):
+    """repr cut to a length that leaves room for the rest of the message."""
+    return text if len(text := repr(value)) <= 60 else text[:57] + '...'
+
+def unknown(name, known, origin, hint):
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0) # cutoff 0: always name something
+    return UserError(f'unknown setting {brief(name)} ({origin})\nNearest: {", ".join(near)}. {hint}')
+
+def missing(path):
+    """The error for a config file that is not there: names the files that are, the most similar first."""
+    folders = [os.path.dirname(path)] if os.path.dirname(path) else ['config', '.']
+    paths = [os.path.normpath(p) for folder in folders for p in sorted(glob.glob(os.path.join(glob.escape(folder), '*.py')))]
+    by_name = {os.path.basename(p).removesuffix('.py'): p for p in reversed(paths)} # reversed: config/x.py before ./x.py
+    near = [by_name[name] for name in difflib.get_close_matches(os.path.basename(path).removesuffix('.py'), by_name)] or paths[:8]
+    hint = f'A setting takes two dashes: --{path}' if '=' in path else f'There is: {", ".join(near) or "no .py file in that folder"}'
+    return UserError(f'no config file {path!r}\n{hint}')
+
+def broken(path, error):
+    """The error for a config file that raises. The line is the one in that file, not in a module that it called."""
+    rows = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path: rows.append(error.lineno)
+    text = ' '.join(str(getattr(error, 'msg', error)).split()) # a SyntaxError's str repeats file and line
+    return UserError(f'{path}{f":{rows[-1]}" if rows else ""}: {type(error).__name__}: {text[:200]}\nA config file is ordinary Python.')
+
+def where(path, name):
+    """'file:line' of the last assignment to name; just the file if the name came in another way."""
+    with open(path, 'rb') as file: rows = [node.lineno for node in stored(ast.parse(file.read())) if node.id == name]
+    return f'{path}:{max(rows)}' if rows else path
+
+def stored(tree):
+    """The nodes of all names that are assigned to anywhere in tree."""
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+
+def report(kind, error, trace):
+    """sys.excepthook: a UserError is the user's to mend; anything else is a bug and keeps its traceback and exit code 1."""
+    if not issubclass(kind, UserError): return sys.__excepthook__(kind, error, trace)
+    print('error: ' + '\n'.join(str(error).splitlines()[:3]), file=sys.stderr)
+    raise SystemExit(2) # Python takes the exit code of a SystemExit that leaves the hook
+
+@contextlib.contextmanager
+def user_errors():
+    """Turn a ValueError or a file that cannot be opened into a UserError. For code that checks input; around a loop it would hide bugs."""
+    try: yield
+    except UserError: raise
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f'cannot open {error.filename}: {error.strerror}' if error.filename else str(error)) from error
+    except ValueError as error: raise UserError(str(error)) from error
+
+# --- help: from the comments in the source, so that they are written once ---
+
+def show_help(namespace, schema, known):
+    """Print every setting with default and comment, and exit with 0."""
+    script = namespace.get('__file__', '')
+    print(f'usage: python {os.path.basename(script) or "script.py"} [config/file.py ...] [--name=value ...]\n'
+          'A true/false setting is also --name or --no-name. In the order written, later wins.')
+    source = ''.join(linecache.getlines(script)) # of no file, nothing: then help is without comments
+    texts = comments(source, ast.parse(source).body, '')
+    with contextlib.suppress(OSError, TypeError): # no schema, or one typed into a session: no source either
+        source = textwrap.dedent(inspect.getsource(schema))
+        texts = {**comments(source, ast.parse(source).body[0].body, f'{schema.__name__}: '), **texts}
+    last = None
+    for name, default in known.items():
+        heading, text = texts.get(name, ('', ''))
+        if heading != last: print(f'\n{heading}'.rstrip(' :\n')) # only a blank line where there is no heading
+        left, last = f'  --{name}={brief(default)}', heading
+        print(textwrap.fill(text, 110, initial_indent=f'{left:<35} ', subsequent_indent=' ' * 36) or left)
+    raise SystemExit(0)
+
+def comments(source, body, title):
+    """{name: (heading, comment)} of all assignments in body: the comment at its end, else the comment lines that touch it from above.
+    `# --- data ---`, or one comment line above a setting that has its own as well, is the heading of all that follow."""
+    lines, found, heading, block = source.split('\n'), {}, '', []
+    nodes = {node.lineno: node for node in body if isinstance(node, (ast.Assign, ast.AnnAssign))}
+    for row, line in enumerate(map(str.strip, lines), start=1):
+        if row in nodes:
+            node = nodes[row]
+            own = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip('# ') # ast counts columns in bytes
+            if own and len(block) == 1: heading = block[0]
+            for name in stored(node): found.setdefault(name.id, (title + heading, own or ' '.join(block))) # the first is the setting
+        ruled = re.match(r'#\s*[-=]{2}', line)
+        if ruled: heading = line.strip('#-= ') or heading # a bare ----- only separates
+        block = [*block, line.strip('# ')] if line.startswith('#') and not ruled else []
+    return found
