@@ -1,0 +1,876 @@
+"""
+Every architecture of nanoSLM in one file.
+
+How to read it: GPTConfig says what can be chosen. Each choice is a slot, one section below with its classes and its table.
+Block puts one choice of each slot together, GPT stacks Blocks. No forward reads the config: choices are made in __init__.
+`python model.py --attention=diff_mla` prints the configured model as data flows through it.
+
+B batch   T new tokens   S tokens attended to (cached + new)   C channels (n_embd)   V vocabulary
+H heads (n_head)   K key/value heads (n_kv_head)   D head width (head_dim)   R latent rank (kv_rank)   P rotary width (rope_dim)
+
+  slot        choice      class                          from
+  norm        layernorm   LayerNorm                      Ba et al. 2016, arXiv:1607.06450
+              rmsnorm     RMSNorm                        Zhang & Sennrich 2019, arXiv:1910.07467
+  position    learned     Learned                        Radford et al. 2019 (GPT-2)
+              rope        Rope                           Su et al. 2021, arXiv:2104.09864
+              none        NoPosition                     Haviv et al. 2022, arXiv:2203.16634
+  attention   mha         DenseHeads  x OneMap           Vaswani 2017; grouped: Ainslie et al. 2023, arXiv:2305.13245
+              diff        DenseHeads  x DiffV1 | DiffV2  Ye et al. 2024, arXiv:2410.05258; V2: Microsoft, January 2026
+              mla         LatentHeads x OneMap           DeepSeek-V2 2024, arXiv:2405.04434
+              diff_mla    LatentHeads x DiffV1 | DiffV2  the two together; both of its halves are the papers'
+  activation  gelu, silu, relu2                          1606.08415; 1702.03118; So et al. 2021, arXiv:2109.08668
+  glu         False, True MLP, GatedMLP                  Shazeer 2020, arXiv:2002.05202
+  residual    plain       Plain                          He et al. 2015
+"""
+import hashlib
+import math
+import os
+import struct
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the configuration
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256 # longest context, in tokens
+    vocab_size: int = 50304 # train.py sets it from the data; here GPT-2's 50257 rounded up to a multiple of 64
+    n_layer: int = 6 # number of blocks
+    n_embd: int = 384 # channels C
+    norm: str = "rmsnorm" # layernorm | rmsnorm
+    position: str = "rope" # learned | rope | none
+    rope_base: float = 10000.0 # slowest rotary wavelength is about 2 pi rope_base tokens
+    attention: str = "mha" # mha | mla | diff | diff_mla
+    n_head: int = 6 # heads H; with diff_form=v1 it counts the maps, two of which make one differential head
+    n_kv_head: int = 0 # key/value heads of mha and diff: 0 = n_head, 1 = multi-query
+    head_dim: int = 0 # width D of a head, rotary part included: 0 = n_embd // n_head
+    qk_norm: bool = False # RMSNorm of queries and keys (of the query and the shared rotary key with mla and diff_mla)
+    kv_rank: int = 0 # latent width R of mla and diff_mla, this is what gets cached: 0 = n_embd // 4
+    q_rank: int = 0 # rank of the query projection of mla and diff_mla: 0 = direct
+    rope_dim: int = 0 # rotary width P of mla and diff_mla, part of head_dim: 0 = head_dim // 2
+    diff_form: str = "v2" # v1: lambda per layer, per-head norm (paper) | v2: lambda per token and head, doubled queries
+    activation: str = "relu2" # gelu | silu | relu2
+    glu: bool = False # gate the MLP: down(act(gate x) * up x)
+    mlp_hidden: int = 0 # MLP width: 0 = 4 C, or with glu 8/3 C rounded up to a multiple of 32 (equal parameters)
+    residual: str = "plain" # plain
+    init_std: float = 0.0 # of initial projection weights: 0 = 1 / (2 sqrt(n_in)), which is GPT-2's 0.02 at width 625
+    zero_init: bool = False # start the residual projections at 0 (every block is the identity), not init_std / sqrt(2 n_layer)
+    dropout: float = 0.0 # after the embedding and after each sublayer; never on attention weights
+    bias: bool = False # biases in the projections around attention, in the MLP and in LayerNorm, as GPT-2
+    tie_embeddings: bool = True # the head reuses the token embedding
+    logit_softcap: float = 0.0 # logits become cap * tanh(logits / cap): 0 = off
+    gradient_checkpointing: bool = False # recompute each block in backward: less memory, about a third more time
+
+    def __post_init__(self):
+        for name, table in SLOTS.items():
+            if getattr(self, name) not in table:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of: {', '.join(table)}")
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 1; train.py takes it from the data")
+        for broken, sentence in RULES:
+            if broken(self):
+                raise ValueError(sentence.format(c=self))
+
+    # A knob left at 0 takes its usual value. The field keeps the 0, so that a copy with another n_embd follows.
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self):
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def latent_rank(self):
+        return self.kv_rank or self.n_embd // 4
+
+    @property
+    def is_latent(self):
+        return self.attention in ("mla", "diff_mla")
+
+    @property
+    def is_diff(self):
+        return self.attention in ("diff", "diff_mla")
+
+    @property
+    def rotary_width(self): # mla rotates a part of each head, the others all of it
+        if self.position != "rope":
+            return 0
+        return (self.rope_dim or self.head_width // 2) if self.is_latent else self.head_width
+
+    @property
+    def hidden(self):
+        return self.mlp_hidden or (math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.glu else 4 * self.n_embd)
+
+
+def misfit(owner, *knobs):
+    """A rule for each knob: set away from its default while its owner is off it would be ignored, so it is refused."""
+    defaults = {f.name: f.default for f in fields(GPTConfig)}
+    for knob in knobs:
+        yield lambda c, k=knob: getattr(c, k) != defaults[k] and not owner(c), knob
+
+
+# What is refused, each with the way out. The first rule that a config breaks is the one it hears about.
+RULES = [
+    *[(lambda c, n=n: getattr(c, n) < 1, f"{n}={{c.{n}}} must be at least 1") for n in ("block_size", "n_layer", "n_embd", "n_head")],
+    *[(lambda c, n=n: getattr(c, n) < 0, f"{n}={{c.{n}}} must not be negative; 0 takes the usual value")
+      for n in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "logit_softcap", "init_std")],
+    (lambda c: not 0 <= c.dropout < 1, "dropout={c.dropout} must be in [0, 1)"),
+    (lambda c: c.rope_base <= 1, "rope_base={c.rope_base} must be above 1; 10000 is usual"),
+    (lambda c: not c.head_dim and c.n_embd % c.n_head, "n_embd={c.n_embd} is not divisible by n_head={c.n_head}; "
+     "change one of them or set head_dim"),
+    (lambda c: c.n_head % c.kv_heads, "n_head={c.n_head} is not divisible by n_kv_head={c.n_kv_head}; choose a divisor"),
+    (lambda c: c.is_latent and c.n_kv_head, "n_kv_head={c.n_kv_head} needs attention=mha or diff, not {c.attention}: "
+     "the latent already serves all heads; drop it"),
+    (lambda c: c.is_diff and c.diff_form == "v1" and (c.n_head % 2 or c.kv_heads % 2), "diff_form=v1 pairs heads: "
+     "n_head={c.n_head} and n_kv_head={c.kv_heads} must be even; or use diff_form=v2"),
+    (lambda c: c.rotary_width % 2, "rotary width {c.rotary_width} must be even, it is turned in pairs; change rope_dim or head_dim"),
+    (lambda c: c.is_latent and c.rotary_width > c.head_width - 2, "rope_dim={c.rotary_width} must leave at least 2 of "
+     "head_dim={c.head_width} unrotated; lower rope_dim"),
+    (lambda c: c.is_latent and (c.latent_rank % 2 or c.head_width % 2), "kv_rank={c.latent_rank} and head_dim={c.head_width} "
+     "must be even with attention={c.attention}; the rotary pairs lie behind them"),
+]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parameters: three leaf classes own every weight. Each gives its initial values, its optimizer group (`role`: matrix,
+# embedding or vector; vectors are never decayed) and its forward FLOPs per token; nothing is decided by a name later.
+
+
+class Linear(nn.Linear):
+    """y = x W^T (+ b). (..., n_in) -> (..., n_out). W ~ N(0, std), b = 0."""
+
+    role = "matrix"
+
+    def __init__(self, n_in, n_out, bias, std):
+        self.std = std
+        super().__init__(n_in, n_out, bias=bias)
+
+    def reset_parameters(self): # called by nn.Linear.__init__
+        nn.init.normal_(self.weight, std=self.std) if self.std else nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def flops(self, T):
+        return 2 * self.in_features * self.out_features
+
+
+class Embedding(nn.Embedding):
+    """ids (..., ) -> (..., C). Rows ~ N(0, 0.02): small, so that a tied head starts near the uniform distribution."""
+
+    role = "embedding"
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def linear(c, n_in, n_out, bias=False):
+    """A projection inside a block. GPT-2's 0.02 suits widths near 768; here the start follows the width."""
+    return Linear(n_in, n_out, bias, std=c.init_std or 0.5 / math.sqrt(n_in))
+
+
+def residual_out(c, n_in):
+    """The projection that writes into the residual stream. 2 n_layer of them add up, hence the smaller start (GPT-2)."""
+    std = (c.init_std or 0.5 / math.sqrt(n_in)) / math.sqrt(2 * c.n_layer)
+    return Linear(n_in, c.n_embd, c.bias, std=0.0 if c.zero_init else std)
+
+
+def widen(x):
+    """At least fp32: where half precision would lose what matters. fp64 stays fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# norm: (..., width) -> (..., width)
+
+
+class LayerNorm(nn.Module):
+    """y = (x - mean) / std * w (+ b)."""
+
+    role = "vector"
+
+    def __init__(self, width, bias=False, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.eps = eps
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * w, rms(x) = sqrt(mean(x^2) + eps). No mean, no bias: `bias` is accepted for the slot's sake."""
+
+    role = "vector"
+
+    def __init__(self, width, bias=False, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps) # one dtype, or autocast loses the fused kernel
+
+
+NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# position: (token embeddings, first position) -> (embeddings, turn). Attention calls turn(q or k) on what it compares.
+
+
+class Learned(nn.Module):
+    """A trained vector per position, added to the token embedding."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.table = Embedding(c.block_size, c.n_embd)
+
+    def forward(self, h, start):
+        return h + self.table.weight[start : start + h.size(1)], unturned
+
+
+class Rope(nn.Module):
+    """
+    Rotary embedding: pair i of a query or key at position m turns by the angle m base^(-2i/P), so a score depends on
+    the distance of the two positions alone. Pairs are neighbours (2i, 2i+1) as in the paper, which makes the rotation
+    one complex multiplication: 5x faster in eager PyTorch on a CPU than rotating halves, and the same up to a
+    permutation of the weights' rows (tests/test_parity.py has it).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.width, self.base = c.rotary_width, c.rope_base
+
+    def forward(self, h, start):
+        # angles in fp32 at least: in bf16 positions above 256 would collapse
+        wide = widen(h[:0]).dtype
+        m = torch.arange(start, start + h.size(1), device=h.device, dtype=wide)
+        frequency = self.base ** (-torch.arange(0, self.width, 2, device=h.device, dtype=wide) / self.width)
+        angle = torch.outer(m, frequency) # (T, P/2)
+        return h, partial(self.turn, torch.polar(torch.ones_like(angle), angle))
+
+    @staticmethod
+    def turn(rotation, x): # (T, P/2) complex, (B, heads, T, P) -> (B, heads, T, P)
+        pairs = torch.view_as_complex(widen(x).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+class NoPosition(nn.Module):
+    """Causality alone tells a token where it is."""
+
+    def __init__(self, c):
+        super().__init__()
+
+    def forward(self, h, start):
+        return h, unturned
+
+
+def unturned(x):
+    return x
+
+
+POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention: forward(x, pass_) -> (B, T, C). Two questions, answered apart:
+#   where do queries, keys and values come from?       DenseHeads: straight from x.  LatentHeads: through one small latent.
+#   how do softmax maps become an output head?         OneMap: one map each.  DiffV1, DiffV2: the difference of two maps.
+# Both sorts of heads give K key heads and K value heads of the same width D, so that flash kernels always fit.
+
+
+def attend(q, k, v, scale=None):
+    """
+    Causal softmax attention; the T queries are the last T of the S positions. q (B, H, T, D), k and v (B, K, S, D) with
+    H a multiple of K (head h reads key head h // (H/K)) -> (B, H, T, D). scale: 1/sqrt(D) if not given.
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if T == S and T > 1: # training and whole prompts: the flash kernels' own causal mode, no mask in memory
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != K)
+    # New tokens behind a cache. is_causal would align the mask top-left, which is wrong here. The H/K heads that share
+    # a key head are stacked as more queries, so that the cached keys are read once and never copied.
+    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(H // K, 1)
+    o = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask, scale=scale)
+    return o.reshape(B, H, T, -1)
+
+
+class OneMap(nn.Module):
+    """Ordinary attention: each query head is one softmax map, and one output head."""
+
+    query_heads = 1 # per head of n_head
+    value_halves = 1 # value heads of width D that an output head concatenates
+
+    def __init__(self, c, layer):
+        super().__init__()
+
+    def attend(self, q, k, v): # (B, H, T, D), 2 x (B, K, S, D) -> (B, maps, T, value_halves D)
+        return attend(q, k, v)
+
+    def combine(self, o, x): # linear in o, so it works on latents as well as on values
+        return o
+
+    def finish(self, o): # (B, T, output heads, value_halves D)
+        return o
+
+
+class DiffV1(OneMap):
+    """
+    Differential attention as in the paper: (softmax_1 - lambda softmax_2) V, then RMSNorm per head, then (1 - lambda_init).
+    Maps h and h + H/2 make output head h; its value, twice as wide, is value heads h and h + H/2 side by side. All weights
+    keep the shapes of mha with the same n_head. lambda = exp(q1.k1) - exp(q2.k2) + lambda_init, one per layer (section 2.1).
+    """
+
+    role = "vector"
+    value_halves = 2
+
+    def __init__(self, c, layer):
+        super().__init__(c, layer)
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer) # layer counts from 0; the paper's l - 1
+        self.vectors = nn.Parameter(0.1 * torch.randn(4, c.head_width)) # q1, k1, q2, k2
+        self.eps = 1e-5
+
+    def attend(self, q, k, v):
+        # One call for each half of the value keeps query, key and value widths equal, which the flash kernels ask for:
+        # 8 D multiplications per pair of tokens instead of 6 D, and still faster than the unfused path.
+        halves = [attend(q, k, torch.cat([half, half], dim=1)) for half in v.chunk(2, dim=1)]
+        return torch.cat(halves, dim=-1)
+
+    def combine(self, o, x): # (B, H, T, E) -> (B, H/2, T, E)
+        q1, k1, q2, k2 = widen(self.vectors).unbind()
+        lam = (q1 @ k1).exp() - (q2 @ k2).exp() + self.lambda_init
+        first, second = widen(o).chunk(2, dim=1) # subtract in fp32: nearly equal numbers
+        return (first - lam * second).type_as(o)
+
+    def finish(self, o):
+        return F.rms_norm(o, o.shape[-1:], eps=self.eps) * (1 - self.lambda_init)
+
+
+class DiffV2(OneMap):
+    """
+    Second form: twice the query heads over unchanged keys and values; queries 2h and 2h+1 share a key head, and output
+    head h is their difference with lambda = sigmoid(W x), one per token and head. No norm, no lambda_init.
+    """
+
+    query_heads = 2
+
+    def __init__(self, c, layer):
+        super().__init__(c, layer)
+        self.gate = linear(c, c.n_embd, c.n_head)
+
+    def combine(self, o, x): # (B, 2H, T, E), (B, T, C) -> (B, H, T, E)
+        lam = widen(self.gate(x)).sigmoid().transpose(1, 2).unsqueeze(-1) # (B, H, T, 1)
+        first, second = widen(o).unflatten(1, (-1, 2)).unbind(2)
+        return (first - lam * second).type_as(o)
+
+
+DIFF_FORM = {"v1": DiffV1, "v2": DiffV2}
+
+
+class DenseHeads(nn.Module):
+    """Queries, keys and values straight from x. The cache holds K keys and K values of width D per token and layer."""
+
+    def __init__(self, c, layer, maps):
+        super().__init__()
+        self.layer, self.maps = layer, maps
+        self.D, self.K, self.Q = c.head_width, c.kv_heads, c.n_head * maps.query_heads # Q query heads
+        self.qkv = linear(c, c.n_embd, (self.Q + 2 * self.K) * self.D, c.bias)
+        self.norm_q, self.norm_k = (RMSNorm(self.D) if c.qk_norm else nn.Identity() for _ in "qk")
+        self.out = residual_out(c, c.n_head * self.D)
+        self.cache_layout = ((self.K, self.D), (self.K, self.D)) # heads, width of each cached tensor
+
+    def forward(self, x, pass_):
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.D)).transpose(1, 2).split([self.Q, self.K, self.K], dim=1) # (B, heads, T, D)
+        q, k = pass_.turn(self.norm_q(q)), pass_.turn(self.norm_k(k)) # a cached key keeps its own position
+        k, v = pass_.remember(self.layer, k, v) # (B, K, S, D)
+        o = self.maps.combine(self.maps.attend(q, k, v), x)
+        return self.out(self.maps.finish(o.transpose(1, 2)).flatten(2))
+
+    def flops(self, T): # scores and mix over the whole context, not its causal half: the usual way to count
+        return 2 * T * self.Q * self.D * (1 + self.maps.value_halves)
+
+
+class LatentHeads(nn.Module):
+    """
+    Multi-head latent attention. x is pressed into c (R numbers, normed) and one rotary key r (P numbers) for all heads;
+    these R + P numbers are all that is cached. Per head: key [W_uk c, r], value W_uv c, query [q_n, q_r].
+
+    Two ways to the same result, the cheaper one is taken:
+      expanded   makes keys and values of all S tokens, then attends as usual: training and long prompts;
+      absorbed   scores q_n W_uk c as (q_n W_uk) c, mixes latents, and lifts only the mixture by W_uv: decoding. The maps
+                 of a differential head are subtracted as latents, so each output head is lifted once.
+    The softmax scale is 1/sqrt(D) in both. No norm may come between W_uk and the score: it could not be absorbed.
+    """
+
+    def __init__(self, c, layer, maps):
+        super().__init__()
+        self.layer, self.maps = layer, maps
+        self.H, self.D, self.R, self.P = c.n_head, c.head_width, c.latent_rank, c.rotary_width
+        self.N, self.Q = self.D - self.P, self.H * maps.query_heads # N unrotated width, Q query heads
+        self.q_down = linear(c, c.n_embd, c.q_rank) if c.q_rank else nn.Identity()
+        self.q_latent_norm = RMSNorm(c.q_rank) if c.q_rank else nn.Identity()
+        self.q_up = linear(c, c.q_rank or c.n_embd, self.Q * self.D)
+        self.kv_down = linear(c, c.n_embd, self.R + self.P)
+        self.kv_norm = RMSNorm(self.R)
+        self.kv_up = linear(c, self.R, self.H * (self.N + self.D)) # per head: N rows of W_uk, then D rows of W_uv
+        self.norm_q, self.norm_r = (RMSNorm(w) if c.qk_norm and w else nn.Identity() for w in (self.D, self.P))
+        self.out = residual_out(c, self.H * self.D)
+        self.cache_layout = ((1, self.R + self.P),)
+
+    def forward(self, x, pass_):
+        q = self.q_up(self.q_latent_norm(self.q_down(x))).unflatten(-1, (self.Q, self.D)).transpose(1, 2) # (B, Q, T, D)
+        q_n, q_r = self.norm_q(q).split([self.N, self.P], dim=-1)
+        c, r = self.kv_down(x).unsqueeze(1).split([self.R, self.P], dim=-1) # (B, 1, T, R), (B, 1, T, P)
+        q_r, r = pass_.turn(q_r), pass_.turn(self.norm_r(r))
+        (latent,) = pass_.remember(self.layer, torch.cat([self.kv_norm(c), r], dim=-1)) # (B, 1, S, R + P)
+        attend_ = self.absorbed if self.absorbing_pays(x.size(1), latent.size(2)) else self.expanded
+        return self.out(self.maps.finish(attend_(q_n, q_r, latent, x)).flatten(2))
+
+    def absorbing_pays(self, T, S):
+        """Multiplications of both forms for T new tokens among S. A whole sequence (T = S) is best served by flash."""
+        expanded = S * self.R * self.H * (self.N + self.D) + T * S * self.Q * 2 * self.D
+        absorbed = T * self.R * (self.Q * self.N + self.H * self.D) + T * S * self.Q * 2 * (self.R + self.P)
+        return (T == 1 or T < S) and absorbed < expanded
+
+    def expanded(self, q_n, q_r, latent, x):
+        c, r = latent.split([self.R, self.P], dim=-1)
+        k_n, v = self.kv_up(c.squeeze(1)).unflatten(-1, (self.H, -1)).transpose(1, 2).split([self.N, self.D], dim=-1) # (B, H, S, ...)
+        k = torch.cat([k_n, r.expand(-1, self.H, -1, -1)], dim=-1)
+        o = self.maps.attend(torch.cat([q_n, q_r], dim=-1), k, v)
+        return self.maps.combine(o, x).transpose(1, 2) # (B, T, output heads, E)
+
+    def absorbed(self, q_n, q_r, latent, x):
+        w_uk, w_uv = self.kv_up.weight.unflatten(0, (self.H, -1)).split([self.N, self.D], dim=1) # (H, N, R), (H, D, R)
+        q_c = torch.einsum("bhjtn,hnr->bhjtr", q_n.unflatten(1, (self.H, -1)), w_uk).flatten(1, 2) # (B, Q, T, R)
+        # One key head for all queries. Values are the keys too, and the P last columns of the mixture are dropped: equal
+        # widths, and the cache is used as it lies.
+        o = attend(torch.cat([q_c, q_r], dim=-1), latent, latent, scale=self.D**-0.5)[..., : self.R] # (B, Q, T, R)
+        o = self.maps.combine(o, x) # (B, output heads, T, R)
+        w_uv = w_uv.unflatten(0, (self.maps.value_halves, -1)) # value halves first: heads h and h + H/2 are one
+        return torch.einsum("bhtr,ghdr->bthgd", o, w_uv).flatten(3) # (B, T, output heads, E)
+
+    def flops(self, T):
+        return 2 * T * self.Q * self.D * (1 + self.maps.value_halves)
+
+
+ATTENTION = {
+    "mha": lambda c, layer: DenseHeads(c, layer, OneMap(c, layer)),
+    "mla": lambda c, layer: LatentHeads(c, layer, OneMap(c, layer)),
+    "diff": lambda c, layer: DenseHeads(c, layer, DIFF_FORM[c.diff_form](c, layer)),
+    "diff_mla": lambda c, layer: LatentHeads(c, layer, DIFF_FORM[c.diff_form](c, layer)),
+}
+RULES += [(broken, f"{k}={{c.{k}}} needs attention=mla or diff_mla, not {{c.attention}}; drop it or change attention")
+          for broken, k in misfit(lambda c: c.is_latent, "kv_rank", "q_rank", "rope_dim")]
+RULES += [(broken, f"{k}={{c.{k}}} needs attention=diff or diff_mla, not {{c.attention}}; drop it or change attention")
+          for broken, k in misfit(lambda c: c.is_diff, "diff_form")]
+RULES += [(broken, f"{k}={{c.{k}}} needs position=rope, not {{c.position}}; drop it or change position")
+          for broken, k in misfit(lambda c: c.position == "rope", "rope_base", "rope_dim")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# activation and MLP: (B, T, C) -> (B, T, C)
+
+ACTIVATION = {"gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()} # gelu: the exact one, x Phi(x)
+
+
+class MLP(nn.Module):
+    """down(act(up x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.up = linear(c, c.n_embd, c.hidden, c.bias)
+        self.activation = ACTIVATION[c.activation]
+        self.down = residual_out(c, c.hidden)
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate x) * up x): SwiGLU with silu, GEGLU with gelu. gate and up are one matrix, gate's rows first."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_up = linear(c, c.n_embd, 2 * c.hidden, c.bias)
+        self.activation = ACTIVATION[c.activation]
+        self.down = residual_out(c, c.hidden)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+
+GLU = {False: MLP, True: GatedMLP}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# residual: what carries h from sublayer to sublayer. read gives a sublayer its input and `mix`, whatever write will need.
+
+
+class Plain(nn.Module):
+    """h + f(h)."""
+
+    def __init__(self, c, sublayer):
+        super().__init__()
+
+    @staticmethod
+    def expand(h): # before the first block: (B, T, C) -> the stream(s)
+        return h
+
+    @staticmethod
+    def reduce(h): # after the last block: the stream(s) -> (B, T, C)
+        return h
+
+    def read(self, h):
+        return h, None
+
+    def write(self, h, y, mix):
+        return h + y
+
+
+RESIDUAL = {"plain": Plain}
+
+SLOTS = {"norm": NORM, "position": POSITION, "attention": ATTENTION, "diff_form": DIFF_FORM,
+         "activation": ACTIVATION, "glu": GLU, "residual": RESIDUAL}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# block, cache, and what one forward hands down
+
+
+class Pass:
+    """What belongs to one forward and to nothing else: made in GPT.forward, handed down, then dropped."""
+
+    def __init__(self, turn, cache):
+        self.turn = turn # rotates queries and keys to their positions
+        self.cache = cache
+
+    def remember(self, layer, *new):
+        """New keys, values or latents (B, heads, T, width) -> the same of all S tokens, the cached ones in front."""
+        return new if self.cache is None else self.cache.append(layer, *new)
+
+
+class Cache:
+    """
+    What attention keeps of the tokens it has read: for each layer the tensors that its cache_layout lists, (B, heads,
+    capacity, width), filled up to `length`. Rolling back is setting the length: what lies behind it is never read.
+    """
+
+    def __init__(self, layouts, batch_size, capacity, dtype, device):
+        self.layers = [[torch.empty(batch_size, heads, capacity, width, dtype=dtype, device=device) for heads, width in layout]
+                       for layout in layouts]
+        self.capacity, self.length = capacity, 0
+
+    def append(self, layer, *new):
+        end = self.length + new[0].size(2)
+        for store, x in zip(self.layers[layer], new):
+            store[:, :, self.length : end] = x
+        return [store[:, :, :end] for store in self.layers[layer]]
+
+    def truncate(self, n):
+        """Forget all but the first n tokens. ValueError if there are not as many."""
+        if not 0 <= n <= self.length:
+            raise ValueError(f"cannot keep {n} of {self.length} cached tokens")
+        self.length = n
+
+    def nbytes(self):
+        """Bytes allocated, as the tensors themselves report them; for its full capacity, whatever the length."""
+        return sum(store.nbytes for layer in self.layers for store in layer)
+
+
+class Block(nn.Module):
+    """Pre-norm: attention, then the MLP, each reading from and writing to the residual stream."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.norm1, self.norm2 = NORM[c.norm](c.n_embd, c.bias), NORM[c.norm](c.n_embd, c.bias)
+        self.residual1, self.residual2 = RESIDUAL[c.residual](c, 2 * layer), RESIDUAL[c.residual](c, 2 * layer + 1)
+        self.attention = ATTENTION[c.attention](c, layer)
+        self.mlp = GLU[c.glu](c)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, h, pass_):
+        x, mix = self.residual1.read(h)
+        h = self.residual1.write(h, self.dropout(self.attention(self.norm1(x), pass_)), mix)
+        x, mix = self.residual2.read(h)
+        return self.residual2.write(h, self.dropout(self.mlp(self.norm2(x))), mix)
+
+
+class CheckpointedBlock(Block):
+    """Keeps only its input for backward and computes the rest again."""
+
+    def forward(self, h, pass_):
+        if not torch.is_grad_enabled():
+            return super().forward(h, pass_)
+        return checkpoint(super().forward, h, pass_, use_reentrant=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+class GPT(nn.Module):
+    """
+    logits, losses = model(idx, targets). idx (B, T) int64, T <= block_size. With targets (B, T; -1 is ignored): logits
+    (B, T, V) and losses {"ce": nats per token}. Without: logits (B, 1, V) of the last token and {}. With a cache: idx are
+    the tokens behind it, logits (B, T, V). Logits are fp32 (fp64 for a model in double).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed = Embedding(c.vocab_size, c.n_embd)
+        self.position = POSITION[c.position](c)
+        self.dropout = nn.Dropout(c.dropout)
+        self.streams = RESIDUAL[c.residual]
+        self.blocks = nn.ModuleList((CheckpointedBlock if c.gradient_checkpointing else Block)(c, i) for i in range(c.n_layer))
+        self.norm = NORM[c.norm](c.n_embd, c.bias)
+        self.head = Linear(c.n_embd, c.vocab_size, False, std=0.02)
+        if c.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.cap = partial(softcap, c.logit_softcap) if c.logit_softcap else nn.Identity()
+
+    def forward(self, idx, targets=None, cache=None):
+        start = cache.length if cache is not None else 0
+        self.check_length(start + idx.size(1), cache)
+        h, turn = self.position(self.embed(idx), start)
+        h, pass_ = self.streams.expand(self.dropout(h)), Pass(turn, cache)
+        for block in self.blocks:
+            h = block(h, pass_)
+        h = self.norm(self.streams.reduce(h)) # (B, T, C)
+        if cache is not None:
+            cache.length += idx.size(1)
+        elif targets is None:
+            h = h[:, -1:] # all that sampling needs
+        logits = self.cap(widen(self.head(h))) # (B, T, V)
+        losses = {} if targets is None else {"ce": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)}
+        return logits, losses
+
+    def check_length(self, length, cache):
+        room = self.config.block_size if cache is None else cache.capacity
+        if length > room:
+            raise ValueError(f"{length} tokens do not fit into block_size={room}; give at most the last {room} of them")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # decoding
+
+    def new_cache(self, batch_size, dtype=None):
+        """An empty cache for block_size tokens; dtype: that of the weights, or of autocast where that is on."""
+        weight = self.embed.weight
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(weight.device.type)
+            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        return Cache([b.attention.cache_layout for b in self.blocks], batch_size, self.config.block_size, dtype, weight.device)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, use_cache=True):
+        """
+        Yields max_new_tokens tensors (B, 1), each token drawn given all before it; idx (B, T) is the prompt, T >= 1.
+        Of n tokens the model sees those from window_start(n) on. With and without a cache that is the same rule, so
+        both write the same text.
+        """
+        check_sampling(idx, temperature, top_k, top_p, min_p)
+        was_training, L = self.training, self.config.block_size
+        self.eval()
+        cache, start = (self.new_cache(idx.size(0)) if use_cache else None), 0
+        try:
+            for _ in range(max_new_tokens):
+                slid, start = start, window_start(idx.size(1), L)
+                if cache is None:
+                    logits, _ = self(idx[:, start:])
+                else:
+                    if start != slid:
+                        cache.truncate(0) # positions moved: read the window again
+                    logits, _ = self(idx[:, start + cache.length :], cache=cache)
+                p = distribution(logits[:, -1], temperature, top_k, top_p, min_p)
+                new = torch.multinomial(p, 1, generator=generator) # (B, 1)
+                idx = torch.cat([idx, new], dim=1)
+                yield new
+        finally:
+            self.train(was_training)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, stop=(), use_cache=True):
+        """
+        idx (B, T) -> (B, T + new). temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. A row that has written
+        a token of `stop` repeats it; generation ends when every row has. ValueError for values out of range.
+        """
+        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        stops, out = torch.tensor(list(stop), dtype=idx.dtype, device=idx.device), [idx]
+        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, generator, use_cache):
+            out.append(torch.where(ended, out[-1][:, -1:], new))
+            ended = ended | torch.isin(new, stops)
+            if ended.all():
+                break
+        return torch.cat(out, dim=1)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # what it costs, where it comes from
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters()) # a tied head is counted once
+
+    def flops_per_token(self, T=None):
+        """Floating-point operations of one training step per token at context T: forward, and twice that for backward."""
+        return 3 * forward_flops(self, T or self.config.block_size)
+
+    @classmethod
+    def from_checkpoint(cls, path, device="cpu"):
+        """The model of a checkpoint that train.py wrote, in eval mode. FileNotFoundError, or ValueError if it is damaged."""
+        state = load_checkpoint(path)
+        model = cls(GPTConfig(**state["config"]["model"]))
+        model.load_state_dict(state["model"])
+        return model.to(device).eval()
+
+
+def forward_flops(module, T):
+    return sum(m.flops(T) for m in module.modules() if hasattr(m, "flops"))
+
+
+def softcap(cap, logits):
+    return cap * torch.tanh(logits / cap) # Gemma 2, arXiv:2408.00118
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def window_start(n, block_size):
+    """First of n tokens that the model reads. Past block_size the window moves by halves: one re-read in block_size/2 tokens."""
+    half = max(1, block_size // 2)
+    return 0 if n <= block_size else math.ceil((n - block_size) / half) * half
+
+
+def check_sampling(idx, temperature, top_k, top_p, min_p):
+    for bad, sentence in [
+        (temperature < 0, f"temperature={temperature} must not be negative; 0 is greedy"),
+        (top_k < 0, f"top_k={top_k} must not be negative; 0 keeps every token"),
+        (not 0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]; 1 keeps every token"),
+        (not 0 <= min_p < 1, f"min_p={min_p} must be in [0, 1); 0 keeps every token"),
+        (idx.size(1) == 0, "the prompt is empty; give at least one token"),
+    ]:
+        if bad:
+            raise ValueError(sentence)
+
+
+def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """
+    logits (B, V) -> the probabilities (B, V) that a token is drawn from. temperature, then the top_k likeliest, then the
+    smallest set that holds top_p of the rest (Holtzman et al. 2019, arXiv:1904.09751), then those of at least min_p times
+    the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        beyond = p.cumsum(-1) - p >= top_p # the mass in front of a token already suffices; never true for the first
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    p = logits.softmax(-1)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints: one file, which torch.load reads as it stands. torch.load does not notice damaged tensor bytes, so the
+# sha256 of all other bytes is kept in the comment field that the zip format has at its very end.
+
+_SEAL = 7 + 64 # b"sha256:" and 64 hex digits
+
+
+def save_checkpoint(path, state, keep_previous=True):
+    """
+    Write all, then rename: whenever the process dies, a whole checkpoint is there. The one before becomes *.prev.pt.
+    OSError or RuntimeError if it cannot be written (a full disk); what was there before is then untouched.
+    """
+    part = f"{path}.part"
+    try:
+        torch.save(state, part)
+        seal(part)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
+    if keep_previous and os.path.exists(path):
+        os.replace(path, previous_checkpoint(path))
+    os.replace(part, path)
+
+
+def seal(path):
+    """Append the sha256 of the file, and force all of it onto the disk."""
+    with open(path, "r+b") as f:
+        f.seek(-2, os.SEEK_END)
+        f.write(struct.pack("<H", _SEAL)) # the length of the comment that follows
+        f.seek(0)
+        digest = hashlib.sha256()
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+        f.write(b"sha256:" + digest.hexdigest().encode())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def previous_checkpoint(path):
+    return os.path.splitext(path)[0] + ".prev.pt"
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU. FileNotFoundError; ValueError if the file is damaged or somebody else's."""
+    with open(path, "rb") as f:
+        blob = f.read()
+    if blob[-_SEAL:-64] != b"sha256:":
+        raise ValueError(f"{path} is cut short, or was not written by train.py; give a checkpoint of train.py (ckpt.pt, best.pt)")
+    if hashlib.sha256(blob[:-_SEAL]).hexdigest().encode() != blob[-64:]:
+        raise ValueError(f"{path} is damaged: its bytes do not match the sha256 it carries; use {previous_checkpoint(path)} or best.pt")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python model.py: the learner's door
+
+
+def describe(config, T, batch_size=1):
+    """Prints the model as one batch flows through it. Built on the meta device: shapes and counts, no numbers, no memory."""
+    with torch.device("meta"):
+        model = GPT(config)
+        idx = torch.zeros(batch_size, T, dtype=torch.long)
+    rows = []
+    hooks = [m.register_forward_hook(lambda m, i, o, name=name: rows.append((name, m, o))) for name, m in model.named_modules() if name]
+    model(idx, targets=idx)
+    for hook in hooks:
+        hook.remove()
+    print(f"{'part':<34}{'class':<13}{'output':<24}{'parameters':>12}{'forward FLOPs/token':>21}")
+    print(f"{'tokens':<34}{'':<13}{str(tuple(idx.shape)):<24}")
+    for name, m, out in rows:
+        if isinstance(m, (nn.Identity, nn.Dropout)) or name.startswith("blocks.") and not name.startswith("blocks.0"):
+            continue # the other blocks are like the first
+        out = out[0] if isinstance(out, tuple) else out
+        label = "  " * (name.count(".") - 1) + name.removeprefix("blocks.0.") if name.startswith("blocks.0.") else name
+        count, flops = sum(p.numel() for p in m.parameters()), forward_flops(m, T)
+        label = f"blocks.0 (of {config.n_layer})" if name == "blocks.0" else label
+        print(f"{label:<34}{type(m).__name__:<13}{str(tuple(out.shape)):<24}{count:>12,}{flops:>21,}")
+    cache = model.new_cache(1, torch.float32)
+    print(f"\n{model.num_params():,} parameters{' (head and embedding share theirs)' if config.tie_embeddings else ''}; "
+          f"{model.flops_per_token(T):,} training FLOPs per token at context {T}")
+    print(f"cache: {cache.nbytes() // cache.capacity:,} bytes per token in fp32, {cache.nbytes() // cache.capacity // 2:,} in bf16")
+
+
+if __name__ == "__main__":
+    from configurator import configure, user_errors
+
+    given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
+    with user_errors():
+        config = GPTConfig(**given)
+    describe(config, config.block_size)

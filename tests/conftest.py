@@ -1,0 +1,43 @@
+"""Shared by all tests. CPU only, unless `pytest -m gpu`."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import torch  # noqa: E402  after the path, so that the tests find the project however pytest is started
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; run with `pytest -m gpu`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "gpu" not in (config.getoption("-m") or ""):
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: pytest -m gpu"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """torch.empty gives NaN instead of whatever lay in memory: reading what nobody wrote shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")) if k.get("dtype") != torch.int64 else empty(*a, **k))
+
+
+@pytest.fixture
+def mirror():
+    """The folder of DATA_MIRROR, or a skip that says what is missing."""
+    folder = os.environ.get("DATA_MIRROR")
+    if not folder or not os.path.exists(os.path.join(folder, "tinyshakespeare.txt")):
+        pytest.skip("DATA_MIRROR does not name a folder with tinyshakespeare.txt")
+    return Path(folder)

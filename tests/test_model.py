@@ -1,0 +1,479 @@
+"""The rules that every variant obeys, over a cover of all pairs of choices; the refusals; sampling."""
+import itertools
+import math
+import random
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as M
+from model import GPT, GPTConfig, distribution, window_start
+from optim import build_optimizer
+
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "position": ("learned", "rope", "none"),
+    "attention": ("mha", "mla", "diff", "diff_mla"),
+    "diff_form": ("v1", "v2"),
+    "n_kv_head": (0, 2),
+    "q_rank": (0, 12),
+    "rope_dim": (0, 4),
+    "qk_norm": (False, True),
+    "activation": ("gelu", "silu", "relu2"),
+    "glu": (False, True),
+    "zero_init": (False, True),
+    "dropout": (0.0, 0.1),
+    "bias": (False, True),
+    "tie_embeddings": (False, True),
+    "logit_softcap": (0.0, 15.0),
+    "gradient_checkpointing": (False, True),
+}
+SMALL = dict(vocab_size=29, block_size=16, n_layer=2, n_head=4, n_embd=32)
+
+
+def legal(row):
+    try:
+        GPTConfig(**SMALL, **row)
+        return True
+    except ValueError:
+        return False
+
+
+def pairwise():
+    """Rows of choices in which every legal pair of values occurs: greedy, each row the best of 60 random ones."""
+    rng, rows = random.Random(0), []
+
+    def pairs_of(row):
+        return set(itertools.combinations(sorted(row.items(), key=lambda kv: kv[0]), 2))
+
+    def draw():
+        while True:
+            row = {k: rng.choice(v) for k, v in CHOICES.items()}
+            if legal(row):
+                return row
+
+    pool = [draw() for _ in range(4000)]
+    todo = set().union(*map(pairs_of, pool)) # a pair that 4000 legal draws never show is refused by a rule
+    while todo:
+        best = max(rng.sample(pool, 300), key=lambda row: len(pairs_of(row) & todo))
+        if not pairs_of(best) & todo: # the sample missed the last ones: look through all
+            best = max(pool, key=lambda row: len(pairs_of(row) & todo))
+        rows.append(best)
+        todo -= pairs_of(best)
+    return rows
+
+
+ROWS = pairwise()
+
+
+def label(row):
+    return "-".join(str(v) for k, v in row.items() if v and k != "diff_form" or k == "diff_form" and "diff" in row["attention"])
+
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=label)
+
+
+def build(row, scale=0.0, **extra):
+    """The model of a row; scale > 0 makes its weights large, so that every part has a say in the result."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**SMALL, **row, **extra}))
+    if scale:
+        for p in model.parameters():
+            p.data.normal_(std=scale)
+    return model
+
+
+def tokens(model, batch, length):
+    return torch.randint(model.config.vocab_size, (batch, length))
+
+
+def test_the_cover_holds_every_choice():
+    for name, values in CHOICES.items():
+        assert {row[name] for row in ROWS} == set(values)
+    assert len(ROWS) < 60
+
+
+# --- rule 1: causal ---
+
+
+@every_row
+@pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
+def test_the_future_changes_nothing(row, training):
+    model = build(row, 0.3).train(training)
+    idx = tokens(model, 2, 16)
+    other = idx.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % model.config.vocab_size
+    runs = []
+    for x in (idx, other):
+        torch.manual_seed(5) # the same dropout
+        runs.append(model(x, idx)[0])
+    assert torch.equal(runs[0][:, :9], runs[1][:, :9])
+    assert not torch.allclose(runs[0][:, 9:], runs[1][:, 9:])
+
+
+@every_row
+def test_no_gradient_from_the_future(row):
+    model = build(row, 0.3, dropout=0.0)
+    seen = []
+    model.embed.register_forward_hook(lambda m, i, o: seen.append(o) or o.retain_grad())
+    logits, _ = model(tokens(model, 1, 12), torch.zeros(1, 12, dtype=torch.long))
+    logits[0, 5].square().sum().backward()
+    grad = seen[0].grad[0].abs().sum(-1)
+    assert (grad[6:] == 0).all() and (grad[:6] > 0).all()
+
+
+# --- rule 2: cached decoding is the full forward ---
+
+
+@every_row
+@pytest.mark.parametrize("chunks", ([1] * 16, [3, 3, 3, 3, 3, 1], [16], [7, 1, 8]), ids=str)
+def test_chunks_equal_the_full_forward(row, chunks, poisoned):
+    model = build(row, 0.3).double().eval()
+    idx = tokens(model, 3, 16)
+    full, _ = model(idx, idx)
+    cache, out = model.new_cache(3), []
+    for piece in idx.split(chunks, dim=1):
+        out.append(model(piece, cache=cache)[0])
+    assert cache.length == 16
+    torch.testing.assert_close(torch.cat(out, 1), full, atol=1e-9, rtol=1e-9)
+
+
+@every_row
+def test_rollback(row):
+    model = build(row, 0.3).double().eval()
+    idx = tokens(model, 2, 12)
+    cache = model.new_cache(2)
+    model(idx[:, :8], cache=cache)
+    model((idx[:, 8:] + 1) % 29, cache=cache) # a draft that is thrown away
+    cache.truncate(8)
+    torch.testing.assert_close(model(idx[:, 8:], cache=cache)[0], model(idx, idx)[0][:, 8:], atol=1e-9, rtol=1e-9)
+    with pytest.raises(ValueError, match="cannot keep 13 of 12"):
+        cache.truncate(13)
+
+
+@every_row
+def test_cache_or_not_the_same_text_past_block_size(row):
+    model = build(row, 0.15).double()
+    idx = tokens(model, 2, 5)
+    cached, plain = (model.generate(idx, 60, temperature=0, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, plain) and cached.shape == (2, 65)
+    assert torch.equal(model.generate(idx, 5, generator=torch.Generator().manual_seed(1)),
+                       model.generate(idx, 5, generator=torch.Generator().manual_seed(1)))
+
+
+def test_window_moves_by_halves():
+    starts = [window_start(n, 16) for n in range(1, 80)]
+    assert starts[:16] == [0] * 16 and starts[16] == 8
+    lengths = [n - s for n, s in zip(range(1, 80), starts)]
+    assert max(lengths) == 16 and min(lengths[16:]) == 9
+    assert window_start(1, 1) == 0 and window_start(5, 1) == 4 # block_size 1 sees the last token alone
+
+
+# --- rule 3: rows are independent, a forward changes nothing ---
+
+
+@every_row
+def test_rows_are_independent_and_nothing_is_written(row):
+    model = build(row, 0.3, dropout=0.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    idx = tokens(model, 3, 10)
+    alone, together = model(idx[1:2], idx[1:2])[0], model(idx, idx)[0][1:2]
+    torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
+    other = idx.clone()
+    other[0] = 0
+    assert torch.equal(model(other, idx)[0][1:], model(idx, idx)[0][1:])
+    model.generate(idx, 3)
+    assert model.training # generate puts the mode back
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# --- rule 4: a sound start ---
+
+
+@every_row
+def test_start(row):
+    model = build(row, block_size=64, vocab_size=101)
+    idx, targets = tokens(model, 8, 64), torch.randint(101, (8, 64))
+    assert abs(model(idx, targets)[1]["ce"].item() - math.log(101)) < 0.1
+    first, second = (dict(block.named_parameters()) for block in model.blocks)
+    for name, p in first.items():
+        assert p.dim() < 2 or (p == 0).all() or not torch.equal(p, second[name]), name
+    opt = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95))
+    for _ in range(2):
+        opt.zero_grad()
+        model(idx, targets)[1]["ce"].backward()
+        opt.step()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+@every_row
+def test_overfits_one_batch(row):
+    model = build(row, dropout=0.0)
+    idx = tokens(model, 4, 17)
+    opt = build_optimizer(model, "adamw", 1e-2, 0.0, (0.9, 0.95))
+    for _ in range(60):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]["ce"]
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert loss < 0.5 * math.log(29)
+
+
+# --- rule 5: the loss ---
+
+
+def test_loss_is_next_token_cross_entropy_in_nats():
+    model = build({}, 0.3)
+    idx, targets = tokens(model, 2, 9), tokens(model, 2, 9)
+    targets[0, 3:5] = -1
+    logits, losses = model(idx, targets)
+    by_hand = [-logits[b, t].double().log_softmax(-1)[targets[b, t]].item() for b in range(2) for t in range(9) if targets[b, t] >= 0]
+    assert list(losses) == ["ce"] and losses["ce"].item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+
+
+def test_shapes_and_dtypes():
+    model = build({})
+    idx = tokens(model, 2, 9)
+    assert model(idx)[0].shape == (2, 1, 29) and model(idx)[1] == {}
+    assert model(idx, idx)[0].dtype == torch.float32
+    assert build({}).double()(idx, idx)[0].dtype == torch.float64
+    assert build({}).bfloat16()(idx, idx)[0].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(idx, idx)[0].dtype == torch.float32
+        assert model.new_cache(1).layers[0][0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="17 tokens do not fit into block_size=16"):
+        model(tokens(model, 1, 17))
+    torch.testing.assert_close(model(idx)[0][:, 0], model(idx, idx)[0][:, -1])
+
+
+@every_row
+def test_bf16_autocast_is_near(row):
+    model = build(row, dropout=0.0)
+    idx = tokens(model, 2, 16)
+    exact = model(idx, idx)[1]["ce"]
+    with torch.autocast("cpu", torch.bfloat16):
+        near = model(idx, idx)[1]["ce"]
+    near.backward()
+    assert abs(near - exact) < 0.02 # bf16 keeps 8 bits: 0.4% of a loss near 3.4
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers():
+    grads = []
+    for on in (False, True):
+        model = build({"attention": "diff_mla", "dropout": 0.1}, gradient_checkpointing=on)
+        torch.manual_seed(3)
+        idx = torch.arange(32).view(2, 16) % 29
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            loss = model(idx, idx)[1]["ce"]
+        loss.backward()
+        grads.append((sum(saved), loss.detach(), [p.grad for p in model.parameters()]))
+    assert grads[1][0] < 0.5 * grads[0][0] # numbers kept for backward
+    assert torch.equal(grads[0][1], grads[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(grads[0][2], grads[1][2]))
+
+
+# --- rule 6: every knob has an effect, or is refused ---
+
+OTHER = dict(block_size=8, vocab_size=31, n_layer=3, n_embd=64, norm="layernorm", position="none", rope_base=100.0, attention="mla",
+             n_head=2, n_kv_head=1, head_dim=4, qk_norm=True, kv_rank=4, q_rank=4, rope_dim=2, diff_form="v1", activation="silu",
+             glu=True, mlp_hidden=8, init_std=0.1, zero_init=True, dropout=0.5, bias=True, tie_embeddings=False,
+             logit_softcap=1.0, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("knob", [f.name for f in fields(GPTConfig) if f.name != "residual"])
+def test_every_knob_has_an_effect(knob):
+    owner = {"kv_rank": "mla", "q_rank": "mla", "rope_dim": "mla", "diff_form": "diff"}.get(knob, "mha")
+    base = GPTConfig(**SMALL, attention=owner)
+    changed = replace(base, **{knob: OTHER[knob]})
+
+    def fingerprint(config):
+        torch.manual_seed(2)
+        model = GPT(config)
+        for name, p in model.named_parameters():
+            if name.endswith("bias"): # they start at 0
+                p.data.fill_(0.1)
+        idx = torch.arange(8).view(1, 8)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            logits = model(idx, idx)[0]
+        if knob == "block_size": # only how far back generation looks
+            return [model.new_cache(1).capacity]
+        return [logits.sum().item(), logits.square().sum().item(), sum(saved) if knob == "gradient_checkpointing" else 0]
+
+    assert fingerprint(base) == fingerprint(replace(base))
+    assert fingerprint(base) != fingerprint(changed)
+
+
+REFUSED = [
+    (dict(attention="flash"), "choose one of: mha, mla, diff, diff_mla"),
+    (dict(norm="batchnorm"), "choose one of: layernorm, rmsnorm"),
+    (dict(position="alibi"), "choose one of: learned, rope, none"),
+    (dict(activation="swish"), "choose one of: gelu, silu, relu2"),
+    (dict(residual="hyper"), "choose one of: plain"),
+    (dict(attention="diff", diff_form="v3"), "choose one of: v1, v2"),
+    (dict(vocab_size=0), "vocab_size=0 must be at least 1"),
+    (dict(block_size=0), "block_size=0 must be at least 1"),
+    (dict(n_layer=0), "n_layer=0 must be at least 1"),
+    (dict(n_embd=0), "n_embd=0 must be at least 1"),
+    (dict(n_head=0), "n_head=0 must be at least 1"),
+    (dict(n_kv_head=-1), "n_kv_head=-1 must not be negative"),
+    (dict(logit_softcap=-1.0), "logit_softcap=-1.0 must not be negative"),
+    (dict(init_std=-0.1), "init_std=-0.1 must not be negative"),
+    (dict(dropout=1.0), "dropout=1.0 must be in [0, 1)"),
+    (dict(rope_base=1.0), "rope_base=1.0 must be above 1"),
+    (dict(n_embd=33), "n_embd=33 is not divisible by n_head=4"),
+    (dict(n_kv_head=3), "n_head=4 is not divisible by n_kv_head=3"),
+    (dict(attention="mla", n_kv_head=2), "n_kv_head=2 needs attention=mha or diff"),
+    (dict(attention="diff", diff_form="v1", n_head=1), "must be even"),
+    (dict(attention="diff", diff_form="v1", n_kv_head=1), "must be even"),
+    (dict(head_dim=7), "rotary width 7 must be even"),
+    (dict(attention="mla", rope_dim=3), "rotary width 3 must be even"),
+    (dict(attention="mla", rope_dim=8), "rope_dim=8 must leave at least 2"),
+    (dict(attention="mla", kv_rank=7), "kv_rank=7"),
+    (dict(kv_rank=8), "kv_rank=8 needs attention=mla or diff_mla, not mha"),
+    (dict(q_rank=8), "q_rank=8 needs attention=mla"),
+    (dict(rope_dim=8), "rope_dim=8 needs attention=mla"),
+    (dict(diff_form="v1"), "diff_form=v1 needs attention=diff"),
+    (dict(position="none", rope_base=500.0), "rope_base=500.0 needs position=rope"),
+    (dict(attention="mla", position="learned", rope_dim=4), "rope_dim=4 needs position=rope"),
+]
+
+
+@pytest.mark.parametrize("change, message", REFUSED, ids=lambda x: str(x))
+def test_refusals_name_the_way_out(change, message):
+    with pytest.raises(ValueError) as caught:
+        GPTConfig(**{**SMALL, **change})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_rule_has_a_refusal():
+    """Each rule is the first that one of the refused configurations breaks."""
+    first = set()
+    for change, _ in REFUSED:
+        c = object.__new__(GPTConfig)
+        for f in fields(GPTConfig):
+            setattr(c, f.name, {**SMALL, **change}.get(f.name, f.default))
+        if c.attention in M.ATTENTION and c.vocab_size > 0:
+            first.update(next(([i] for i, (broken, _) in enumerate(M.RULES) if broken(c)), []))
+    alike = {i for i, (_, sentence) in enumerate(M.RULES) if "must not be negative" in sentence} # one rule, made in a loop
+    assert set(range(len(M.RULES))) - first - alike == set()
+
+
+# --- what it costs ---
+
+
+def test_parameter_counts():
+    assert GPT(GPTConfig(vocab_size=2048, n_layer=6, n_head=8, n_embd=512, mlp_hidden=1536, activation="silu", glu=True,
+                         tie_embeddings=False, block_size=128)).num_params() == 22_551_040
+    model = build({"tie_embeddings": True})
+    assert len(model.state_dict()) == len(list(model.named_parameters())) + 1 # the tied head, and no module twice
+
+
+def test_flops_are_the_matrix_multiplications():
+    from torch.utils.flop_counter import FlopCounterMode
+    for attention in ("mha", "mla", "diff", "diff_mla"):
+        model = build({"attention": attention})
+        idx = tokens(model, 1, 16)
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(idx, idx)
+        assert model.flops_per_token(16) == 3 * counter.get_total_flops() / 16, attention
+
+
+def test_cache_bytes():
+    """6 heads of 64: mha keeps 768 numbers per token and layer, a latent of 96 with a rotary key of 32 keeps 128."""
+    shape = dict(n_layer=2, n_embd=384, n_head=6, head_dim=64, vocab_size=65, block_size=32)
+    bytes_of = {a: GPT(GPTConfig(**shape, attention=a, **(dict(kv_rank=96, rope_dim=32) if "mla" in a else {}))).new_cache(3).nbytes()
+                for a in ("mha", "mla", "diff", "diff_mla")}
+    assert bytes_of["mha"] == bytes_of["diff"] == 2 * 3 * 32 * 768 * 4
+    assert bytes_of["mha"] / bytes_of["mla"] == bytes_of["mha"] / bytes_of["diff_mla"] == 6.0
+
+
+@pytest.mark.parametrize("attention, form", [("mha", "v2"), ("mla", "v2"), ("diff", "v1"), ("diff", "v2"), ("diff_mla", "v1"), ("diff_mla", "v2")])
+@pytest.mark.parametrize("kv_heads", (0, 2))
+def test_training_runs_on_the_flash_kernel_without_a_mask(attention, form, kv_heads):
+    if kv_heads and "mla" in attention:
+        pytest.skip("refused: the latent serves all heads")
+    model = build({"attention": attention, "n_kv_head": kv_heads, **({"diff_form": form} if "diff" in attention else {})})
+    idx = tokens(model, 2, 16)
+    with torch.profiler.profile() as prof:
+        model(idx, idx)[1]["ce"].backward()
+    ops = {e.name for e in prof.events()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in ops
+    assert not ops & {"aten::_scaled_dot_product_attention_math", "aten::tril", "aten::triu"}
+
+
+# --- sampling ---
+
+
+def test_distribution_against_a_loop():
+    """Each filter recomputed the slow way, token by token, in Python."""
+    torch.manual_seed(0)
+    for _ in range(50):
+        logits = 3 * torch.randn(1, 12, dtype=torch.float64)
+        t, k, top_p, min_p = random.choice([0.5, 1.0, 2.0]), random.choice([0, 1, 5, 12, 99]), random.choice([1.0, 0.9, 0.3]), random.choice([0, 0.1])
+        p = [math.exp(z / t) for z in logits[0].tolist()]
+        order = sorted(range(12), key=lambda i: -p[i])[: k or 12]
+        total, kept, mass = sum(p[i] for i in order), [], 0.0
+        for i in order:
+            if mass / total >= top_p:
+                break
+            kept.append(i)
+            mass += p[i]
+        kept = [i for i in kept if p[i] >= min_p * p[order[0]]]
+        want = torch.zeros(1, 12, dtype=torch.float64)
+        for i in kept:
+            want[0, i] = p[i] / sum(p[j] for j in kept)
+        torch.testing.assert_close(distribution(logits, t, k, top_p, min_p), want)
+    assert distribution(logits, 0).argmax() == logits.argmax()
+
+
+def test_sampling_follows_the_distribution():
+    model = build({"attention": "diff_mla"}, 0.3)
+    idx = tokens(model, 1, 6)
+    p = distribution(model.eval()(idx)[0][:, -1], 1.3, top_p=0.9)[0]
+    n = 20_000
+    drawn = torch.bincount(model.generate(idx.expand(n, -1), 1, temperature=1.3, top_p=0.9)[:, -1], minlength=29) / n
+    assert (drawn[p == 0] == 0).all()
+    assert ((drawn - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all() # five standard errors
+
+
+def test_stop_tokens():
+    model = build({}, 0.3)
+    idx = tokens(model, 4, 3)
+    plain = model.generate(idx, 12, temperature=0)
+    stop = plain[0, 5].item() # row 0 stops at its third new token at the latest
+    out = model.generate(idx, 12, temperature=0, stop=(stop,))
+    for row, full in zip(out[:, 3:].tolist(), plain[:, 3:].tolist()):
+        end = full.index(stop) if stop in full else len(full)
+        assert row[:end] == full[:end][: len(row)] and set(row[end:]) <= {stop}
+    assert model.generate(idx[:1], 12, temperature=0, stop=(stop,)).size(1) <= 6
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(min_p=1.0)], ids=str)
+def test_bad_sampling_values_are_refused(bad):
+    model = build({})
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        model.generate(tokens(model, 1, 3), 1, **bad)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), 1)
+
+
+def test_softcap():
+    z = torch.linspace(-500, 500, 1001, dtype=torch.float64, requires_grad=True)
+    y = M.softcap(15.0, z)
+    assert (y.abs() <= 15).all() and (y.diff() >= 0).all()
+    assert torch.autograd.grad(y.sum(), z)[0][500].item() == 1 # slope 1 at 0
+    assert F.mse_loss(M.softcap(15.0, z[495:506] / 100), z[495:506] / 100) < 1e-8
+
+
+def test_describe_prints_every_part(capsys):
+    M.describe(GPTConfig(**SMALL, attention="diff_mla"), 16)
+    text = capsys.readouterr().out
+    for part in ("attention.kv_down", "attention.kv_up", "maps.gate", "mlp.up", "head", "(1, 16, 29)", "bytes per token"):
+        assert part in text
+    model = GPT(GPTConfig(**SMALL, attention="diff_mla"))
+    assert f"{model.num_params():,} parameters" in text
