@@ -4,7 +4,7 @@ A script has its settings at its top, as `learning_rate = 1e-3 # peak rate`, and
 A setting is declared by that one line: its name, its default, its type (the default's) and its text in --help (the comment).
 
     python train.py config/small.py --learning_rate=3e-4 --compile --no-bias      # in the order written, later wins"""
-import ast, contextlib, dataclasses, difflib, glob, inspect, linecache, os, re, runpy, sys, textwrap, traceback, types
+import ast, contextlib, dataclasses, difflib, glob, inspect, linecache, os, re, runpy, subprocess, sys, textwrap, traceback, types
 
 SIMPLE = (bool, int, float, str, tuple) # what a setting can be; anything else in a script is not one
 KIND = {bool: 'true or false', int: 'an int', float: 'a float, not nan', str: 'a str', tuple: 'a tuple, as in (2, 4, 8)'}
@@ -13,9 +13,10 @@ WORDS = {'true': True, '1': True, 'yes': True, 'on': True, 'false': False, '0': 
 class UserError(ValueError):
     """A message for a person: at most three lines, with the way out. Uncaught, it ends the process with exit code 2 and no traceback."""
 
-def configure(namespace, schema=None, argv=None):
+def configure(namespace, schema=None, argv=None, guest_of=None):
     """Override the settings in namespace (a script's globals()) from argv; return {name: value} of everything given.
-    Fields of the dataclass schema are accepted too and returned, but never put into namespace. Raises UserError; --help exits."""
+    Fields of the dataclass schema are accepted too and returned, but never put into namespace. guest_of: another script whose config
+    files this one reads as well; its settings are checked and then left out. Raises UserError; --help exits."""
     sys.excepthook = report
     for stream in (sys.stdout, sys.stderr): # under an ASCII locale one accented letter in a sample would end the run
         if hasattr(stream, 'reconfigure'): stream.reconfigure(encoding='utf-8', errors='replace')
@@ -24,10 +25,20 @@ def configure(namespace, schema=None, argv=None):
     fields = {f.name: f.default for f in (dataclasses.fields(schema) if schema else ()) if type(f.default) in SIMPLE}
     known = {**settings, **fields, **settings} # the script's names first, and its default where both have the name
     if '--help' in argv or '-h' in argv: show_help(namespace, schema, known)
-    given = parse(argv, known)
+    given = parse(argv, {**(top_level(guest_of) if guest_of else {}), **known})
+    given = {name: value for name, value in given.items() if name in known}
     namespace.update({name: value for name, value in given.items() if name in settings}) # only now: an error changes nothing
     for name, value in given.items(): print(f'{name} = {value!r}    (default {known[name]!r})')
     return given
+
+def top_level(path):
+    """{name: default} of the settings at the top of a script that is not run."""
+    found = {}
+    with open(path, encoding='utf-8') as file: body = ast.parse(file.read()).body
+    for node in body:
+        with contextlib.suppress(ValueError): # not a literal, so not a setting
+            if isinstance(node, ast.Assign): found.update({target.id: ast.literal_eval(node.value) for target in node.targets if isinstance(target, ast.Name)})
+    return {name: value for name, value in found.items() if type(value) in SIMPLE}
 
 def parse(argv, known):
     """{name: value} from all config files and flags."""
@@ -139,9 +150,15 @@ def user_errors():
     """Turn a ValueError or a file that cannot be opened into a UserError. For code that checks input; around a loop it would hide bugs."""
     try: yield
     except UserError: raise
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except OSError as error:
         raise UserError(f'cannot open {error.filename}: {error.strerror}' if error.filename else str(error)) from error
     except ValueError as error: raise UserError(str(error)) from error
+
+def git_commit():
+    """The commit of these files, for the record of a run; 'unknown' without git or outside a checkout."""
+    try: done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+    except OSError: return 'unknown' # no git on this machine
+    return done.stdout.strip() or 'unknown'
 
 # --- help: from the comments in the source, so that they are written once ---
 
