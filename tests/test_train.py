@@ -1,0 +1,296 @@
+"""train.py through its command line: what it writes, exact resume, damage, signals, numbers that are no numbers."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT
+from model import GPT, load_checkpoint, save_checkpoint
+
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--dropout=0.1", "--attention=diff_mla",
+        "--warmup_iters=5", "--log_interval=5", "--eval_interval=10", "--sample_tokens=8", "--learning_rate=1e-2"]
+TIMES = ("time_s", "tokens_per_s")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(1)
+    text = " ".join(rng.choice(["to be", "or not", "that is", "the question", "thou art", "\n"]) for _ in range(1500))
+    (folder / "play.txt").write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, ROOT / "data.py", "prepare", folder / "play.txt", f"--data_dir={folder / 'data'}"], check=True)
+    return folder
+
+
+def command(corpus, out, *flags):
+    return [sys.executable, str(ROOT / "train.py"), "--dataset=play", f"--data_dir={corpus / 'data'}", f"--out_dir={out}", *TINY, *flags]
+
+
+def train(corpus, out, *flags, code=0, env=None):
+    done = subprocess.run(command(corpus, out, *flags), capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def timeless(out):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(out)]
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state(out):
+    """All of a checkpoint but what says when and where it was written."""
+    s = load_checkpoint(out / "ckpt.pt")
+    for key in ("run_id", "time_s", "metrics_bytes"):
+        s.pop(key)
+    s["config"]["train"] = {k: v for k, v in s["config"]["train"].items() if k not in ("out_dir", "resume")}
+    return s
+
+
+@pytest.fixture(scope="session")
+def whole(corpus, tmp_path_factory):
+    """A run of 60 steps that nobody disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    log = train(corpus, out, "--max_iters=60")
+    return out, log.stdout
+
+
+def test_what_a_run_leaves_behind(whole, corpus):
+    out, log = whole
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert {"run_id", "git_commit", "config_hash", "hook_list", "command", "config", "versions", "device", "dataset", "data_sha256",
+            "seed", "n_params"} <= set(run)
+    lines = metrics(out)
+    training, evaluations = [x for x in lines if "train_loss" in x], [x for x in lines if "val_loss" in x]
+    assert [x["step"] for x in training] == list(range(5, 61, 5)) and [x["step"] for x in evaluations] == list(range(0, 61, 10))
+    assert all({"step", "tokens", "time_s", "train_loss", "lr", "grad_norm", "tokens_per_s"} == set(x) for x in training)
+    assert all({"step", "tokens", "time_s", "val_loss", "sample_text"} == set(x) for x in evaluations)
+    assert all(a["time_s"] <= b["time_s"] for a, b in zip(lines, lines[1:])) and lines[0]["tokens"] == 0 and lines[-1]["tokens"] == 60 * 4 * 32
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5 # it learns
+    for file, step in (("ckpt.pt", 60), ("ckpt.prev.pt", 50), ("best.pt", None)):
+        s = load_checkpoint(out / file)
+        assert step in (None, s["step"]) and {"model", "optimizer", "config", "tokenizer", "step", "random"} <= set(s)
+        assert torch.load(out / file, weights_only=True).keys() == s.keys() # an ordinary .pt file
+    assert GPT.from_checkpoint(out / "ckpt.pt").num_params() == run["n_params"]
+    assert "device cpu" in log and "dtype float32" in log and "compile off" in log and "MFU" not in log
+
+
+def test_validation_loss_is_the_whole_split(whole, corpus):
+    """Recomputed token by token from the shard's bytes."""
+    out, _ = whole
+    model = GPT.from_checkpoint(out / "ckpt.pt")
+    ids = torch.frombuffer(bytearray((corpus / "data/play/val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16).long()
+    total = 0.0
+    for i in range(0, len(ids) - 1, 32):
+        x, y = ids[i : i + 32][: len(ids) - 1 - i], ids[i + 1 : i + 33]
+        total += torch.nn.functional.cross_entropy(model(x[None], y[None])[0][0], y, reduction="sum").item()
+    assert metrics(out)[-1]["val_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("cosine", lambda f: 1e-3 + (1e-2 - 1e-3) * 0.5 * (1 + math.cos(math.pi * f))), ("linear", lambda f: 1e-2 + f * (1e-3 - 1e-2)),
+    ("wsd", lambda f: 1e-2 if f < 0.8 else 1e-3 + (1 - f) / 0.2 * (1e-2 - 1e-3)), ("constant", lambda f: 1e-2)])
+def test_learning_rate(schedule, expected, corpus, tmp_path):
+    train(corpus, tmp_path / "o", "--max_iters=25", "--log_interval=1", f"--schedule={schedule}", "--min_lr=1e-3", "--eval_interval=99",
+          "--sample_tokens=0", "--eval_iters=1")
+    for line in (x for x in metrics(tmp_path / "o") if "lr" in x):
+        update = line["step"] - 1 # counted from 0
+        want = 1e-2 * (update + 1) / 6 if update < 5 else expected((update - 5) / 20)
+        assert line["lr"] == pytest.approx(want), line
+
+
+def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
+    for out, flags in (("a", ["--batch_size=4"]), ("b", ["--batch_size=2", "--gradient_accumulation_steps=2"])):
+        train(corpus, tmp_path / out, "--max_iters=10", "--dropout=0.0", "--eval_iters=2", *flags)
+    a, b = (load_checkpoint(tmp_path / o / "ckpt.pt")["model"] for o in "ab")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+# --- resume ---
+
+
+def test_resume_after_any_kill_is_bit_exact(whole, corpus, tmp_path):
+    """kill -9 at 20 random moments, through one run: weights, moments, random states and metrics end as if nothing had happened."""
+    out, rng, kills = tmp_path / "killed", random.Random(7), 0
+    flags = ["--max_iters=60", "--checkpoint_interval=3"]
+    train(corpus, tmp_path / "calm", *flags)
+    while True:
+        resume = ["--resume"] if out.exists() else []
+        process = subprocess.Popen(command(corpus, out, *flags, *resume), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if kills < 20:
+            # a moment of the training itself, after a random number of lines; saving, evaluating and logging all fall in it
+            for _ in range(rng.randint(12 if resume else 20, 26)):
+                process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+            process.stdout.read()
+            if process.returncode == 0 or (out / "ckpt.pt").exists() and load_checkpoint(out / "ckpt.pt")["step"] > 48:
+                # nearly done: go back to the checkpoint of an earlier life, as if the machine had been replaced
+                for f in ("ckpt.pt", "ckpt.prev.pt"):
+                    (out / f).unlink(missing_ok=True)
+        else:
+            log, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, log
+            break
+    assert same(state(tmp_path / "calm"), state(out))
+    assert timeless(tmp_path / "calm") == timeless(out)
+    assert same(state(whole[0])["model"], state(out)["model"]) # and how often it was saved does not matter
+
+
+def test_resume_with_more_steps_and_without_repeating_the_settings(corpus, tmp_path):
+    for out, first in (("a", "--max_iters=40"), ("b", "--max_iters=20")):
+        train(corpus, tmp_path / out, first, "--lr_decay_iters=40")
+    flags = [f"--out_dir={tmp_path / 'b'}", "--resume", "--max_iters=40", f"--data_dir={corpus / 'data'}"]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "max_iters was 20 before this resume" in done.stdout, done.stdout + done.stderr
+    a, b = state(tmp_path / "a"), state(tmp_path / "b")
+    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+
+
+@pytest.mark.parametrize("damage", ("flip", "cut", "empty"))
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(damage, whole, corpus, tmp_path):
+    out = tmp_path / "out"
+    subprocess.run(["cp", "-r", whole[0], out], check=True)
+    raw = bytearray((out / "ckpt.pt").read_bytes())
+    if damage == "flip":
+        raw[len(raw) // 2] ^= 1
+    (out / "ckpt.pt").write_bytes({"flip": raw, "cut": raw[:-100], "empty": b""}[damage])
+    done = train(corpus, out, "--max_iters=60", "--resume")
+    assert f"WARNING: {out / 'ckpt.pt'} is" in done.stdout and "RESUMING from" in done.stdout and "ckpt.prev.pt, step 50" in done.stdout
+    assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
+
+
+def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
+    save_checkpoint(tmp_path / "c.pt", {"model": {"w": torch.arange(40.0)}, "step": 3})
+    raw = (tmp_path / "c.pt").read_bytes()
+    assert load_checkpoint(tmp_path / "c.pt")["step"] == 3
+    for i in range(0, len(raw)):
+        damaged = bytearray(raw)
+        damaged[i] ^= 1 << (i % 8)
+        (tmp_path / "d.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match="d.pt is"):
+            load_checkpoint(tmp_path / "d.pt")
+    for n in range(0, len(raw), 13):
+        (tmp_path / "d.pt").write_bytes(raw[:n])
+        with pytest.raises(ValueError, match="d.pt is"):
+            load_checkpoint(tmp_path / "d.pt")
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    save_checkpoint(tmp_path / "bomb.pt", {"model": Bomb()}) # with a good seal: what a malicious author would send
+    with pytest.raises(Exception, match="[Ww]eights"):
+        load_checkpoint(tmp_path / "bomb.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def full(state, part):
+        with open(part, "wb") as f:
+            f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_a_second_run_in_the_folder_keeps_the_first(corpus, tmp_path):
+    out = tmp_path / "o"
+    train(corpus, out, "--max_iters=5")
+    first = (out / "ckpt.pt").read_bytes()
+    assert "moved to" in train(corpus, out, "--max_iters=5").stdout
+    assert (out / "previous/ckpt.pt").read_bytes() == first
+
+
+# --- signals, and numbers that are no numbers ---
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_resume_goes_on(number, code, whole, corpus, tmp_path):
+    out = tmp_path / "o"
+    process = subprocess.Popen(command(corpus, out, "--max_iters=60"), stdout=subprocess.PIPE, text=True)
+    while "step     15/" not in (line := process.stdout.readline()):
+        assert line, "ended before step 15"
+    process.send_signal(number)
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "finishing this step, then saving" in log
+    assert 15 <= load_checkpoint(out / "ckpt.pt")["step"] < 60
+    train(corpus, out, "--max_iters=60", "--resume")
+    assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
+
+
+SABOTAGE = """
+import sys, runpy, torch
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+import model, torch.nn.functional as F
+real, calls = F.cross_entropy, [0]
+def cross_entropy(*a, **k):
+    calls[0] += torch.is_grad_enabled()
+    loss = real(*a, **k)
+    return loss * float("{bad}") if torch.is_grad_enabled() and calls[0] in {steps} else loss
+F.cross_entropy = cross_entropy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def sabotaged(corpus, out, bad, steps, *flags):
+    script = SABOTAGE.format(root=str(ROOT), bad=bad, steps=steps)
+    return subprocess.run([sys.executable, "-c", script, *command(corpus, out, *flags)[1:]], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("bad", ("nan", "inf"))
+def test_a_non_finite_batch_is_skipped(bad, corpus, tmp_path):
+    """The 4th batch is poison: the weights after 4 steps are those after 3."""
+    out = tmp_path / "o"
+    done = sabotaged(corpus, out, bad, {4}, "--max_iters=4", "--checkpoint_interval=3")
+    assert done.returncode == 0 and "BATCH SKIPPED (1 so far)" in done.stdout, done.stdout + done.stderr
+    before, after = load_checkpoint(out / "ckpt.prev.pt"), load_checkpoint(out / "ckpt.pt")
+    assert (before["step"], after["step"], after["skipped"]) == (3, 4, 1)
+    assert same(before["model"], after["model"]) and same(before["optimizer"]["state"], after["optimizer"]["state"])
+
+
+def test_many_non_finite_batches_stop_the_run(corpus, tmp_path):
+    done = sabotaged(corpus, tmp_path / "o", "nan", set(range(4, 99)), "--max_iters=60", "--checkpoint_interval=3")
+    assert done.returncode == 1 and "6 non-finite batches in a row" in done.stderr
+    assert load_checkpoint(tmp_path / "o/ckpt.pt")["step"] <= 10 # and what was saved is finite
+    assert all(v.isfinite().all() for v in load_checkpoint(tmp_path / "o/ckpt.pt")["model"].values())
+
+
+def test_a_failing_compiler_is_said_aloud(corpus, tmp_path):
+    script = ("import sys, runpy, torch\nsys.argv = sys.argv[1:]\n"
+              "def broken(model): raise RuntimeError('no compiler here')\ntorch.compile = broken\n"
+              f"sys.path.insert(0, {str(ROOT)!r})\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", script, *command(corpus, tmp_path / "o", "--max_iters=3", "--compile=true")[1:]],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "torch.compile FAILED, TRAINING IN EAGER MODE: RuntimeError: no compiler here" in done.stdout

@@ -1,0 +1,493 @@
+"""
+Trains a model.py on a dataset of data.py. Settings first, then one loop, top to bottom.
+
+  python train.py config/train_shakespeare_diffmla.py
+  python train.py config/train_shakespeare_diffmla.py --n_layer=6 --out_dir=out/deeper      any setting, also of the model
+  python train.py --out_dir=out/deeper --resume                                             goes on exactly where it was
+
+out_dir afterwards: run.json (what ran), metrics.jsonl (what it measured), ckpt.pt (the newest state), ckpt.prev.pt (the
+one before), best.pt (the lowest validation loss). A run is a pure function of its settings, the torch version, the device
+and the number of threads: killed at any moment and resumed, it ends in the same bits.
+"""
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import sys
+import time
+import uuid
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+import data
+from configurator import UserError, configure, git_commit, user_errors
+from model import GPT, GPTConfig, load_checkpoint, previous_checkpoint, save_checkpoint
+from optim import build_optimizer
+
+# --- run ---
+out_dir = "out" # everything the run writes goes here
+resume = False # go on from the newest good checkpoint in out_dir; settings not given again are taken from it
+seed = 1337 # initial weights, dropout and the order of the data
+# --- data ---
+dataset = "shakespeare" # a name under data_dir, a known dataset (python data.py list), or a path to text; prepared if missing
+tokenizer = "" # char | ascii | byte | gpt2 | FILE.json; empty: as the data was prepared, else char
+data_dir = "data" # where prepared datasets and downloads live
+val_fraction = 0.1 # last part of the text, kept for validation (used when train.py prepares the data)
+offline_dataset = "" # taken instead, aloud, when dataset has to be downloaded and cannot be; empty: stop
+# --- optimization ---
+batch_size = 16 # sequences per forward
+gradient_accumulation_steps = 1 # forwards per optimizer step
+max_iters = 2000 # optimizer steps
+optimizer = "adamw" # adamw
+learning_rate = 1e-3 # peak
+weight_decay = 0.1 # on matrices and embeddings
+beta1 = 0.9 # Adam's decay of the first moment
+beta2 = 0.99 # Adam's decay of the second moment
+grad_clip = 1.0 # largest norm of the gradient; 0 = no clipping
+schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, then linear over the last fifth) | constant
+warmup_iters = 100 # steps of linear warm-up
+lr_decay_iters = 0 # step at which min_lr is reached; 0 = max_iters
+min_lr = 1e-4 # final learning rate
+# --- evaluation and logging ---
+eval_interval = 250 # steps between evaluations
+eval_iters = 0 # random batches per evaluation; 0 = the whole validation split
+log_interval = 10 # steps between lines of the log
+checkpoint_interval = 0 # steps between checkpoints; 0 = eval_interval
+sample_prompt = "\n" # continued at each evaluation
+sample_tokens = 100 # length of that continuation; 0 = none
+# --- machine ---
+device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | cuda:1 | mps
+dtype = "auto" # auto | float32 | bfloat16 | float16
+compile = "auto" # torch.compile: auto (where it pays back within the run) | true | false
+
+given = configure(globals(), GPTConfig)
+SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
+FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "dtype"} # a resumed run cannot change these, nor the model
+LOCAL = {"out_dir", "resume", "device", "data_dir"} # these are the command line's, not the checkpoint's
+MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run's folder, and the checkpoint to go on from
+
+
+def own_folder(path):
+    """Make the folder and lock it: two runs in one folder would mix their files. The lock ends with the process."""
+    os.makedirs(path, exist_ok=True)
+    lock = open(os.path.join(path, "lock"), "a", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass # Windows has no fcntl: there the folder is not guarded
+    except BlockingIOError:
+        raise UserError(f"another train.py is writing to {path}; wait for it, or choose another --out_dir") from None
+    return lock
+
+
+def newest_good(path):
+    """The newest checkpoint that is whole, or None if there is none at all. Damage is said aloud, never skipped in silence."""
+    found = [p for p in (path, previous_checkpoint(path)) if os.path.exists(p)]
+    for p in found:
+        try:
+            state = load_checkpoint(p)
+        except ValueError as error:
+            print(f"WARNING: {error}", flush=True)
+            continue
+        print(f"RESUMING from {p}, step {state['step']}")
+        return state
+    if found:
+        raise UserError(f"no checkpoint in {out_dir} is whole; start again without --resume (the old files are kept in {out_dir}/previous)")
+    print(f"NOTHING TO RESUME in {out_dir} yet: starting at step 0")
+    return None
+
+
+def set_aside(path):
+    """A fresh run in a used folder: what the last one left is moved to previous/, one generation of it."""
+    old = [f for f in os.listdir(path) if f.endswith((".pt", ".json", ".jsonl"))]
+    if old:
+        shutil.rmtree(os.path.join(path, "previous"), ignore_errors=True)
+        os.makedirs(os.path.join(path, "previous"))
+        for f in old:
+            os.replace(os.path.join(path, f), os.path.join(path, "previous", f))
+        print(f"{path} held an earlier run: moved to {path}/previous")
+
+
+def adopt(saved):
+    """Settings of the checkpoint, where the command line does not say otherwise; refuse what would make it another run."""
+    was = {**saved["train"], **saved["model"]}
+    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in given.items() if k in {*FIXED, *saved["model"]} and was[k] != v]
+    if clash:
+        raise UserError(f"cannot resume with another {', '.join(clash)}\ndrop it, or train anew in another --out_dir")
+    for k, v in saved["train"].items():
+        if k in given and k not in LOCAL and v != given[k]:
+            print(f"{k} was {v!r} before this resume")
+        elif k not in LOCAL:
+            globals()[k] = v
+
+
+if resume and not os.path.isdir(out_dir):
+    raise UserError(f"nothing to resume: there is no folder {out_dir}\ndrop --resume, or name the run's folder with --out_dir")
+with user_errors():
+    lock = own_folder(out_dir)
+checkpoint_path = os.path.join(out_dir, "ckpt.pt")
+checkpoint = newest_good(checkpoint_path) if resume else None
+if checkpoint:
+    adopt(checkpoint["config"])
+elif not resume:
+    set_aside(out_dir)
+
+for bad, sentence in [
+    (min(batch_size, gradient_accumulation_steps, eval_interval, log_interval) < 1,
+     "batch_size, gradient_accumulation_steps, eval_interval and log_interval must be at least 1"),
+    (min(max_iters, warmup_iters, lr_decay_iters, eval_iters, checkpoint_interval, sample_tokens) < 0,
+     "max_iters, warmup_iters, lr_decay_iters, eval_iters, checkpoint_interval and sample_tokens must not be negative"),
+    (not 0 <= seed < 2**32, f"seed={seed} must be in [0, 2**32)"),
+    (learning_rate <= 0, f"learning_rate={learning_rate} must be above 0"),
+    (min_lr > learning_rate or min_lr < 0, f"min_lr={min_lr} must be between 0 and learning_rate={learning_rate}"),
+    (min(weight_decay, grad_clip) < 0, "weight_decay and grad_clip must not be negative"),
+    (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f"beta1={beta1} and beta2={beta2} must be in [0, 1)"),
+    (schedule not in ("cosine", "linear", "wsd", "constant"), f"schedule={schedule!r} is not one of: cosine, linear, wsd, constant"),
+    (dtype not in ("auto", "float32", "bfloat16", "float16"), f"dtype={dtype!r} is not one of: auto, float32, bfloat16, float16"),
+    (compile.lower() not in ("auto", "true", "false"), f"compile={compile!r} is not one of: auto, true, false"),
+]:
+    if bad:
+        raise UserError(sentence)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the machine
+
+
+def choose_device():
+    if device != "auto":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"device={device!r} cannot be used: {reason}\nuse --device=auto, or cpu") from None
+        return device, "as asked"
+    if torch.cuda.is_available():
+        return "cuda", "auto: a CUDA GPU is there"
+    if torch.backends.mps.is_available():
+        return "mps", "auto: no CUDA, but Apple's GPU"
+    return "cpu", "auto: no CUDA, no MPS"
+
+
+def choose_dtype():
+    if dtype != "auto":
+        if dtype == "float16" and kind == "cpu":
+            raise UserError("dtype=float16 needs a GPU: its gradients underflow without a loss scaler\nuse --dtype=float32 or bfloat16")
+        return dtype, "as asked"
+    if kind != "cuda":
+        return "float32", "auto: half precision is no faster there at these widths"
+    if torch.cuda.is_bf16_supported():
+        return "bfloat16", "auto: the GPU has it"
+    return "float16", "auto: the GPU has no bfloat16; with a loss scaler"
+
+
+def choose_compile(model, tokens):
+    """Compiling costs about a minute; used where the time it saves is twice that, by a fixed estimate, so that resume agrees."""
+    if compile != "auto":
+        return compile.lower() == "true", "as asked"
+    speed, saves = {"cuda": (5e13, 0.4), "cpu": (1e11, 0.2)}.get(kind, (1, 0)) # FLOP/s in eager mode, share of time saved
+    gain = saves * model.flops_per_token() * tokens / speed
+    return gain > 110, f"auto: about {gain:.0f} s to gain, 55 s to compile"
+
+
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+        "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12} # dense half-precision FLOP/s, from the makers' data sheets
+
+device, device_reason = choose_device()
+kind = torch.device(device).type
+dtype, dtype_reason = choose_dtype()
+device_name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
+peak = next((flops for name, flops in PEAK.items() if name in device_name), 0) if kind == "cuda" and dtype != "float32" else 0
+autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
+torch.set_float32_matmul_precision("high") # TF32 where a GPU has it; no effect on a CPU
+print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def get_data(name):
+    """The dataset, prepared first if it is not there."""
+    if name not in data.prepared(data_dir):
+        name = data.prepare(name, tokenizer=tokenizer or "char", data_dir=data_dir, val_fraction=val_fraction).name
+    found = data.load(name, data_dir)
+    has = found.tokenizer.name if found.tokenizer else "none"
+    if tokenizer and not tokenizer.endswith(".json") and has != tokenizer:
+        raise UserError(f"{found.folder} was prepared with tokenizer={has}, not {tokenizer}\n"
+                        f"drop --tokenizer, or run: python data.py prepare {name} --tokenizer={tokenizer}")
+    return found
+
+
+try:
+    corpus = get_data(dataset)
+except data.DownloadError as error:
+    if not offline_dataset:
+        raise
+    print(f"{error}\n\n*** {dataset.upper()} CANNOT BE DOWNLOADED: TRAINING ON {offline_dataset.upper()} INSTEAD. ITS LOSSES DO NOT COMPARE. ***\n")
+    corpus = get_data(offline_dataset)
+if corpus.tokenizer and sample_tokens and (not sample_prompt or corpus.tokenizer.unknown(sample_prompt)):
+    if "sample_prompt" in given:
+        raise UserError(f"sample_prompt={sample_prompt!r} is empty or has characters that {corpus.name} does not have; change it")
+    sample_prompt = corpus.tokenizer.decode([int(corpus.train.shards[0][0])]) # a text without a newline: begin as it begins
+print(f"data {corpus.name}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, vocabulary {corpus.vocab_size:,}")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model and optimizer
+
+for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two for code that a user may add
+    seeding(seed)
+with user_errors():
+    fields = checkpoint["config"]["model"] if checkpoint else {"vocab_size": corpus.vocab_size, **{k: given[k] for k in given if k not in SETTINGS}}
+    config = GPTConfig(**fields)
+    if config.vocab_size < corpus.vocab_size:
+        raise UserError(f"vocab_size={config.vocab_size} is smaller than the {corpus.vocab_size} of {corpus.name}; drop --vocab_size")
+    corpus.train.batch(0, 1, config.block_size, seed), next(corpus.val.windows(config.block_size, 1)) # refuse too short a text now
+    model = GPT(config).to(device)
+    opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+
+tokens_per_step = batch_size * gradient_accumulation_steps * config.block_size
+flops_per_step = model.flops_per_token() * tokens_per_step
+print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps")
+
+
+def random_states():
+    """Every generator that a step may draw from. numpy's arrays as tensors: that is what weights_only loads."""
+    name, keys, *rest = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if kind == "cuda" else [],
+            "python": random.getstate(), "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
+
+
+def restore_random_states(s):
+    torch.set_rng_state(s["torch"])
+    if kind == "cuda" and s["cuda"]:
+        torch.cuda.set_rng_state_all(s["cuda"])
+    random.setstate(s["python"])
+    name, keys, *rest = s["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+run = {"run_id": uuid.uuid4().hex, "step": 0, "evaluated": -1, "best": math.inf, "skipped": 0, "time_s": 0.0, "metrics_bytes": 0}
+if checkpoint:
+    if checkpoint["data_sha256"] != corpus.sha256:
+        raise UserError(f"cannot resume: {data_dir}/{corpus.name} is not the data this run was trained on; prepare it as before")
+    model.load_state_dict(checkpoint["model"])
+    opt.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    restore_random_states(checkpoint["random"])
+    run = {k: checkpoint[k] for k in run}
+checkpoint = None # frees its memory
+
+settings = {k: globals()[k] for k in SETTINGS}
+run_config = {"train": settings, "model": asdict(config)}
+
+
+def snapshot():
+    """The complete state after `step` steps; what resume needs and what sample.py needs."""
+    return {**run, "model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "config": run_config,
+            "tokenizer": corpus.tokenizer.to_dict() if corpus.tokenizer else None, "data_sha256": corpus.sha256, "random": random_states()}
+
+
+def save(path, keep_previous):
+    """True if written. A full disk must not end a run: the old checkpoint stays, the next interval tries again."""
+    try:
+        save_checkpoint(path, snapshot(), keep_previous)
+        return True
+    except (OSError, RuntimeError) as error: # torch.save reports a full disk as a RuntimeError
+        free = shutil.disk_usage(out_dir).free
+        print(f"WARNING: {path} WAS NOT WRITTEN ({error}); {free:,} bytes are free. The one before is kept; training goes on.", flush=True)
+        return False
+
+
+about = {"run_id": run["run_id"], "git_commit": git_commit(),
+         "config_hash": hashlib.sha256(json.dumps(run_config, sort_keys=True).encode()).hexdigest()[:16], "hook_list": [],
+         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]), "config": run_config,
+         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+         "device": {"kind": kind, "name": device_name, "dtype": dtype, "threads": torch.get_num_threads()},
+         "dataset": corpus.name, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params()}
+with user_errors():
+    with open(os.path.join(out_dir, "run.json"), "w", encoding="utf-8") as f:
+        json.dump(about, f, indent=1)
+    metrics = open(os.path.join(out_dir, "metrics.jsonl"), "a", encoding="utf-8")
+    metrics.truncate(run["metrics_bytes"]) # lines behind the checkpoint will be written again, by the same steps
+
+
+def log(**line):
+    metrics.write(json.dumps(line) + "\n")
+    metrics.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# helpers of the loop
+
+
+def lr_at(step):
+    """Learning rate of the step-th update, step from 0: linear warm-up, then the schedule down to min_lr."""
+    end = lr_decay_iters or max_iters
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if schedule == "constant":
+        return learning_rate
+    done = min(1.0, (step - warmup_iters) / max(1, end - warmup_iters)) # 0 after warm-up, 1 at the end
+    left = {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done, "wsd": min(1.0, (1 - done) / 0.2)}[schedule]
+    return min_lr + left * (learning_rate - min_lr)
+
+
+@torch.no_grad()
+def evaluate():
+    """Mean cross-entropy in nats per token: every target of the validation split once, or eval_iters random batches."""
+    model.eval()
+    if eval_iters:
+        batches = (corpus.val.batch(i, batch_size, config.block_size, seed) for i in range(eval_iters))
+    else:
+        batches = corpus.val.windows(config.block_size, batch_size)
+    total, count = 0.0, 0
+    for x, y in batches:
+        with autocast:
+            _, losses = model(x.to(device), y.to(device)) # never the compiled one: odd last batches would compile again
+        total, count = total + losses["ce"].item() * y.numel(), count + y.numel()
+    model.train()
+    return total / count
+
+
+def write_sample():
+    """Text from the model as it stands, always with the same random numbers: a generator of its own leaves training's alone."""
+    if not (corpus.tokenizer and sample_tokens):
+        return {}
+    prompt = torch.tensor(corpus.tokenizer.encode(sample_prompt).astype(np.int64), device=device)[None]
+    with autocast:
+        ids = model.generate(prompt, sample_tokens, generator=torch.Generator(device).manual_seed(seed))
+    return {"sample_text": corpus.tokenizer.decode(ids[0].tolist())}
+
+
+def next_batch(step):
+    """The micro-batches of a step: its data is a function of (seed, step) alone."""
+    x, y = corpus.train.batch(step, batch_size * gradient_accumulation_steps, config.block_size, seed)
+    if kind == "cuda":
+        x, y = x.pin_memory(), y.pin_memory()
+    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    return list(zip(x.split(batch_size), y.split(batch_size)))
+
+
+def gradient(micro_batches):
+    """Adds up the gradient of the mean loss over the micro-batches; returns that loss as a tensor."""
+    mean = 0.0
+    for x, y in micro_batches:
+        with autocast:
+            _, losses = step_model(x, y)
+        loss = losses["ce"] / gradient_accumulation_steps
+        scaler.scale(loss).backward()
+        mean = mean + loss.detach()
+    return mean
+
+
+def compiled_or_eager():
+    """The model as the loop calls it. A failing compiler is said aloud and costs the speed, not the run."""
+    wanted, reason = choose_compile(model, tokens_per_step * max_iters)
+    print(f"compile {'on' if wanted else 'off'} ({reason})")
+    if not wanted:
+        return model
+    try:
+        faster = torch.compile(model)
+        x, y = next_batch(0)[0]
+        with torch.random.fork_rng(), autocast: # the trial must not move dropout's generator
+            faster(x, y)[1]["ce"].backward()
+        opt.zero_grad()
+        return faster
+    except Exception as error: # whatever the compiler raises, eager mode computes the same
+        print(f"WARNING: torch.compile FAILED, TRAINING IN EAGER MODE: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        opt.zero_grad()
+        return model
+
+
+caught = [] # signals that asked to stop
+
+
+def on_signal(number, frame):
+    caught.append(number)
+    signal.signal(number, signal.SIG_DFL) # a second one ends the process at once
+    print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, on_signal)
+clock = time.monotonic() - run["time_s"] # of training; evaluation moves it on
+step_model = compiled_or_eager()
+skipped_in_a_row, saved_ok, window_time, window_steps = 0, True, clock + run["time_s"], 0
+model.train()
+while True:
+    step = run["step"]
+
+    # once in a while: validation loss over the whole split, a sample, the best model
+    if (step % eval_interval == 0 or step == max_iters) and step != run["evaluated"] and not caught:
+        paused = time.monotonic()
+        val_loss, sample = evaluate(), write_sample()
+        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=val_loss, **sample)
+        print(f"step {step}: val loss {val_loss:.4f}" + (f"   {sample['sample_text']!r}" if sample else ""), flush=True)
+        run |= {"evaluated": step, "time_s": paused - clock, "metrics_bytes": os.path.getsize(metrics.name)}
+        if val_loss < run["best"]:
+            run["best"] = val_loss
+            save(os.path.join(out_dir, "best.pt"), keep_previous=False)
+        clock += time.monotonic() - paused
+        window_time += time.monotonic() - paused
+
+    # once in a while, and at the end: the checkpoint
+    done = caught or step == max_iters
+    if done or (step and step % (checkpoint_interval or eval_interval) == 0):
+        run |= {"time_s": time.monotonic() - clock, "metrics_bytes": os.path.getsize(metrics.name)}
+        saved_ok = save(checkpoint_path, keep_previous=True)
+    if done:
+        break
+
+    # one step
+    lr = lr_at(step)
+    for group in opt.param_groups:
+        group["lr"] = lr
+    loss = gradient(next_batch(step))
+    scaler.unscale_(opt)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    loss = float(loss)
+    if math.isfinite(loss) and math.isfinite(norm):
+        scaler.step(opt)
+        skipped_in_a_row = 0
+    else: # neither the weights nor the optimizer's moments ever see it
+        run["skipped"] += 1
+        skipped_in_a_row += 1
+        print(f"step {step}: loss {loss}, gradient norm {norm}: BATCH SKIPPED ({run['skipped']} so far)", flush=True)
+        if skipped_in_a_row > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
+            print(f"stopped: {skipped_in_a_row} non-finite batches in a row. Lower --learning_rate or use --dtype=float32; "
+                  f"{checkpoint_path} holds the last saved state.", file=sys.stderr)
+            sys.exit(1)
+    scaler.update()
+    opt.zero_grad(set_to_none=True)
+    run["step"], window_steps = step + 1, window_steps + 1
+
+    # a line of the log
+    if run["step"] % log_interval == 0 or run["step"] == max_iters:
+        now = time.monotonic()
+        rate = window_steps / max(now - window_time, 1e-9) # steps per second since the last line
+        window_time, window_steps = now, 0
+        log(step=run["step"], tokens=run["step"] * tokens_per_step, time_s=round(now - clock, 3), train_loss=loss, lr=lr, grad_norm=norm,
+            tokens_per_s=round(rate * tokens_per_step))
+        mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
+        print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s{mfu}"
+              f"  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)
+
+print(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}, saved in {out_dir}"
+      + (f", {run['skipped']} batches skipped" if run["skipped"] else ""))
+sys.exit(128 + caught[0] if caught else 0 if saved_ok else 1)
