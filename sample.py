@@ -1,0 +1,154 @@
+"""
+Prompt in, text out, from a checkpoint that train.py left behind (the tokenizer is inside it).
+
+  python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:"
+  python sample.py --out_dir=out/shakespeare_diffmla --num_samples=4 --temperature=0.8 --top_p=0.95
+  python sample.py --out_dir=out/shakespeare_diffmla --interactive        a prompt a line; `temperature=0.5` changes it; quit
+"""
+import os
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+
+from configurator import UserError, configure, user_errors
+from data import tokenizer_from_dict
+from model import GPT, GPTConfig, check_sampling, load_checkpoint, previous_checkpoint
+
+out_dir = "out" # folder of the run
+start = "\n" # the prompt; FILE:prompt.txt reads it from a file
+num_samples = 1 # continuations of the same prompt, drawn as one batch
+max_new_tokens = 500 # length of each
+temperature = 0.8 # below 1 sharper, above 1 wilder, 0 always the likeliest token
+top_k = 0 # keep only the k likeliest tokens; 0 = all
+top_p = 1.0 # keep the likeliest tokens that hold this share of the probability
+min_p = 0.0 # keep tokens of at least this share of the likeliest one's probability
+seed = 1337 # of the draws: the same seed writes the same text
+interactive = False # ask for prompts until `quit`
+device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
+
+ADJUSTABLE = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "max_new_tokens": int} # at the prompt
+
+
+def load(folder, device):
+    """Model, tokenizer, dtype and a line about the best checkpoint in the folder, or the newest if there is no best one yet."""
+    newest = os.path.join(folder, "ckpt.pt")
+    found = [p for p in (os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)) if os.path.exists(p)]
+    if not found:
+        raise UserError(f"there is no checkpoint in {folder}\ntrain first (python train.py ... --out_dir={folder}), or name another --out_dir")
+    damage = []
+    for path in found:
+        try:
+            state = load_checkpoint(path)
+            break
+        except ValueError as error:
+            damage.append(str(error))
+    else:
+        raise UserError(f"{damage[0]}\nno checkpoint in {folder} is whole: train again")
+    for line in damage:
+        print(f"WARNING: {line}", file=sys.stderr)
+    if state["tokenizer"] is None:
+        raise UserError(f"{path} was trained on tokens without a tokenizer, so it can write no text\nprepare the data with data.py")
+    model = GPT(GPTConfig(**state["config"]["model"]))
+    model.load_state_dict(state["model"])
+    about = f"{path}: {state['config']['model']['attention']}, {model.num_params():,} parameters, step {state['step']}"
+    return model.to(device).eval(), tokenizer_from_dict(state["tokenizer"]), state["config"]["train"]["dtype"], about
+
+
+def encode(text):
+    """Prompt -> ids (1, T). UserError for an empty one, and for characters that the model has never seen."""
+    if not text:
+        raise UserError('the prompt is empty; give at least one character, such as --start="\\n"')
+    if unknown := tokenizer.unknown(text):
+        raise UserError(f"the prompt has characters that the model does not know: {' '.join(map(repr, unknown[:10]))}\nwrite it without them")
+    ids = torch.tensor([int(i) for i in tokenizer.encode(text)], device=device)[None]
+    L = model.config.block_size
+    if ids.size(1) > L:
+        print(f"the prompt has {ids.size(1)} tokens, the model reads at most the last {L}", file=sys.stderr)
+    return ids
+
+
+def safe(text):
+    """Without control characters: model output must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or ord(c) >= 32 and not 127 <= ord(c) < 160)
+
+
+def continue_one(ids):
+    """Streams one continuation as it is drawn. Half a character (a token may end inside one) waits for its rest."""
+    written, shown = [], ""
+    for new in model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p, generator):
+        if new.item() == tokenizer.eot:
+            break
+        written.append(new.item())
+        text = safe(tokenizer.decode(written))
+        if not text.endswith("\ufffd"):
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print(safe(tokenizer.decode(written))[len(shown):])
+    return len(written)
+
+
+def continue_many(ids):
+    """num_samples continuations in one batch, printed one below the other."""
+    stop = () if tokenizer.eot is None else (tokenizer.eot,)
+    out = model.generate(ids.expand(num_samples, -1), max_new_tokens, temperature, top_k, top_p, min_p, generator, stop)
+    for row in out[:, ids.size(1):].tolist():
+        end = row.index(tokenizer.eot) if tokenizer.eot in row else len(row)
+        print(safe(tokenizer.decode(row[:end])) + "\n---------------")
+    return num_samples * (out.size(1) - ids.size(1))
+
+
+def answer(text):
+    ids = encode(text)
+    with user_errors():
+        check_sampling(ids, temperature, top_k, top_p, min_p)
+    began = time.perf_counter()
+    print(safe(text), end="", flush=True)
+    with autocast:
+        count = (continue_one if num_samples == 1 else continue_many)(ids)
+    print(f"{count} tokens, {count / (time.perf_counter() - began):.0f} tokens/s; {about}", file=sys.stderr)
+
+
+def adjust(line):
+    """`temperature=0.5` typed at the prompt. True if the line was such a setting."""
+    name, equals, value = (part.strip() for part in line.partition("="))
+    if not equals or name not in ADJUSTABLE:
+        return False
+    try:
+        globals()[name] = ADJUSTABLE[name](value)
+        print(f"{name} = {globals()[name]}")
+    except ValueError:
+        print(f"error: {name} must be {ADJUSTABLE[name].__name__}, as in {name}={globals()[name]}")
+    return True
+
+
+def converse():
+    print(f"a prompt a line; {', '.join(ADJUSTABLE)} can be set, as in temperature=0.5; quit ends")
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if line.strip() == "quit":
+            return
+        if line and not adjust(line):
+            try:
+                answer(line)
+            except UserError as error: # a slip costs the line, not the conversation
+                print(f"error: {error}")
+
+
+configure(globals())
+if device == "auto":
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+if num_samples < 1 or max_new_tokens < 1:
+    raise UserError("num_samples and max_new_tokens must be at least 1")
+with user_errors():
+    if start.startswith("FILE:"):
+        start = open(start[5:], encoding="utf-8").read()
+    model, tokenizer, dtype, about = load(out_dir, device)
+    generator = torch.Generator(device).manual_seed(seed)
+half = device.startswith("cuda") and dtype != "float32"
+autocast = torch.autocast("cuda", getattr(torch, dtype)) if half else nullcontext()
+converse() if interactive else answer(start)
