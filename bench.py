@@ -1,0 +1,183 @@
+"""
+Every speed and size that the README reports, as named suites.
+
+  python bench.py                       all suites: a few minutes on 2 cores
+  python bench.py train --rounds=21     one of them
+
+  train      forward, backward and optimizer step of each attention choice, against mha of the same widths
+  decode     tokens/s of one sequence at full context: with the cache, against reading the context again for every token
+  kv_cache   bytes of the cache per token, as the tensors report them
+
+Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one call each per round; the
+figure is the median over the rounds, the ratio the median of the ratios within a round (a busy machine slows both sides).
+The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
+"""
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+
+import torch
+
+from configurator import UserError, configure, git_commit
+from model import GPT, GPTConfig
+from optim import build_optimizer
+
+rounds = 11 # turns of each arm
+batch_size = 8 # sequences per step (train)
+block_size = 128 # tokens per sequence (train)
+device = "auto" # auto | cpu | cuda
+save = True # write bench_results/<device>.json
+
+ARMS = {"mha": {}, "mla": {"attention": "mla"}, "diff v1": {"attention": "diff", "diff_form": "v1"}, "diff v2": {"attention": "diff"},
+        "diff_mla v1": {"attention": "diff_mla", "diff_form": "v1"}, "diff_mla v2": {"attention": "diff_mla"}}
+SMALL = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=128, qk_norm=True) # train_shakespeare_*
+CHAR = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256) # nanoGPT's 10.65M character model
+
+
+def hardware():
+    """(file name, description) of the device the figures come from, read from it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name().replace(" ", "_"), torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+    return f"{name}_{torch.get_num_threads()}_threads".replace(" ", "_"), f"{name}, {torch.get_num_threads()} threads"
+
+
+def timed(f):
+    """Seconds of one call, the device's work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    f()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def in_turn(arms, warm=2):
+    """{name: function} -> {name: (median seconds, median ratio to the first arm, lowest and highest ratio)}."""
+    for f in arms.values():
+        for _ in range(warm):
+            f()
+    times = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, f in arms.items():
+            times[name].append(timed(f))
+    base = next(iter(times.values()))
+    ratios = {name: [t / b for t, b in zip(ts, base)] for name, ts in times.items()}
+    return {name: (statistics.median(ts), statistics.median(ratios[name]), min(ratios[name]), max(ratios[name])) for name, ts in times.items()}
+
+
+def row(name, value, unit, baseline=None, ratio=None, low=None, high=None):
+    spread = f"   ({low:.2f} to {high:.2f})" if low is not None else ""
+    print(f"  {name:<28}{value:>12,.2f} {unit:<14}" + (f"{ratio:>8.2f} x {baseline}{spread}" if baseline else ""))
+    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
+
+
+def build(**config):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**config)).to(device)
+
+
+def train():
+    """Forward, backward and update timed apart, each in turn over the arms."""
+    idx = torch.randint(65, (batch_size, block_size), device=device)
+    print(f"train: 4 layers of 128, 4 heads, batch {batch_size} x {block_size}, fp32, eager")
+    parts = {"forward": {}, "backward": {}, "update": {}, "step": {}}
+    for name, choice in ARMS.items():
+        model = build(**SMALL, block_size=block_size, **choice)
+        opt = build_optimizer(model, "adamw", 1e-3, 0.1, (0.9, 0.99))
+
+        def update(model=model, opt=opt):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+
+        def step(model=model, opt=opt, update=update):
+            model(idx, idx)[1]["ce"].backward()
+            update()
+            opt.zero_grad()
+
+        graph = model(idx, idx)[1]["ce"] # backward is timed on one graph that is kept
+        parts["forward"][name] = lambda model=model: model(idx, idx)
+        parts["backward"][name] = lambda graph=graph: graph.backward(retain_graph=True)
+        parts["update"][name] = update
+        parts["step"][name] = step
+    return [row(f"{name} {part}", 1e3 * median, "ms", "mha", ratio, low, high)
+            for part, arms in parts.items() for name, (median, ratio, low, high) in in_turn(arms).items()]
+
+
+def decode():
+    """Greedy tokens behind 200 tokens of context, so that no window slides; the same ids are written by all calls of an arm."""
+    print("decode: 6 layers of 384, 6 heads, context 200 to 232 of 256, batch 1, fp32, eager; baseline: mha without a cache")
+    idx, new, results = torch.randint(65, (1, 200), device=device), 32, []
+    arms = {"mha, no cache": lambda m=build(**CHAR): m.generate(idx, 4, temperature=0, use_cache=False)}
+    for name, choice in ARMS.items():
+        latent = dict(kv_rank=96, rope_dim=32) if "mla" in name else {}
+        arms[name] = continuing(build(**CHAR, **choice, **latent).eval(), idx, new)
+    for name, (median, _, _, _) in in_turn(arms).items():
+        rate = (4 if "no cache" in name else new) / median
+        base = results[0]["value"] if results else rate
+        results.append(row(name, rate, "tokens/s", "mha, no cache", rate / base))
+    return results
+
+
+def continuing(model, idx, new):
+    """A function that writes `new` greedy tokens behind a prompt that has been read: what tokens cost, without the prompt."""
+    cache = model.new_cache(1)
+
+    @torch.no_grad()
+    def write():
+        cache.truncate(min(cache.length, idx.size(1) - 1))
+        token = idx[:, cache.length :] # the whole prompt the first time, its last token from then on
+        for _ in range(new):
+            token = model(token, cache=cache)[0][:, -1:].argmax(-1)
+
+    return write
+
+
+def kv_cache():
+    print("kv_cache: 6 layers, 6 heads of 64, latent 96 with a rotary key of 32, fp32")
+    results = []
+    for name, choice in ARMS.items():
+        cache = build(**CHAR, **choice, **(dict(kv_rank=96, rope_dim=32) if "mla" in name else {})).new_cache(1)
+        per_token = cache.nbytes() / cache.capacity
+        base = results[0]["value"] if results else per_token
+        results.append(row(name, per_token, "bytes/token", "mha", per_token / base))
+    return results
+
+
+SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache}
+
+
+def keep(file, name, description, results):
+    """Figures of this suite into the device's file; those of other suites stay."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench_results", f"{file}.json")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    kept = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
+    kept[name] = {"device": description, "commit": git_commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                  "rounds": rounds, "results": results}
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(kept, f, indent=1)
+
+
+if __name__ == "__main__":
+    words = [a for a in sys.argv[1:] if not a.startswith("-")]
+    configure(globals(), argv=[a for a in sys.argv[1:] if a.startswith("-")])
+    if unknown := [w for w in words if w not in SUITES]:
+        raise UserError(f"no suite {unknown[0]!r}; there is: {', '.join(SUITES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if rounds < 1 or batch_size < 1 or block_size < 1:
+        raise UserError("rounds, batch_size and block_size must be at least 1")
+    file, description = hardware()
+    print(f"{description}, torch {torch.__version__}, {rounds} rounds")
+    for name in words or SUITES:
+        results = SUITES[name]()
+        if save:
+            keep(file, name, description, results)
+        print(json.dumps({"suite": name, "device": description, "results": results}))

@@ -1,0 +1,33 @@
+# A latent-attention model on GPT-2 tokens: 8 layers of 768, 12 heads of 64, queries and keys through latents of 384,
+# SwiGLU of 3072. Half of each head is rotated, and all heads share one rotary key: 416 numbers a token are cached, where
+# its source, with a rotary key per head, caches 1,152 and plain attention 1,536.
+# python train.py config/optimus_mla.py --dataset=path/to/text                       149M parameters: it wants a GPU
+
+out_dir = "out/optimus_mla"
+dataset = "shakespeare"
+tokenizer = "gpt2"
+data_dir = "data/gpt2" # beside the char version of the same text
+offline_dataset = "pystdlib"
+
+n_layer = 8
+n_head = 12
+n_embd = 768
+attention = "mla"
+q_rank = 384
+kv_rank = 384
+rope_dim = 32
+mlp_hidden = 3072
+activation = "silu"
+glu = True
+tie_embeddings = False
+dropout = 0.15
+block_size = 64
+init_std = 0.02
+
+batch_size = 64
+max_iters = 8400
+warmup_iters = 840
+learning_rate = 1e-3
+min_lr = 0.0
+beta2 = 0.999
+weight_decay = 0.01

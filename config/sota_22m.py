@@ -1,0 +1,28 @@
+# A Llama-style model of 22,551,040 parameters: RMSNorm, RoPE, SwiGLU, untied head, vocabulary of 2048.
+# python train.py config/sota_22m.py --dataset=path/to/text
+# Constant learning rate, as its source trains it. It wants a GPU; on characters most of its vocabulary is idle.
+
+out_dir = "out/sota_22m"
+dataset = "shakespeare"
+offline_dataset = "pystdlib"
+vocab_size = 2048
+
+n_layer = 6
+n_head = 8
+n_embd = 512
+mlp_hidden = 1536 # 8/3 of 512, rounded up to a multiple of 256
+block_size = 128
+activation = "silu"
+glu = True
+tie_embeddings = False
+dropout = 0.1
+init_std = 0.02
+
+batch_size = 32
+max_iters = 5000
+schedule = "constant"
+warmup_iters = 0
+learning_rate = 3e-4
+min_lr = 3e-4
+beta2 = 0.999
+weight_decay = 0.1

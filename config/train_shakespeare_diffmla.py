@@ -1,0 +1,27 @@
+# The main job: differential latent attention on TinyShakespeare's characters, about 0.8M parameters, sized for 2 CPU cores.
+# python train.py config/train_shakespeare_diffmla.py
+# README.md has its losses, beside the plain twin of the same budget (train_shakespeare_mha.py).
+
+out_dir = "out/shakespeare_diffmla"
+dataset = "shakespeare"
+tokenizer = "char"
+offline_dataset = "pystdlib"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+attention = "diff_mla"
+kv_rank = 48
+rope_dim = 16
+qk_norm = True
+zero_init = True
+
+batch_size = 8
+max_iters = 1100
+learning_rate = 2e-3
+schedule = "linear"
+warmup_iters = 50
+min_lr = 0.0
+beta2 = 0.99
+weight_decay = 0.1
