@@ -1,0 +1,146 @@
+"""
+Ordinary slips, each through the real command: exit code 2, at most three lines on stderr, and among them the way out.
+All commands run once, two at a time (each imports torch), then every slip is judged by itself.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=2 --sample_tokens=4".split()
+PLAY = ["--dataset=play", *SMALL]
+
+# command line, what the message must hold. {d} is the folder that `world` fills.
+SLIPS = {
+    "misspelt setting": ("train.py --learning_rat=1e-3", "learning_rate"),
+    "misspelt setting in a file": ("train.py {d}/typo.py", "learning_rate"),
+    "word for a number": ("train.py --n_layer=two", "must be an int"),
+    "number with a fraction": ("train.py --batch_size=1.5", "must be an int"),
+    "wrong type in a file": ("train.py {d}/type.py", "must be an int"),
+    "no such config": ("train.py config/train_shakespeare_diffmlaa.py", "train_shakespeare_diffmla.py"),
+    "config with a syntax error": ("train.py {d}/syntax.py", "SyntaxError"),
+    "config that raises": ("train.py {d}/raises.py", "ZeroDivisionError"),
+    "one dash": ("train.py -n_layer=2", "two dashes"),
+    "no value": ("train.py --n_layer", "needs a value"),
+    "setting without dashes": ("train.py n_layer=2", "--n_layer=2"),
+    "unknown dataset": ("train.py --dataset=shakespear", "shakespeare"),
+    "empty text": ("train.py --dataset={d}/empty.txt", "is empty"),
+    "text shorter than block_size": ("train.py --dataset={d}/short.txt", "lower --block_size"),
+    "text that is no UTF-8": ("train.py --dataset={d}/latin.txt", "iconv"),
+    "folder without text": ("train.py --dataset={d}/nothing", "no text files"),
+    "no network and no fallback": ("train.py --dataset=shakespeare --data_dir={d}/offline", "DATA_MIRROR"),
+    "unknown tokenizer": ("train.py --dataset={d}/play.txt --data_dir={d}/new --tokenizer=bert", "char, ascii, gpt2, byte"),
+    "another tokenizer than the data's": ("train.py --tokenizer=byte", "prepare play --tokenizer=byte"),
+    "truncated shard": ("train.py --dataset=cut", "prepare the dataset again"),
+    "width not divisible": ("train.py --n_embd=15 --n_head=2", "not divisible by n_head=2"),
+    "unknown attention": ("train.py --attention=flash", "mha, mla, diff, diff_mla"),
+    "unknown activation": ("train.py --activation=swish", "gelu, silu, relu2"),
+    "knob without its owner": ("train.py --kv_rank=8", "needs attention=mla"),
+    "dropout of 150%": ("train.py --dropout=1.5", "[0, 1)"),
+    "vocabulary too small": ("train.py --vocab_size=3", "drop --vocab_size"),
+    "no GPU there": ("train.py --device=cuda", "--device=auto"),
+    "no such device": ("train.py --device=abacus", "--device=auto"),
+    "unknown dtype": ("train.py --dtype=fp16", "float32, bfloat16, float16"),
+    "fp16 on a CPU": ("train.py --dtype=float16 --device=cpu", "bfloat16"),
+    "unknown compile": ("train.py --compile=maybe", "auto, true, false"),
+    "unknown schedule": ("train.py --schedule=step", "cosine, linear, wsd, constant"),
+    "unknown optimizer": ("train.py --optimizer=sgdd", "adamw"),
+    "no batch": ("train.py --batch_size=0", "at least 1"),
+    "negative learning rate": ("train.py --learning_rate=-1", "above 0"),
+    "negative seed": ("train.py --seed=-1", "[0, 2**32)"),
+    "unknown character in sample_prompt": ("train.py --sample_prompt=Ж", "sample_prompt"),
+    "out_dir below a file": ("train.py --out_dir={d}/play.txt/out", "play.txt"),
+    "out_dir is a file": ("train.py --out_dir={d}/play.txt", "play.txt"),
+    "resume without a run": ("train.py --resume --out_dir={d}/nowhere", "drop --resume"),
+    "resume another model": ("train.py --resume --out_dir={d}/run --n_layer=3", "n_layer was 1, now 3"),
+    "resume another seed": ("train.py --resume --out_dir={d}/run2 --seed=5", "seed was 1337, now 5"),
+    "resume on other data": ("train.py --resume --out_dir={d}/run3 --dataset=other", "is not the data"),
+    "resume from nothing whole": ("train.py --resume --out_dir={d}/broken", "start again without --resume"),
+    "two runs in one folder": ("train.py --out_dir={d}/locked", "another train.py"),
+    "sample before training": ("sample.py --out_dir={d}/nowhere", "train first"),
+    "unknown characters in a prompt": ("sample.py --out_dir={d}/run --start=Жar", "'Ж'"),
+    "empty prompt": ("sample.py --out_dir={d}/run --start=", "the prompt is empty"),
+    "prompt file not there": ("sample.py --out_dir={d}/run --start=FILE:{d}/none.txt", "none.txt"),
+    "negative temperature": ("sample.py --out_dir={d}/run --temperature=-1", "0 is greedy"),
+    "top_p of 2": ("sample.py --out_dir={d}/run --top_p=2", "(0, 1]"),
+    "no samples": ("sample.py --out_dir={d}/run --num_samples=0", "at least 1"),
+    "foreign checkpoint": ("sample.py --out_dir={d}/foreign", "train again"),
+    "no command": ("data.py", "prepare SOURCE"),
+    "misspelt command": ("data.py prepar shakespeare", "prepare"),
+    "verify what is not there": ("data.py verify nowhere", "prepare"),
+    "verify what is damaged": ("data.py verify cut", "prepare the dataset again"),
+    "line that is no JSON": ("data.py prepare {d}/bad.jsonl", "line 2 is not JSON"),
+    "validation share of 2": ("data.py prepare {d}/play.txt --val_fraction=2", "val_fraction=2"),
+    "model without heads": ("model.py --n_head=0", "at least 1"),
+    "unknown suite": ("bench.py speed", "train, decode, kv_cache"),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with the things that slips are made of: texts, configs, a finished run, a damaged one, a locked one."""
+    d = tmp_path_factory.mktemp("world")
+    files = {"play.txt": "to be or not to be, that is the question\n" * 60, "other.txt": "neither a borrower nor a lender be\n" * 60,
+             "cut.txt": "all the world is a stage\n" * 60, "short.txt": "abcdefgh", "empty.txt": "", "bad.jsonl": '{"text": "a"}\nno\n',
+             "typo.py": "learning_rat = 1e-3", "type.py": "n_layer = 'two'", "syntax.py": "n_layer = = 2", "raises.py": "n_layer = 1 // 0"}
+    for name, text in files.items():
+        (d / name).write_text(text, encoding="utf-8")
+    (d / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 50)
+    for folder in ("nothing", "foreign", "broken", "locked"):
+        (d / folder).mkdir()
+    torch.save({"model": {}, "iter_num": 5}, d / "foreign/ckpt.pt")
+    (d / "broken/ckpt.pt").write_bytes(b"not a checkpoint at all")
+    for name in ("play", "other", "cut"):
+        subprocess.run([sys.executable, ROOT / "data.py", "prepare", d / f"{name}.txt", f"--data_dir={d / 'data'}"], check=True, cwd=d)
+    shard = d / "data/cut/train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    subprocess.run([sys.executable, ROOT / "train.py", *PLAY, f"--out_dir={d / 'run'}", f"--data_dir={d / 'data'}"], check=True, cwd=d)
+    for copy in ("run2", "run3"): # commands that run side by side must not wait for one another's lock
+        shutil.copytree(d / "run", d / copy)
+    return d
+
+
+def run_slip(line, d):
+    script, *args = line.format(d=d).split(" ")
+    if script in ("train.py", "data.py") and not any(a.startswith("--data_dir") for a in args) and args:
+        args = [*args, f"--data_dir={d / 'data'}"]
+    if script == "train.py":
+        given = {a.split("=")[0] for a in args}
+        defaults = [f"--out_dir={d / 'out' / str(abs(hash(line)))}", *PLAY] if "--resume" not in args else []
+        args += [a for a in defaults if a.split("=")[0] not in given]
+    env = {k: v for k, v in os.environ.items() if k != "DATA_MIRROR"}
+    env |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": ""} # no network, no GPU
+    return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True, cwd=ROOT, env=env, timeout=60, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def outcomes(world):
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX);"
+                               "print('held', flush=True); time.sleep(600)", world / "locked/lock"], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(SLIPS, pool.map(lambda slip: run_slip(slip[0], world), SLIPS.values())))
+    holder.kill()
+    return done
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_ends_with_the_way_out(name, outcomes):
+    done = outcomes[name]
+    assert done.returncode == 2, done.stdout + done.stderr
+    message = done.stderr.strip().splitlines()
+    assert message[0].startswith("error: ") and len(message) <= 3, done.stderr
+    assert SLIPS[name][1] in done.stderr, done.stderr
+
+
+def test_nothing_is_lost(outcomes, world):
+    """After all those slips the finished run is as it was."""
+    assert json.loads((world / "run/run.json").read_text(encoding="utf-8"))["seed"] == 1337
+    assert (world / "run/ckpt.pt").exists() and not (world / "run/previous").exists()
