@@ -1,0 +1,695 @@
+"""
+Text in, batches out: tokenizers, downloads, binary token shards and the batch loader of nanoSLM.
+
+How to read it: the tokenizers turn text into ids, read_source finds the text, prepare writes the ids as shards, load opens them, and
+Tokens cuts batches from them. fetch gets what must come from the network. The command line stands at the end:
+
+    python data.py prepare shakespeare                 # or pystdlib, or a path: a text file, a .jsonl file, a folder of text files
+    python data.py prepare book.txt --tokenizer=gpt2   # char (default), ascii, gpt2, byte, or a tokenizer saved as FILE.json
+    python data.py verify shakespeare                  # reads every byte: sizes, hashes, ids
+    python data.py list                                # what is known and what is prepared
+
+A dataset is a folder data/NAME/, and nothing in it is a pickle:
+    train_000000.bin, val_000000.bin    256 int32 (magic, version, token count, zeros), then the tokens: what llm.c and modded-nanogpt read
+    meta.json                           source, whole tokenizer, split, the hash of every shard
+
+B rows of a batch   T block_size   N tokens of a shard   an "id" is a token's number, 0 <= id < vocab_size
+"""
+import contextlib, difflib, functools, hashlib, json, os, random, re, shutil, sys, sysconfig, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+import urllib3 # comes with requests; some of its errors pass through
+
+from configurator import UserError, configure
+
+# --- settings of the command line ---
+tokenizer = "char" # char, ascii, gpt2, byte, or the path of a tokenizer saved as FILE.json
+val_fraction = 0.1 # share of the characters, from the end of the text, that becomes the validation split
+data_dir = "data" # folder of prepared datasets and of downloaded files
+
+# Private names, because configure() takes every public number or text for a setting.
+_FORMAT = 1 # of meta.json; to be raised by a change that makes older folders unreadable
+_HEADER = 1024 # bytes: 256 int32
+_SHARD = 100_000_000 # tokens in a file at most, as llm.c has it: 200 MB in uint16
+_TRIES, _DEADLINE, _PATIENCE = 3, 600, 30 # of a download: attempts, seconds in all, seconds that a busy server may ask us to wait
+_TIMEOUT = (10, 30) # seconds to connect, seconds without a byte
+WIDTHS = {(20240520, 1): "<u2", (20240801, 7): "<u4"} # (magic, version) -> type of a token; the second is llm.c's form for Llama 3
+
+# --- tokenizers ---
+
+class Tokenizer:
+    """What every tokenizer has: name, vocab_size, encode(text) -> array of ids, decode(ids) -> text, and these."""
+    eot = None # the id that separates documents; without one it is a newline
+
+    def __init__(self, char_to_id=None, data_dir="data"):
+        self.data_dir = data_dir
+
+    def to_dict(self):
+        """What tokenizer_from_dict() needs to make it again, ready for JSON."""
+        return {"name": self.name}
+
+    def unknown(self, text):
+        """The distinct characters of text that have no id."""
+        return []
+
+    def checked(self, ids):
+        """Ids from a list, array or tensor as a flat int64 array. UserError for one that is out of range: numpy would wrap -1 silently."""
+        ids = np.asarray(ids.cpu() if torch.is_tensor(ids) else ids, dtype=np.int64).reshape(-1)
+        if len(bad := ids[(ids < 0) | (ids >= self.vocab_size)]):
+            raise UserError(f"cannot decode id {bad[0]}: this {self.name} tokenizer has 0 to {self.vocab_size - 1}; use the model's own")
+        return ids
+
+class CharTokenizer(Tokenizer):
+    """One id per character, as in nanoGPT's shakespeare_char. A character that the text did not have is a UserError."""
+    name = "char"
+
+    def __init__(self, char_to_id, data_dir="data"):
+        if not char_to_id or set(map(repr, char_to_id.values())) != set(map(str, range(len(char_to_id)))):
+            raise UserError("the tokenizer's char_to_id must give each character an id of its own: 0, 1, 2 ... without a hole")
+        chars = {char: i for char, i in char_to_id.items() if char not in ("<PAD>", "<UNK>")}
+        self.char_to_id, self.vocab_size = char_to_id, len(char_to_id)
+        # Two tables make encode and decode one numpy look-up each, instead of a Python loop over the characters.
+        self.ids = np.full(max(map(ord, chars), default=0) + 2, -1, np.int32) # code point -> id; the last entry is for all beyond
+        self.points = np.full(self.vocab_size, 0xFFFD, "<u4") # id -> code point; U+FFFD shows an <UNK>
+        for char, i in chars.items():
+            self.ids[ord(char)], self.points[i] = i, ord(char)
+
+    def to_dict(self):
+        return {"name": self.name, "char_to_id": self.char_to_id, "id_to_char": {str(i): char for char, i in self.char_to_id.items()}}
+
+    def look_up(self, text):
+        """(code points, ids), both (len(text),), with id -1 for a character that has none."""
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4") # UTF-32 is the code points themselves
+        return points, self.ids[np.minimum(points, len(self.ids) - 1)]
+
+    def unknown(self, text):
+        points, ids = self.look_up(text)
+        return [chr(point) for point in np.unique(points[ids < 0])]
+
+    def encode(self, text):
+        ids = self.look_up(text)[1]
+        if (ids < 0).any():
+            raise UserError(f"the vocabulary of {self.vocab_size} characters lacks {listed(map(repr, self.unknown(text)))}\n"
+                            "leave them out, or prepare the data with a tokenizer that has them: --tokenizer=byte has all")
+        return ids.astype(token_type(self.vocab_size))
+
+    def decode(self, ids):
+        return self.points[self.checked(ids)].tobytes().decode("utf-32-le", "surrogatepass")
+
+class AsciiTokenizer(CharTokenizer):
+    """One table for every text: <PAD> 0, <UNK> 1, printable ASCII 2 to 96, newline 97, tab 98. Any other character becomes <UNK>."""
+    name = "ascii"
+
+    def __init__(self, char_to_id=None, data_dir="data"):
+        table = char_to_id or {"<PAD>": 0, "<UNK>": 1, **{chr(c): c - 30 for c in range(32, 127)}, "\n": 97, "\t": 98}
+        self.pad, self.unk = table["<PAD>"], table["<UNK>"]
+        # Some saved tables also give "\0" the id of <UNK>, as the character that stands in for it: one id, so one entry.
+        super().__init__({char: i for char, i in table.items() if char in ("<PAD>", "<UNK>") or i not in (self.pad, self.unk)})
+
+    def encode(self, text):
+        ids = self.look_up(text)[1]
+        return np.where(ids < 0, self.unk, ids).astype(token_type(self.vocab_size))
+
+    def decode(self, ids):
+        ids = self.checked(ids)
+        return super().decode(ids[ids != self.pad])
+
+class ByteTokenizer(Tokenizer):
+    """The bytes of UTF-8: any text, no vocabulary. A lone surrogate is encoded too (surrogatepass) but comes back as U+FFFD."""
+    name, vocab_size = "byte", 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype("<u2")
+
+    def decode(self, ids):
+        return self.checked(ids).astype(np.uint8).tobytes().decode("utf-8", "replace") # replace: a model may stop inside a character
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte pairs, by tiktoken. Its files are fetched at the first encode or decode: training on finished shards needs neither."""
+    name, eot, vocab_size = "gpt2", 50256, 50257
+    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    files = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5", # the hashes pin the vocabulary:
+             "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"} # to_dict() needs no more than the name
+
+    @functools.cached_property
+    def codec(self):
+        try:
+            import tiktoken # only here: who trains on characters does not need it
+        except ImportError as error:
+            raise UserError("the gpt2 tokenizer needs a package: pip install tiktoken (char, ascii and byte do without)") from error
+        # tiktoken's own download has no timeout. Its cache, with files named by the sha1 of their address, is filled before it looks.
+        cache = Path(self.data_dir) / "tiktoken"
+        for filename, sha256 in self.files.items():
+            cached = cache / hashlib.sha1((self.address + filename).encode()).hexdigest()
+            if not has_hash(cached, sha256):
+                found = fetch(self.address + filename, filename, sha256, self.data_dir)
+                with writing(cached): # by a name of our own, so that another process never reads half of it
+                    cache.mkdir(exist_ok=True)
+                    os.replace(shutil.copyfile(found, f"{cached}.{os.getpid()}"), cached)
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+        return tiktoken.get_encoding("gpt2")
+
+    def encode(self, text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") # a lone surrogate to U+FFFD, as tiktoken's encode does
+        # nothing disallowed: "<|endoftext|>" inside a document is text; it must not become the separator, nor raise
+        return self.codec.encode_to_numpy(text, disallowed_special=()).astype("<u2")
+
+    def decode(self, ids):
+        return self.codec.decode(self.checked(ids).tolist())
+
+TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, AsciiTokenizer, GPT2Tokenizer, ByteTokenizer)}
+
+def tokenizer_from_dict(d, data_dir="data"):
+    """The tokenizer that to_dict() described, or a table given as {"char_to_id", "id_to_char"} alone. UserError for anything else."""
+    try:
+        name = d["name"] if "name" in d else "ascii" if "<UNK>" in d["char_to_id"] else "char"
+        return TOKENIZERS[name](d.get("char_to_id"), data_dir)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"not a saved tokenizer: it needs a name ({', '.join(TOKENIZERS)}), or a char_to_id and id_to_char") from error
+
+def make_tokenizer(name, text_chars, data_dir="data"):
+    """The tokenizer called name, for a text with the characters text_chars. name may be a FILE.json, also another dataset's meta.json."""
+    if name in TOKENIZERS: # char: the sorted characters of the text, nanoGPT's vocabulary
+        return TOKENIZERS[name]({char: i for i, char in enumerate(sorted(set(text_chars)))} if name == "char" else None, data_dir)
+    if not name.endswith(".json") or not os.path.isfile(name):
+        raise UserError(f"no tokenizer {name!r}: choose {', '.join(TOKENIZERS)}, or a FILE.json that holds a saved one")
+    try:
+        saved = json.loads(read_text(name))
+        return tokenizer_from_dict(saved["tokenizer"] if isinstance(saved, dict) and "tokenizer" in saved else saved, data_dir)
+    except (ValueError, RecursionError) as error: # the JSON is none, or a UserError from the line above
+        raise UserError(f"{name}: {error}") from error
+
+# --- sources: where the text comes from, as a list of documents ---
+
+def read_text(path):
+    """The text of a UTF-8 file, without a byte order mark and with its line ends as they are. UserError if it is not UTF-8."""
+    try:
+        raw = Path(path).read_bytes() # bytes: reading as text would turn \r\n into \n
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}\n"
+                        "re-encode it; if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+def read_file(path):
+    """The documents of one file: the field "text" of every line of a .jsonl, else the whole text as one."""
+    if Path(path).suffix != ".jsonl":
+        return [read_text(path)]
+    documents = []
+    for number, line in enumerate(read_text(path).split("\n"), 1): # not splitlines: U+2028 may stand inside a JSON string
+        try:
+            documents += [json.loads(line)["text"] + ""] if line.strip() else [] # + "": a TypeError if it is no text
+        except (KeyError, TypeError) as error:
+            raise UserError(f'{path} line {number} has no text: every line must look like {{"text": "..."}}') from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is not JSON: {error}") from error
+    return documents
+
+def read_folder(folder):
+    """The documents of all text files below folder, sorted by path. Hidden files do not count."""
+    documents, left_out = [], []
+    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        if path.is_dir() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        try:
+            found = read_file(path)
+        except UserError:
+            if path.suffix in (".txt", ".md", ".py", ".jsonl"): # meant as text, so the user must know; a .png is not
+                raise
+            found = ["\0"]
+        if any("\0" in text for text in found): # a shard of small ids is valid UTF-8, but half of it is zero bytes
+            left_out.append(path.name)
+        else:
+            documents += found
+    if left_out:
+        print(f"left out, because not UTF-8 text: {listed(left_out)}")
+    if not documents:
+        raise UserError(f"{folder} has no text files: put .txt, .md, .py or .jsonl files there, or name another folder")
+    return documents
+
+def shakespeare(data_dir):
+    """TinyShakespeare: 1,115,394 characters of his plays, which nanoGPT trains on (a download of 1.1 MB)"""
+    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    return url, [read_text(fetch(url, "tinyshakespeare.txt", sha256, data_dir))]
+
+def pystdlib(data_dir):
+    """Python's own standard library, cut to TinyShakespeare's length so that one training budget fits both (no network)"""
+    raw = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: path.name)]
+    text = b"".join(part for part in raw if part.isascii()).decode("ascii").replace("\r\n", "\n")[:1_115_394]
+    if len(text) < 1_115_394:
+        raise UserError("this Python has no readable standard library: prepare a text file of your own instead")
+    return f"the standard library of Python {sys.version.split()[0]}", [text]
+
+DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib}
+
+def dataset_name(stem):
+    """stem as a folder name: letters of any script, digits and . _ - only, so that it cannot lead elsewhere."""
+    return re.sub(r"[^\w.-]+", "_", stem).strip("._-")[:100] or "text"
+
+def read_source(source, data_dir):
+    """(name of the dataset, where the text is from, documents) for a known dataset or a path. UserError if it is neither."""
+    if source in DATASETS:
+        return source, *DATASETS[source](data_dir)
+    path = Path(os.path.abspath(source)) # so that "." has a name
+    if source and path.is_dir():
+        return dataset_name(path.name), source, read_folder(Path(source))
+    if source and path.is_file():
+        return dataset_name(path.stem), source, read_file(source)
+    beside = [os.path.join(os.path.dirname(source), entry) for entry in os.listdir(path.parent)] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(source, [*DATASETS, *beside], n=3, cutoff=0.5)
+    raise UserError(f"no text file, folder or known dataset {source!r}\n{'nearest' if near else 'known'}: {listed(near or DATASETS)}")
+
+# --- small tools ---
+
+def token_type(vocab_size): return "<u2" if vocab_size <= 65536 else "<u4"
+
+def split_of(file): return "val" if "val" in file else "train"
+
+def hash_of_json(value): return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
+
+def has_hash(path, sha256): return path.is_file() and sha256_of(path) == sha256
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+def listed(names, limit=10):
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+@contextlib.contextmanager
+def writing(path):
+    """Says to a person that a disk is full or a folder read-only."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}\nfree some space, or choose another --data_dir") from error
+
+# --- prepare: text -> shards ---
+
+def split_documents(documents, val_fraction):
+    """(train, val) by characters: of one document nanoGPT's text[:int(n * 0.9)]. The document under the cut goes to both sides."""
+    cut = int(sum(map(len, documents)) * (1 - val_fraction))
+    train, val = [], []
+    for document in documents:
+        train.append(document[:cut])
+        val.append(document[cut:])
+        cut = max(cut - len(document), 0)
+    return [text for text in train if text], [text for text in val if text]
+
+def encode_all(documents, codec):
+    """The ids of all documents, (N,), with a separator between two."""
+    parts = [np.zeros(0, token_type(codec.vocab_size))]
+    for i, document in enumerate(documents):
+        if i:
+            parts.append(codec.encode("\n") if codec.eot is None else np.array([codec.eot], parts[0].dtype))
+        parts.append(codec.encode(document))
+    return np.concatenate(parts)
+
+def write_synced(path, content):
+    """Returns the sha256 of content once it is on the disk: the rename that follows must not be there before it."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+def write_split(folder, split, ids):
+    """ids, (N,), into as many shards as they need, at least one. Returns {file: its entry in meta.json}."""
+    entries = {}
+    for start in range(0, max(len(ids), 1), _SHARD):
+        part, file = ids[start:start + _SHARD], f"{split}_{len(entries):06d}.bin"
+        header = np.zeros(_HEADER // 4, "<i4")
+        header[:3] = *next(key for key in WIDTHS if WIDTHS[key] == ids.dtype), len(part)
+        entries[file] = {"tokens": len(part), "sha256": write_synced(folder / file, header.tobytes() + part.tobytes())}
+    return entries
+
+def write_dataset(folder, documents, codec, meta):
+    """All files of a dataset into folder. Returns meta, completed."""
+    shards = {}
+    for split, texts in zip(("train", "val"), split_documents(documents, meta["split"]["val_fraction"])):
+        shards |= write_split(folder, split, encode_all(texts, codec))
+    counts = count_tokens(shards)
+    if counts["train"] < 2:
+        raise UserError(f"{meta['source']['from']} gives {counts['train']} training tokens, a model needs at least 2: take a longer text")
+    meta = {**meta, "split": {**meta["split"], **counts}, "shards": shards}
+    meta["sha256"] = hash_of_json(meta) # of all the rest: one damaged letter in the tokenizer would spoil every sample in silence
+    write_synced(folder / "meta.json", (json.dumps(meta, indent=1) + "\n").encode("utf-8"))
+    return meta
+
+def count_tokens(shards):
+    return {split: sum(entry["tokens"] for file, entry in shards.items() if split_of(file) == split) for split in ("train", "val")}
+
+@contextlib.contextmanager
+def replacing(target):
+    """Gives a new folder that takes the place of target in the end. If anything goes wrong before, target is as it was."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
+    aside = temporary.with_suffix(".old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True) # in a container a killed run may have had our process id
+        temporary.mkdir(parents=True)
+        for left in target.parent.glob(f".{target.name}.*.new"): # of a run that was killed, if it has not been touched for an hour
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
+        yield temporary
+        if target.exists(): # rename does not replace a folder that has files
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(target, aside)
+        os.rename(temporary, target)
+    finally:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+def is_prepared(target, meta):
+    """Whether target already holds, undamaged, what meta describes. UserError if it holds files that replacing it would destroy."""
+    here = [path.name for path in target.iterdir()] if target.is_dir() else [target.name] if target.exists() else []
+    if others := [name for name in sorted(here) if not re.fullmatch(r"meta\.json|(train|val)_\d{6}\.bin", name)]:
+        raise UserError(f"{target} is to be replaced, but there are other files: {listed(others, 3)}\n"
+                        "move them elsewhere, or choose another folder with --data_dir")
+    try:
+        same = lambda m: [m["source"]["sha256"], m["tokenizer"], m["split"]["val_fraction"]]
+        return same(load(target.name, target.parent).meta) == same(meta) and bool(verify(target.name, target.parent))
+    except (UserError, KeyError): # not there, damaged, or from another program: to be written
+        return False
+
+def prepare(source, tokenizer="char", data_dir="data", val_fraction=0.1):
+    """Writes source, a known dataset or a path, as shards and meta.json, and returns their folder data_dir/NAME. Text and ids are held in
+    memory: 11 bytes per character measured for char, 7 byte, 5 gpt2. Raises UserError; an interrupted call leaves no half dataset."""
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1: the share of the text for validation, say 0.1")
+    name, origin, documents = read_source(str(source), data_dir)
+    documents = [text for text in documents if text]
+    if not documents:
+        raise UserError(f"{source} is empty: there is no text to prepare")
+    target = Path(data_dir) / name
+    chars = "".join(sorted(set().union(*documents, "\n" if len(documents) > 1 else ""))) # the newline: it goes between documents
+    codec = make_tokenizer(tokenizer, chars, data_dir)
+    codec.encode(chars) # a character without an id stops us now, not after an hour of encoding
+    text_hash = hashlib.sha256(b"\xff".join(text.encode("utf-8", "surrogatepass") for text in documents)) # 0xff: never in UTF-8
+    meta = {"format": _FORMAT, "name": name, "source": {"from": origin, "sha256": text_hash.hexdigest(), "documents": len(documents)},
+            "tokenizer": codec.to_dict(), "vocab_size": codec.vocab_size, "split": {"val_fraction": val_fraction}}
+    if is_prepared(target, meta):
+        print(f"{target} is prepared already, from the same text with the same tokenizer: nothing to do")
+        return target
+    if target.exists():
+        print(f"{target} holds other data, or damaged data, and is replaced")
+    with writing(target), replacing(target) as folder:
+        meta = write_dataset(folder, documents, codec, meta)
+    if lost := codec.unknown(chars):
+        print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
+    print(f"{target}: {summary(meta)}")
+    return target
+
+# --- load: shards -> batches ---
+
+def damaged(path, what):
+    return UserError(f"{path}: {what}\nrestore the file, or prepare the dataset again: python data.py prepare SOURCE")
+
+def open_shard(path, tokens=None):
+    """The ids in a file as a memory map, (N,). Checks size and header, and N if meta.json told it in tokens. Only a file that no meta.json
+    describes may lack the header, as nanoGPT's do: GPT-2's ids never look like one, since the first would be 55,432 of 50,257."""
+    if not path.is_file():
+        raise damaged(path, f"missing, expected a file of {tokens} tokens")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        magic, version, count = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
+    width = WIDTHS.get((magic, version))
+    if width is None and tokens is not None:
+        raise damaged(path, f"starts with {magic}, {version}, expected {' or '.join(f'{m}, {v}' for m, v in WIDTHS)}")
+    if width is None and (size == 0 or size % 2):
+        raise damaged(path, f"{size} bytes, expected 2 for each token (it has no header, as in nanoGPT)")
+    if width is None:
+        return np.memmap(path, "<u2", "r")
+    if count < 0 or tokens is not None and count != tokens:
+        raise damaged(path, f"the header counts {count} tokens, expected {'0 or more' if tokens is None else tokens}")
+    if size != (expected := _HEADER + count * np.dtype(width).itemsize):
+        raise damaged(path, f"{size} bytes, expected {expected} for {count} tokens")
+    return np.memmap(path, width, "r", offset=_HEADER, shape=(count,))
+
+def highest(shard, enough=2 ** 32):
+    """The highest id in a shard, -1 if it has none. Reads piece by piece, and no further than to one that is enough."""
+    top = -1
+    for start in range(0, len(shard), 2 ** 24):
+        top = max(top, int(shard[start:start + 2 ** 24].max()))
+        if top >= enough:
+            break
+    return top
+
+def read_meta(folder):
+    """The contents of meta.json, which carries its own hash; for a folder of nanoGPT or llm.c, what can be guessed without one."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return guess_meta(folder)
+    try:
+        meta = json.loads(path.read_bytes())
+        intact = hash_of_json({key: value for key, value in meta.items() if key != "sha256"}) == meta.get("sha256")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"cannot be read ({error})") from error
+    if meta.get("format") != _FORMAT:
+        raise damaged(path, f"has format {meta.get('format')!r}, expected {_FORMAT}")
+    if not intact:
+        raise damaged(path, "does not match the sha256 in it: it was damaged or edited")
+    return meta
+
+def guess_meta(folder):
+    """Says what it assumed, since a wrong guess would show only in the samples."""
+    shards = {path.name: open_shard(path) for path in sorted(folder.glob("*.bin")) if "train" in path.name or "val" in path.name}
+    if "train" not in map(split_of, shards):
+        raise UserError(f"{folder} has neither meta.json nor train.bin: make a dataset with python data.py prepare SOURCE")
+    top = max(highest(shard, enough=256) for shard in shards.values())
+    vocab_size, saved = (50257, {"name": "gpt2"}) if top > 255 else (top + 1, None)
+    print(f"{folder} has no meta.json: assumed vocab_size={vocab_size} and {'the gpt2' if saved else 'no'} tokenizer, by the highest id")
+    if (folder / "meta.pkl").exists():
+        print("its meta.pkl is a pickle, which may run any code when it is opened, and is not read. To have the tokenizer too:\n"
+              f"    python data.py prepare {folder / 'input.txt'}")
+    return {"source": {"from": str(folder)}, "tokenizer": saved, "vocab_size": vocab_size,
+            "shards": {file: {"tokens": len(shard)} for file, shard in shards.items()}}
+
+def load(name, data_dir="data"):
+    """Opens a prepared dataset and returns a Dataset. Quick: looks at sizes and headers; verify() reads all. Raises UserError."""
+    folder = Path(data_dir) / name
+    if name != dataset_name(name) or not folder.is_dir():
+        raise UserError(f"no dataset {name!r} in {data_dir}/, only: {listed(prepared(data_dir)) or 'none'}\n"
+                        f"to make one: python data.py prepare {name if name in DATASETS else 'shakespeare, or the path of a text'}")
+    meta, splits = read_meta(folder), {"train": [], "val": []}
+    for file, entry in sorted(meta["shards"].items()):
+        if os.path.basename(file) != file:
+            raise damaged(folder / "meta.json", f"names the file {file!r}, expected one in this folder")
+        splits[split_of(file)].append(open_shard(folder / file, entry["tokens"] if "sha256" in entry else None))
+    codec = tokenizer_from_dict(meta["tokenizer"], data_dir) if meta["tokenizer"] else None
+    train, val = (Tokens(shards, meta["vocab_size"], f"{split} split of {name}") for split, shards in splits.items())
+    return Dataset(name, folder, meta, codec, meta["vocab_size"], train, val)
+
+@dataclass
+class Dataset:
+    """What load returns. tokenizer is None if nobody knows it."""
+    name: str
+    folder: Path
+    meta: dict
+    tokenizer: object
+    vocab_size: int
+    train: "Tokens"
+    val: "Tokens"
+
+    @functools.cached_property
+    def sha256(self):
+        """Identifies the data: every shard and the tokenizer. Only shards of other programs must be read for it."""
+        shards = {file: entry.get("sha256") or sha256_of(self.folder / file) for file, entry in self.meta["shards"].items()}
+        return hash_of_json([shards, self.meta["tokenizer"]])
+
+class Tokens:
+    """One split: a list of memory-mapped shards. No window crosses from one shard into the next."""
+
+    def __init__(self, shards, vocab_size, label):
+        self.shards, self.vocab_size, self.label = shards, vocab_size, label
+
+    def __len__(self):
+        return sum(map(len, self.shards))
+
+    def batch(self, step, batch_size, block_size, seed):
+        """(x, y), both (B, T) int64, y one token ahead. A pure function of (seed, step), so resuming needs no saved position. Every legal
+        start is equally likely; a smaller batch is the first rows of a larger one. UserError if no shard has T + 1 tokens."""
+        if min(batch_size, block_size) < 1 or min(seed, step) < 0:
+            raise UserError(f"batch_size={batch_size}, block_size={block_size} must be at least 1; seed={seed}, step={step} at least 0")
+        starts = np.array([max(len(shard) - block_size, 0) for shard in self.shards], np.int64) # a window reads T + 1 ids
+        if starts.sum() == 0:
+            raise self.too_short(block_size)
+        picks = np.random.default_rng([seed, step]).integers(starts.sum(), size=batch_size) # (B,) in the starts of all shards, end to end
+        ends = np.cumsum(starts)
+        which = np.searchsorted(ends, picks, side="right") # (B,) shard of each row
+        first = picks - (ends - starts)[which] # (B,) position in that shard
+        rows = self.tensor(np.stack([self.shards[k][i:i + block_size + 1] for k, i in zip(which, first)])) # (B, T + 1)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def windows(self, block_size, batch_size):
+        """Yields (x, y), both (up to B, T) int64, that hold every target of the split exactly once, in order: N - 1 of each shard. What is
+        left after the full windows of a shard comes as one shorter row. UserError if the split has no target."""
+        if min(batch_size, block_size) < 1:
+            raise UserError(f"batch_size={batch_size}, block_size={block_size} must be at least 1")
+        if all(len(shard) < 2 for shard in self.shards):
+            raise self.too_short(1)
+        for shard in self.shards:
+            targets = max(len(shard) - 1, 0)
+            full = targets - targets % block_size
+            for start in range(0, full, batch_size * block_size):
+                yield self.window(shard, start, min(start + batch_size * block_size, full), block_size)
+            if full < targets:
+                yield self.window(shard, full, targets, targets - full)
+
+    def window(self, shard, start, end, width):
+        ids = self.tensor(shard[start:end + 1])
+        return ids[:-1].view(-1, width), ids[1:].view(-1, width) # (rows, width) each
+
+    def tensor(self, ids):
+        """ids as int64. One outside the vocabulary is refused here: inside the embedding it would be an IndexError, or crash a GPU."""
+        if (top := ids.max()) >= self.vocab_size:
+            raise UserError(f"{self.label}: id {top} found, expected ids below vocab_size={self.vocab_size}\n"
+                            "the shards do not belong to this tokenizer: see python data.py verify NAME, and prepare the dataset again")
+        return torch.from_numpy(ids.astype(np.int64))
+
+    def too_short(self, block_size):
+        n = max(map(len, self.shards), default=0) # of several shards the longest counts
+        lower = f"lower --block_size to {n - 1} or " if n > 1 else ""
+        more = "raise --val_fraction" if self.label.startswith("val") else "take a longer text"
+        return UserError(f"{self.label} has {n} tokens, block_size is {block_size}: {lower}{more}")
+
+# --- downloads ---
+
+class DownloadError(UserError):
+    """A file could not be had. Says from where, why, and what to do without a network."""
+
+def fetch(url, filename, sha256, data_dir="data"):
+    """The path of filename in data_dir, with the given sha256: it lies there, or in the folder DATA_MIRROR, or is downloaded.
+    Raises UserError if the name or the file there is wrong, DownloadError if it cannot be had."""
+    target = Path(data_dir) / filename
+    if not re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII) or target.resolve().parent != Path(data_dir).resolve():
+        raise UserError(f"{filename!r} is not the name of a file inside {data_dir}/: nothing was downloaded")
+    if has_hash(target, sha256):
+        return target
+    if target.exists(): # perhaps a text that someone has edited, so it is not overwritten
+        raise UserError(f"{target} has sha256 {sha256_of(target)}, expected {sha256}\n"
+                        "delete it to get it anew, or rename it and prepare it by its path")
+    part, mirrored = target.with_name(filename + ".part"), Path(os.environ.get("DATA_MIRROR") or data_dir) / filename # no mirror: no file
+    if mirrored.exists() and not has_hash(mirrored, sha256):
+        print(f"{mirrored} is not used: its sha256 is not {sha256}", file=sys.stderr)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if has_hash(mirrored, sha256):
+            shutil.copyfile(mirrored, part)
+        elif problem := download(url, part, sha256):
+            raise DownloadError(f"could not download {url}\n{problem}\n"
+                                f"put {filename} into {data_dir}/ or set DATA_MIRROR to a folder that has it, with sha256 {sha256[:12]}...")
+        os.replace(part, target) # whoever finds the file under its full name finds all of it
+    return target
+
+def download(url, part, sha256):
+    """url into part, continuing what an earlier call left there. Returns None, or what was wrong in the end."""
+    deadline, problem = time.monotonic() + _DEADLINE, None
+    for attempt in range(_TRIES if not has_hash(part, sha256) else 0): # 0: a run killed before the rename left all of it
+        try:
+            problem, pause = receive(url, part, deadline)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            # these messages nest several objects, and end with what a person needs
+            problem = " ".join(str(error).split("): ")[-1].strip("\"'()").split())[:160] or type(error).__name__
+            pause = None if "resolve" in problem or isinstance(error, ValueError) else 0 # an unknown host stays unknown
+        if has_hash(part, sha256): # asked of the bytes alone, whatever the server said about their number
+            print(f"{part.stem}: {part.stat().st_size:,} bytes from {url}", file=sys.stderr)
+            return None
+        if problem is None: # all came, and it is wrong: nothing to continue
+            problem = f"the {part.stat().st_size:,} bytes that came have sha256 {sha256_of(part)[:12]}..., expected {sha256[:12]}..."
+            part.unlink()
+        pause = pause or (pause == 0) * (0.5 * 2 ** attempt + random.SystemRandom().uniform(0, 0.2)) # random: not all clients at once
+        if not pause or attempt == _TRIES - 1 or time.monotonic() + pause > deadline:
+            break
+        time.sleep(pause)
+    return problem
+
+def receive(url, part, deadline):
+    """One request, appended to part. Returns (problem or None, seconds to wait: 0 for the usual, None if another attempt is no use)."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})} # identity: ranges count plain bytes
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+        status, more = response.status_code, response.status_code == 206
+        if have and status == 416: # there is nothing after what we have, so it was not the beginning of this file
+            part.unlink()
+            return f"the server cannot continue after {have} bytes", 0
+        if status not in (200, 206):
+            asked = response.headers.get("Retry-After", "")
+            wait = int(asked) if asked.isdigit() else 0 # its other form, a date, is rare and gets the usual pause
+            passes = status == 429 or status >= 500 # too many requests, or the server's own fault; what is 404 now will be 404 again
+            return f"the server answered {status} {response.reason}", wait if passes and wait <= _PATIENCE else None
+        with open(part, "ab" if more else "wb") as file: # 200 to a Range: the server ignored it and sends everything
+            while block := response.raw.read1(2 ** 16, decode_content=False): # read1 does not wait for more: a trickle meets the deadline
+                file.write(block)
+                if sys.stderr.isatty():
+                    print(f"{part.stem}: {file.tell():,} bytes", end="\r", file=sys.stderr) # the next print overwrites it
+                if time.monotonic() > deadline:
+                    return f"not finished after {_DEADLINE} seconds; the next call continues", None
+    return None, 0
+
+# --- command line ---
+
+def prepared(data_dir):
+    """The names of the folders in data_dir that look like datasets."""
+    folders = sorted(Path(data_dir).iterdir()) if Path(data_dir).is_dir() else []
+    return [f.name for f in folders if f.name[0] != "." and ((f / "meta.json").exists() or any(f.glob("*train*.bin")))]
+
+def summary(meta):
+    kind, counts = (meta["tokenizer"] or {"name": "unknown"})["name"], count_tokens(meta["shards"])
+    return f"tokenizer {kind}, vocab_size {meta['vocab_size']:,}, train {counts['train']:,} tokens, val {counts['val']:,} tokens"
+
+def verify(name, data_dir="data"):
+    """Reads all of a dataset. Returns a line for each file that is in order; UserError at the first that is not."""
+    dataset, lines = load(name, data_dir), []
+    for shard in dataset.train.shards + dataset.val.shards:
+        path = dataset.folder / Path(shard.filename).name
+        expected, actual = dataset.meta["shards"][path.name].get("sha256"), sha256_of(path)
+        if expected and actual != expected:
+            raise damaged(path, f"sha256 is {actual}, expected {expected}")
+        if (top := highest(shard)) >= dataset.vocab_size:
+            raise damaged(path, f"id {top} found, expected ids below vocab_size={dataset.vocab_size}")
+        lines.append(f"OK {path}: {len(shard):,} tokens, highest id {top}, sha256 {actual[:12]}{'' if expected else ' (none stored)'}")
+    return lines
+
+def show_list(data_dir):
+    print("known:")
+    for name, source in DATASETS.items():
+        print(f"  {name:<16} {source.__doc__}")
+    print(f"prepared in {data_dir}/:")
+    for name in prepared(data_dir):
+        try:
+            print(f"  {name:<16} {summary(load(name, data_dir).meta)}")
+        except UserError as error: # one damaged dataset must not hide the others
+            print(f"  {name:<16} {str(error).splitlines()[0]}")
+
+def main(argv):
+    first = next((i for i, arg in enumerate(argv) if arg.startswith("-")), len(argv)) # words, then options
+    asks_help = "--help" in argv or "-h" in argv
+    if asks_help:
+        print(__doc__)
+    configure(globals(), argv=argv[first:] if first or asks_help else []) # options without a verb before them: see usage
+    verbs, verb = {"prepare": 2, "verify": 2, "list": 1}, argv[0] if first else "" # number of words with the verb itself
+    if verbs.get(verb) != first:
+        near = [] if verb in verbs else difflib.get_close_matches(verb, verbs, n=1, cutoff=0.5)
+        raise UserError((f"no command {verb!r}, nearest: {near[0]}\n" if near else "")
+                        + "usage: python data.py prepare SOURCE | verify NAME | list, then --tokenizer=, --val_fraction=, --data_dir=")
+    if verb == "prepare":
+        prepare(argv[1], tokenizer, data_dir, val_fraction)
+    elif verb == "verify":
+        print("\n".join(verify(argv[1], data_dir)))
+    else:
+        show_list(data_dir)
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,756 @@
+"""data.py: nothing is lost on the way from text to batches, and every kind of damage is named before it is trained on."""
+import errno
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from configurator import UserError
+from data import DownloadError, Tokens, load, make_tokenizer, prepare, tokenizer_from_dict, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSE = "".join(f"line {i}: to be, or not to be?\n" for i in range(100))
+
+def wild(seed):
+    """Random characters from all of Unicode but the surrogates, with many of the troublesome ones."""
+    rng = random.Random(seed)
+    points = [p for p in (rng.choice([rng.randrange(128), rng.randrange(0x110000), 0xFEFF, 0x2028, 13, 10, 0]) for _ in range(300))]
+    return "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+
+NASTY = ["", "a", "\r\n\r", "\ufeffmark", "e\u0301 o\u0308", "\u05e2\u05d1\u05e8\u05d9\u05ea \u0645\u0631\u062d\u0628\u0627",
+         "\0\x01\x1b[2J", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0010ffff\ufffd\ufffe", "\u2028\u2029\x85",
+         "<|endoftext|> <PAD>", "  \t\n ", "z" * 1000, *map(wild, range(30))]
+
+def refused(call, *words, kind=UserError):
+    """call must raise for a person: at most three lines, with all the words in them."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 3 and all(str(word) in message for word in words), message
+    return message
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return path
+
+def made(tmp_path, content=VERSE, name="verse.txt", **kwargs):
+    """Prepares content as a file and loads it."""
+    return load(prepare(write(tmp_path / name, content), data_dir=tmp_path / "data", **kwargs).name, tmp_path / "data")
+
+def tokens(*lengths, vocab_size=1_000_000):
+    """Shard k holds 10,000 k, 10,000 k + 1, ...: every id tells where it lay."""
+    return Tokens([np.arange(10_000 * k, 10_000 * k + n, dtype=np.uint32) for k, n in enumerate(lengths)], vocab_size, "val split of it")
+
+def whole(split):
+    return np.concatenate(split.shards)
+
+# --- tokenizers ---
+
+@pytest.mark.parametrize("name", ["char", "byte"])
+def test_decode_of_encode_is_the_text(name):
+    for text in NASTY:
+        made = make_tokenizer(name, set(text + "a"))
+        again = tokenizer_from_dict(json.loads(json.dumps(made.to_dict())))
+        ids = made.encode(text)
+        assert made.decode(ids) == again.decode(torch.tensor(ids.astype(np.int64))) == again.decode(ids.tolist()) == text
+        assert (ids == again.encode(text)).all() and (ids < made.vocab_size).all()
+        assert made.unknown(text) == [] and again.vocab_size == made.vocab_size
+
+def test_lone_surrogates():
+    text = "a\ud800b\udfff\ud83d\ude00" # the last two are not the emoji that they would spell in UTF-16
+    char = make_tokenizer("char", text)
+    again = tokenizer_from_dict(json.loads(json.dumps(char.to_dict())))
+    assert char.decode(char.encode(text)) == again.decode(again.encode(text)) == text
+    byte = make_tokenizer("byte", "")
+    assert byte.decode(byte.encode("a\ud800b")) == "a\ufffd\ufffd\ufffdb"
+
+def test_char_ids_are_the_sorted_characters():
+    text = "hello, w\u00f6rld \U0001f600"
+    char = make_tokenizer("char", text)
+    assert char.encode(text).tolist() == [sorted(set(text)).index(c) for c in text]
+    assert char.vocab_size == len(set(text)) and char.eot is None
+
+def test_char_names_what_it_lacks():
+    char = make_tokenizer("char", "abc")
+    assert char.unknown("a\n\U0010ffffc\n") == ["\n", "\U0010ffff"]
+    refused(lambda: char.encode("a\nb\u00e9"), repr("\n"), repr("\u00e9"), "--tokenizer=byte")
+    assert "'A'" not in refused(lambda: char.encode("0123456789ABCDE"), repr("9"), "and 5 more")
+
+def test_ascii_table():
+    t = make_tokenizer("ascii", "anything")
+    assert t.vocab_size == 99 and t.encode("Hello").tolist() == [42, 71, 78, 78, 81] and t.encode(" ~\n\t").tolist() == [2, 96, 97, 98]
+    assert t.encode("\u00e9\r\0\U0001f600").tolist() == [1] * 4 and t.unknown("a\u00e9\ra") == ["\r", "\u00e9"]
+    assert t.decode([0, 42, 0, 1, 97]) == "H\ufffd\n"
+    printable = "".join(map(chr, range(32, 127))) + "\n\t"
+    assert t.decode(t.encode(printable)) == printable
+
+def test_ascii_as_json_with_and_without_a_name(tmp_path):
+    t = make_tokenizer("ascii", "")
+    saved = t.to_dict()
+    assert saved["char_to_id"]["\t"] == 98 and saved["id_to_char"]["98"] == "\t"
+    assert len(saved["char_to_id"]) == len(saved["id_to_char"]) == 99
+    other = {"char_to_id": {**saved["char_to_id"], "\0": 1}, "id_to_char": saved["id_to_char"]} # how another program saves it
+    for i, d in enumerate([saved, other]):
+        back = make_tokenizer(str(write(tmp_path / f"{i}.json", json.dumps(d))), "")
+        assert back.name == "ascii" and back.vocab_size == 99 and back.encode("Hi\u00e9").tolist() == t.encode("Hi\u00e9").tolist()
+
+@pytest.mark.parametrize("bad", [{}, [], 7, "char", {"name": "nope"}, {"name": ["char"]}, {"name": "char"}, {"char_to_id": ["a"]},
+                                 {"char_to_id": {"a": 0, "b": 2}}, {"char_to_id": {"a": 0, "b": 0}}, {"char_to_id": {"a": -1}},
+                                 {"char_to_id": {"a": 10 ** 12}}, {"char_to_id": {"ab": 0}}, {"char_to_id": {"a": True, "b": 0}},
+                                 {"name": "ascii", "char_to_id": {"a": 0}}])
+def test_no_tokenizer_in_it(bad, tmp_path):
+    refused(lambda: tokenizer_from_dict(bad), "char_to_id")
+    refused(lambda: make_tokenizer(str(write(tmp_path / "t.json", json.dumps(bad))), "a"), "t.json", "char_to_id")
+
+def test_tokenizer_names(tmp_path):
+    for name in ("nope", "missing.json", str(write(tmp_path / "t.txt", "{}"))):
+        refused(lambda: make_tokenizer(name, "a"), name, "char, ascii, gpt2, byte", "FILE.json")
+    refused(lambda: make_tokenizer(str(write(tmp_path / "t.json", "{")), "a"), "t.json")
+
+@pytest.mark.parametrize("name", ["char", "ascii", "byte"])
+def test_ids_outside_the_vocabulary_are_not_decoded(name):
+    t = make_tokenizer(name, "abc")
+    for bad in (-1, t.vocab_size, 2 ** 40):
+        refused(lambda: t.decode([0, bad]), bad)
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Every connection fails, as without a network."""
+    def fail(*args):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+    monkeypatch.setattr(socket.socket, "connect", fail)
+
+def test_gpt2_is_tiktokens_own(mirror, tmp_path, monkeypatch, offline):
+    import tiktoken
+    from tiktoken_ext import openai_public
+    t = make_tokenizer("gpt2", "", tmp_path)
+    ours = [t.encode(text) for text in NASTY + ["a\ud800b", VERSE]]
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "") # so that it reads the two files themselves
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(mirror / "vocab.bpe"), str(mirror / "encoder.json"))
+    theirs = tiktoken.Encoding("own", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    for text, ids in zip(NASTY + ["a\ud800b", VERSE], ours):
+        assert ids.tolist() == theirs.encode_ordinary(text)
+        assert t.decode(ids) == text.replace("\ud800", "\ufffd")
+    assert t.eot == 50256 and t.vocab_size == theirs.n_vocab
+    assert 50256 not in t.encode("<|endoftext|>") and t.decode([50256]) == "<|endoftext|>"
+    refused(lambda: t.decode([50257]), 50257)
+
+def test_gpt2_mends_its_cache(mirror, tmp_path, monkeypatch):
+    """tiktoken would delete a damaged file and download it without a timeout."""
+    make_tokenizer("gpt2", "", tmp_path).encode("a")
+    files = sorted((tmp_path / "tiktoken").iterdir())
+    assert [f.name for f in files] == ["6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"]
+    good = [f.read_bytes() for f in files]
+    write(files[0], b"damaged")
+    monkeypatch.delenv("DATA_MIRROR") # vocab.bpe and encoder.json lie in data_dir by now
+    make_tokenizer("gpt2", "", tmp_path).encode("a")
+    assert [f.read_bytes() for f in files] == good
+
+def test_gpt2_offline_without_its_files(tmp_path, monkeypatch, offline):
+    monkeypatch.delenv("DATA_MIRROR", raising=False)
+    refused(lambda: make_tokenizer("gpt2", "", tmp_path).encode("a"), "vocab.bpe", "DATA_MIRROR", kind=DownloadError)
+
+# --- known datasets ---
+
+def test_shakespeare_is_nanogpts(mirror, tmp_path):
+    found = load(prepare("shakespeare", data_dir=tmp_path).name, tmp_path)
+    text = (mirror / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    symbols = sorted(set(text))
+    ids = np.array([symbols.index(c) for c in text[:5000]])
+    assert (len(found.train), len(found.val), found.vocab_size) == (1_003_854, 111_540, 65)
+    assert (whole(found.train)[:5000] == ids).all() and found.tokenizer.decode(whole(found.val)) == text[1_003_854:]
+    assert found.meta["source"]["sha256"] == hashlib.sha256(text.encode()).hexdigest() and "char-rnn" in found.meta["source"]["from"]
+
+def test_shakespeare_gpt2_counts_are_nanogpts(mirror, tmp_path):
+    found = load(prepare("shakespeare", "gpt2", tmp_path).name, tmp_path)
+    assert (len(found.train), len(found.val), found.vocab_size) == (301_966, 36_059, 50257)
+
+def test_pystdlib_needs_no_network(tmp_path, monkeypatch, offline):
+    monkeypatch.delenv("DATA_MIRROR", raising=False)
+    found = load(prepare("pystdlib", data_dir=tmp_path).name, tmp_path)
+    assert (len(found.train), len(found.val)) == (1_003_854, 111_540) and max(found.tokenizer.char_to_id) <= "\x7f"
+    assert found.tokenizer.decode(whole(found.train)).startswith((Path(os.__file__).parent / "__future__.py").read_text()[:500])
+
+# --- what lies on disk ---
+
+def test_shards_read_back_by_hand(tmp_path):
+    found = made(tmp_path, VERSE * 3, val_fraction=0.25)
+    cut = int(len(VERSE * 3) * 0.75)
+    for file, text in (("train_000000.bin", (VERSE * 3)[:cut]), ("val_000000.bin", (VERSE * 3)[cut:])):
+        path = found.folder / file
+        header, ids = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", offset=1024)
+        assert header[:3].tolist() == [20240520, 1, len(text)] and not header[3:].any() and path.stat().st_size == 1024 + 2 * len(text)
+        assert ids.tolist() == [sorted(set(VERSE)).index(c) for c in text]
+        assert found.meta["shards"][file] == {"tokens": len(text), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert sorted(p.name for p in found.folder.iterdir()) == ["meta.json", "train_000000.bin", "val_000000.bin"]
+    assert found.meta["split"] == {"val_fraction": 0.25, "train": cut, "val": len(VERSE * 3) - cut}
+
+def test_more_than_65536_ids_are_uint32(tmp_path):
+    text = "".join(map(chr, [*range(0x20, 0xD800), *range(0x10000, 0x13000)])) * 2
+    found = made(tmp_path, text)
+    path = found.folder / "train_000000.bin"
+    header, ids = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u4", offset=1024)
+    assert header[:3].tolist() == [20240801, 7, len(ids)]
+    assert found.vocab_size == len(set(text)) > 65536 and ids.max() == found.vocab_size - 1
+    assert found.tokenizer.decode(np.concatenate([ids, whole(found.val)])) == text
+    assert found.train.batch(0, 2, 8, 0)[0].dtype == torch.int64 and len(verify("verse", tmp_path / "data")) == 2
+
+def test_many_shards(tmp_path, monkeypatch):
+    one = made(tmp_path / "one")
+    monkeypatch.setattr(data, "_SHARD", 1000)
+    many = made(tmp_path / "many")
+    assert [len(s) for s in many.train.shards] == [1000] * (len(one.train) // 1000) + [len(one.train) % 1000]
+    assert (whole(many.train) == whole(one.train)).all() and (whole(many.val) == whole(one.val)).all() and one.sha256 != many.sha256
+    monkeypatch.setattr(data, "_SHARD", len(one.train)) # exactly full: no empty shard behind it
+    assert [len(s) for s in made(tmp_path / "full").train.shards] == [len(one.train)]
+
+def test_sha256_identifies_the_data(tmp_path):
+    first = made(tmp_path / "a")
+    assert first.sha256 == made(tmp_path / "b", name="other.txt").sha256
+    others = [made(tmp_path / "c", VERSE + "!"), made(tmp_path / "d", tokenizer="ascii"), made(tmp_path / "e", val_fraction=0.2),
+              made(tmp_path / "f", VERSE.replace("t", "s"))] # the last gives the same ids for other letters
+    assert others[-1].meta["shards"] == first.meta["shards"] and len({first.sha256, *(other.sha256 for other in others)}) == 5
+
+# --- sources ---
+
+def test_empty_and_tiny_texts(tmp_path):
+    refused(lambda: made(tmp_path, ""), "verse.txt", "empty")
+    refused(lambda: made(tmp_path, "\ufeff"), "empty")
+    refused(lambda: made(tmp_path, "a"), "verse.txt", "0 training tokens", "longer text")
+    assert os.listdir(tmp_path / "data") == []
+    found = made(tmp_path, "abc", val_fraction=0.0)
+    assert (len(found.train), len(found.val)) == (3, 0) and len(verify("verse", tmp_path / "data")) == 2
+    refused(lambda: found.val.batch(0, 1, 8, 0), "val split of verse has 0 tokens, block_size is 8: raise --val_fraction")
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    refused(lambda: made(tmp_path, b"caf\xe9 au lait"), "verse.txt", "0xe9", "offset 3", "iconv")
+    refused(lambda: made(tmp_path, b"\xef\xbb\xbfcaf\xe9"), "offset 6") # counted in the file, mark and all
+
+def test_byte_order_mark_goes_and_line_ends_stay(tmp_path):
+    found = made(tmp_path, b"\xef\xbb\xbfone\r\ntwo\n\rthree", val_fraction=0.0)
+    assert found.tokenizer.decode(whole(found.train)) == "one\r\ntwo\n\rthree"
+
+def test_missing_source_names_its_neighbours(tmp_path):
+    write(tmp_path / "hamlet.txt", VERSE)
+    refused(lambda: prepare(tmp_path / "hamelt.txt", data_dir=tmp_path), "hamlet.txt")
+    refused(lambda: prepare("shakespere", data_dir=tmp_path), "shakespeare")
+    refused(lambda: prepare("", data_dir=tmp_path), "shakespeare")
+    refused(lambda: prepare(tmp_path / "no" / "such.txt", data_dir=tmp_path), "such.txt")
+
+def test_folder(tmp_path, capsys):
+    for name, content in (("b.txt", "second "), ("a/z.md", "first "), ("c.jsonl", '{"text": "third "}\n\n{"text": "fourth"}'),
+                          (".git/config", "no"), ("d.bin", b"\x01\0\x02\0"), ("e.png", b"\x89PNG\xff")):
+        write(tmp_path / "my texts" / name, content)
+    found = load(prepare(tmp_path / "my texts", "byte", tmp_path / "data", 0.0).name, tmp_path / "data")
+    assert found.name == "my_texts" and found.tokenizer.decode(whole(found.train)) == "first \nsecond \nthird \nfourth"
+    assert found.meta["source"]["documents"] == 4 and "d.bin, e.png" in capsys.readouterr().out
+    write(tmp_path / "my texts" / "f.txt", b"caf\xe9") # meant as text, so it must not be left out
+    refused(lambda: prepare(tmp_path / "my texts", data_dir=tmp_path / "data"), "f.txt", "offset 3")
+
+def test_folder_without_text(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(lambda: prepare(tmp_path / "empty", data_dir=tmp_path), "empty", "no text files", ".txt")
+
+def test_jsonl(tmp_path):
+    found = made(tmp_path, '{"text": "a\u2028b", "id": 1}\r\n{"text": "\\ud83d\\ude00"}\n{"text": ""}\n', "x.jsonl", val_fraction=0.0)
+    assert found.tokenizer.decode(whole(found.train)) == "a\u2028b\n\U0001f600"
+    for line, words in (("{", "not JSON"), ("[" * 10 ** 5, "not JSON"), ('{"id": 1}', "no text"), ('{"text": 5}', "no text"),
+                        ("[1]", "no text"), ("7", "no text")):
+        refused(lambda: made(tmp_path, '{"text": "a"}\n\n' + line, "y.jsonl"), "y.jsonl", "line 3", words)
+
+def test_documents_of_gpt2_are_kept_apart_by_its_end_of_text(mirror, tmp_path):
+    found = made(tmp_path, '{"text": "one<|endoftext|>"}\n{"text": "two"}', "x.jsonl", tokenizer="gpt2", val_fraction=0.0)
+    ids = whole(found.train).tolist()
+    assert ids.count(50256) == 1 and ids[-2] == 50256
+    assert found.tokenizer.decode(ids[:-2]) == "one<|endoftext|>" and found.tokenizer.decode(ids[-1:]) == "two"
+
+def test_split_counts_characters_of_all_documents():
+    documents = ["abc", "defgh", "", "ij"]
+    for n in range(11):
+        train, val = data.split_documents(documents, 1 - n / 10)
+        cut = int(10 * (1 - (1 - n / 10)))
+        assert "".join(train) == "abcdefghij"[:cut] and "".join(val) == "abcdefghij"[cut:] and "" not in train + val
+    assert data.split_documents(documents, 0.5) == (["abc", "de"], ["fgh", "ij"])
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 90, float("nan")])
+def test_val_fraction_out_of_range(value, tmp_path):
+    refused(lambda: made(tmp_path, val_fraction=value), "val_fraction", "0.1")
+
+def test_names_cannot_lead_elsewhere(tmp_path):
+    for stem in ("..", "../up", "a/b", "a\\b", "C:x", "", " ", "-x", ".hidden", "a\0b", "x" * 300, "a\nb"):
+        name = data.dataset_name(stem)
+        assert (tmp_path / name).resolve().parent == tmp_path and name[0] not in "-." and len(name) <= 100
+        assert name == data.dataset_name(name)
+        if stem != name:
+            refused(lambda: load(stem, tmp_path))
+    assert data.dataset_name("Война и мир") == "Война_и_мир"
+
+def test_ascii_says_what_it_loses(tmp_path, capsys):
+    made(tmp_path, VERSE + "\u00e9", tokenizer="ascii")
+    assert repr("\u00e9") in capsys.readouterr().out
+
+def test_tokenizer_of_another_dataset(tmp_path):
+    first = made(tmp_path, VERSE)
+    second = made(tmp_path, VERSE[:50], "second.txt", tokenizer=str(first.folder / "meta.json"))
+    assert second.tokenizer.to_dict() == first.tokenizer.to_dict() and second.vocab_size == first.vocab_size
+    refused(lambda: made(tmp_path, "\u00e9\u00e8", "third.txt", tokenizer=str(first.folder / "meta.json")), repr("\u00e8"), repr("\u00e9"))
+
+# --- prepare again, interrupted, on a bad disk ---
+
+def test_prepare_again_does_nothing(tmp_path, capsys):
+    first = made(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
+    capsys.readouterr()
+    made(tmp_path)
+    assert "nothing to do" in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
+
+@pytest.mark.parametrize("change", ["text", "tokenizer", "val_fraction", "damage"])
+def test_prepare_again_when_something_changed(change, tmp_path, capsys):
+    first = made(tmp_path)
+    if change == "damage":
+        content = bytearray((first.folder / "val_000000.bin").read_bytes())
+        content[1500] ^= 1
+        write(first.folder / "val_000000.bin", bytes(content))
+    capsys.readouterr()
+    other = {"tokenizer": {"tokenizer": "byte"}, "val_fraction": {"val_fraction": 0.2}}.get(change, {})
+    again = made(tmp_path, VERSE + "be" * (change == "text"), **other)
+    assert "is replaced" in capsys.readouterr().out and os.listdir(tmp_path / "data") == ["verse"]
+    assert len(verify("verse", tmp_path / "data")) == 2
+    assert (again.sha256 == first.sha256) == (change == "damage")
+
+def test_documents_cut_elsewhere_are_another_text(tmp_path, capsys):
+    made(tmp_path, '{"text": "ab"}\n{"text": "c"}', "x.jsonl")
+    made(tmp_path, '{"text": "a"}\n{"text": "bc"}', "x.jsonl")
+    assert "is replaced" in capsys.readouterr().out
+
+def test_prepare_does_not_delete_what_it_did_not_write(tmp_path):
+    """nanoGPT's habit is to keep the text in the very folder that would be replaced."""
+    source = write(tmp_path / "mine" / "input.txt", VERSE)
+    refused(lambda: prepare(tmp_path / "mine", data_dir=tmp_path), "input.txt", "--data_dir")
+    refused(lambda: prepare(write(tmp_path / "up" / "verse.txt", VERSE), data_dir=write(tmp_path / "f" / "verse", "").parent), "verse")
+    assert source.read_text(encoding="utf-8") == VERSE and os.listdir(tmp_path / "mine") == ["input.txt"]
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_interrupted_prepare_leaves_what_was_there(kind, moment, tmp_path, monkeypatch):
+    calls, real = [], data.write_synced
+    def fails(path, content):
+        calls.append(path)
+        if len(calls) == moment + 1:
+            write(path, content[:100])
+            raise kind(errno.ENOSPC, "No space left on device")
+        return real(path, content)
+    monkeypatch.setattr(data, "write_synced", fails)
+    with pytest.raises(KeyboardInterrupt if kind is KeyboardInterrupt else UserError) as caught:
+        made(tmp_path)
+    assert len(calls) == moment + 1 and os.listdir(tmp_path / "data") == []
+    assert kind is KeyboardInterrupt or "No space left" in str(caught.value) and "--data_dir" in str(caught.value)
+    monkeypatch.setattr(data, "write_synced", real)
+    before = made(tmp_path).sha256
+    calls.clear()
+    monkeypatch.setattr(data, "write_synced", fails)
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        made(tmp_path, VERSE + "more")
+    assert os.listdir(tmp_path / "data") == ["verse"] and load("verse", tmp_path / "data").sha256 == before
+
+def test_failing_rename_brings_the_old_dataset_back(tmp_path, monkeypatch):
+    before, real = made(tmp_path).sha256, os.rename
+    def fails(a, b):
+        if str(a).endswith(".new"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(a, b)
+    monkeypatch.setattr(os, "rename", fails)
+    refused(lambda: made(tmp_path, VERSE + "more"), "Input/output error")
+    assert os.listdir(tmp_path / "data") == ["verse"] and load("verse", tmp_path / "data").sha256 == before
+
+def test_killed_prepare_is_invisible_and_cleared_later(tmp_path):
+    left = write(tmp_path / "data" / ".verse.123.new" / "train_000000.bin", b"half").parent
+    assert data.prepared(tmp_path / "data") == []
+    made(tmp_path)
+    assert left.exists() # it might belong to a process that is still at work
+    os.utime(left, (0, 0))
+    for end in ("new", "old"):
+        write(tmp_path / "data" / f".verse.{os.getpid()}.{end}" / "train_000000.bin", b"half")
+    made(tmp_path, VERSE + "more")
+    assert os.listdir(tmp_path / "data") == ["verse"]
+
+def test_data_dir_that_cannot_be_written(tmp_path):
+    blocked = write(tmp_path / "file", "")
+    refused(lambda: prepare(write(tmp_path / "verse.txt", VERSE), data_dir=blocked / "data"), "cannot write", "--data_dir")
+
+# --- load: what must be refused ---
+
+def test_load_of_nothing_says_how_to_make_it(tmp_path):
+    made(tmp_path)
+    refused(lambda: load("nope", tmp_path / "data"), "'nope'", "verse", "prepare")
+    refused(lambda: load("shakespeare", tmp_path / "data"), "python data.py prepare shakespeare")
+    refused(lambda: load("verse", tmp_path / "nowhere"), "none")
+    (tmp_path / "data" / "bare").mkdir()
+    refused(lambda: load("bare", tmp_path / "data"), "neither meta.json nor train.bin")
+
+@pytest.mark.parametrize("file", ["train_000000.bin", "val_000000.bin"])
+def test_load_names_file_expected_and_actual(file, tmp_path):
+    path = made(tmp_path).folder / file
+    good = path.read_bytes()
+    n = (len(good) - 1024) // 2
+    for bad, words in ((b"\1" + good[1:], (20240520,)), (good[:4] + b"\2" + good[5:], ("20240520, 2", "20240520, 1")),
+                       (good[:-1], (len(good) - 1, len(good))), (good + b"\0\0", (len(good) + 2, len(good))),
+                       (good[:500], (500, len(good))), (good[:8] + b"\1\0\0\0" + good[12:], (1, n)),
+                       (good[:8] + b"\xff" * 4 + good[12:], (-1, n)),
+                       (b"", ("starts with 0, 0",)), (None, ("missing", n))):
+        path.unlink() if bad is None else write(path, bad)
+        refused(lambda: load("verse", tmp_path / "data"), file, "prepare", *words)
+
+def test_meta_json_that_cannot_be_trusted(tmp_path):
+    path = made(tmp_path).folder / "meta.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    def resigned(**changes):
+        meta = {key: value for key, value in {**good, **changes}.items() if key != "sha256"}
+        return json.dumps({**meta, "sha256": data.hash_of_json(meta)})
+    for bad, words in (("", "read"), ("[]", "read"), ("[" * 10 ** 5, "read"), (b"\xff", "read"), ("{}", "format None"),
+                       (resigned(format=2), "format 2"), (json.dumps({**good, "vocab_size": 3}), "sha256"),
+                       (resigned(shards={"../x.bin": {"tokens": 1, "sha256": ""}}), "../x.bin")):
+        write(path, bad)
+        refused(lambda: load("verse", tmp_path / "data"), "meta.json", words)
+    write(path, resigned(vocab_size=3)) # a vocabulary that is too small: only the ids themselves can tell
+    refused(lambda: verify("verse", tmp_path / "data"), "train_000000.bin", "vocab_size=3")
+    refused(lambda: load("verse", tmp_path / "data").train.batch(0, 8, 32, 0), "train split of verse", "vocab_size=3")
+    refused(lambda: list(load("verse", tmp_path / "data").val.windows(32, 8)), "val split of verse", "vocab_size=3")
+
+def test_verify_sees_every_flipped_byte_and_every_cut(tmp_path):
+    folder, rng = made(tmp_path).folder, random.Random(0)
+    assert [line[:2] for line in verify("verse", tmp_path / "data")] == ["OK", "OK"]
+    for i in range(240):
+        path = folder / ("train_000000.bin", "val_000000.bin", "meta.json")[i % 3]
+        good = path.read_bytes()
+        at = rng.randrange(len(good))
+        bad = good[:at] if i % 5 == 0 else good[:at] + bytes([good[at] ^ rng.randrange(1, 256)]) + good[at + 1:]
+        write(path, bad)
+        try:
+            same = path.name == "meta.json" and json.loads(bad) == json.loads(good) # white space, for instance
+        except ValueError:
+            same = False
+        if same:
+            verify("verse", tmp_path / "data")
+        else:
+            refused(lambda: verify("verse", tmp_path / "data"), path.name)
+        write(path, good)
+    assert len(verify("verse", tmp_path / "data")) == 2
+
+# --- shards of other programs ---
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+def test_nanogpt_characters(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ids = np.arange(3000, dtype=np.uint16) % 65
+    write(tmp_path / "old" / "train.bin", ids[:2700].tobytes())
+    write(tmp_path / "old" / "val.bin", ids[2700:].tobytes())
+    write(tmp_path / "old" / "meta.pkl", pickle.dumps(Bomb()))
+    found = load("old", tmp_path)
+    assert found.vocab_size == 65 and found.tokenizer is None
+    assert (whole(found.train) == ids[:2700]).all() and (whole(found.val) == ids[2700:]).all()
+    said = capsys.readouterr().out
+    assert "vocab_size=65" in said and "meta.pkl is a pickle" in said and "prepare" in said and not (tmp_path / "exploded").exists()
+    assert len(verify("old", tmp_path)) == 2 and data.prepared(tmp_path) == ["old"]
+    before = found.sha256
+    write(tmp_path / "old" / "val.bin", ids[2701:].tobytes())
+    assert load("old", tmp_path).sha256 != before == found.sha256
+
+def test_nanogpt_bpe_and_llm_c(tmp_path, capsys):
+    ids = np.array([5, 300, 7, 50256] * 50, np.uint16)
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids)
+    for name, content in (("nano/train.bin", ids.tobytes()), ("nano/val.bin", ids[:10].tobytes()),
+                          ("llmc/fineweb_train_000001.bin", header.tobytes() + ids.tobytes()),
+                          ("llmc/fineweb_val_000000.bin", header.tobytes() + ids.tobytes())):
+        write(tmp_path / name, content)
+    for name in ("nano", "llmc"):
+        found = load(name, tmp_path)
+        assert found.vocab_size == 50257 and found.tokenizer.name == "gpt2" and "gpt2" in capsys.readouterr().out
+        assert (whole(found.train) == ids).all() and found.val.shards[0][1] == 300
+    write(tmp_path / "llmc" / "fineweb_val_000000.bin", header.tobytes() + ids.tobytes()[2:])
+    refused(lambda: load("llmc", tmp_path), "fineweb_val_000000.bin", 1024 + 2 * len(ids), 1022 + 2 * len(ids))
+    header[2] = -1
+    write(tmp_path / "llmc" / "fineweb_val_000000.bin", header.tobytes()[:1022]) # 1024 + 2 * -1
+    refused(lambda: load("llmc", tmp_path), "fineweb_val_000000.bin", "-1 tokens")
+    for top, vocab_size in ((255, 256), (256, 50257)): # bytes and characters below, GPT-2 above
+        write(tmp_path / "edge" / "train.bin", np.array([1, top], "<u2").tobytes())
+        assert load("edge", tmp_path).vocab_size == vocab_size
+    assert data.highest(np.append(np.zeros(2 ** 24, np.uint8), np.uint8(9))) == 9 and data.highest([]) == -1
+    for bad in (b"\1\0\2", b""):
+        write(tmp_path / "nano" / "val.bin", bad)
+        refused(lambda: load("nano", tmp_path), "val.bin", f"{len(bad)} bytes")
+
+# --- batches ---
+
+def test_batch_is_shifted_by_one():
+    split = tokens(300, 200)
+    for step in range(20):
+        x, y = split.batch(step, 5, 16, seed=1)
+        assert x.shape == y.shape == (5, 16) and x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+        assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(16)) # consecutive, so inside one shard
+
+def test_batch_depends_on_seed_and_step_alone(tmp_path):
+    first, second = made(tmp_path / "a").train, made(tmp_path / "b").train
+    forward = [first.batch(step, 4, 32, 7) for step in range(10)]
+    np.random.seed(3), torch.manual_seed(3) # no hidden state anywhere
+    for step in reversed(range(10)):
+        assert all(torch.equal(a, b) for a, b in zip(second.batch(step, 4, 32, 7), forward[step]))
+        assert torch.equal(second.batch(step, 9, 32, 7)[0][:4], forward[step][0]) # the first rows of a larger batch
+    split = tokens(100_000)
+    assert len({tuple(split.batch(step, 4, 8, seed)[0][:, 0].tolist()) for step in range(10) for seed in range(10)}) == 100
+
+def test_every_legal_start_is_equally_likely():
+    """Shards of 20, 9, 8 and 12 with T = 8 have 12 + 1 + 0 + 4 starts."""
+    split = tokens(20, 9, 8, 12)
+    counts = {}
+    for start in split.batch(0, 17_000, 8, seed=0)[0][:, 0].tolist():
+        counts[start] = counts.get(start, 0) + 1
+    assert sorted(counts) == [*range(12), 10_000, *range(30_000, 30_004)]
+    assert all(850 < n < 1150 for n in counts.values()), counts # 1,000 each with a standard deviation of 31
+
+@pytest.mark.parametrize("n", [0, 1, 2, 255, 256, 257, 258])
+def test_shortest_text(n):
+    split = tokens(n)
+    if n >= 257:
+        assert split.batch(0, 3, 256, 0)[0].shape == (3, 256)
+        return
+    message = refused(lambda: split.batch(0, 3, 256, 0), f"val split of it has {n} tokens, block_size is 256", "raise --val_fraction")
+    assert (f"lower --block_size to {n - 1} " in message) == (n > 1)
+    if n > 1: # the advice is good
+        split.batch(0, 3, n - 1, 0)
+
+def test_batch_refuses_nonsense():
+    split = tokens(100)
+    for batch_size, block_size, seed, step in ((0, 8, 0, 0), (1, 0, 0, 0), (1, 8, -1, 0), (1, 8, 0, -1)):
+        refused(lambda: split.batch(step, batch_size, block_size, seed))
+    refused(lambda: list(split.windows(0, 1)))
+    refused(lambda: list(split.windows(1, 0)))
+    refused(lambda: tokens(100, vocab_size=99).batch(0, 64, 50, 0), "val split of it", "id 99", "vocab_size=99")
+    tokens(100, vocab_size=100).batch(0, 64, 50, 0)
+
+@pytest.mark.parametrize("lengths", [[2], [16], [17], [18], [33], [1000], [1000, 1, 2, 16, 17, 0, 500]])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_windows_hold_every_target_once(lengths, batch_size):
+    split, seen = tokens(*lengths), []
+    for x, y in split.windows(16, batch_size):
+        assert x.shape == y.shape and x.dtype == y.dtype == torch.int64 and x.shape[0] <= batch_size and torch.equal(y, x + 1)
+        assert x.shape[1] == 16 or x.shape[0] == 1 and x.shape[1] < 16
+        seen += y.flatten().tolist()
+    assert seen == [i for shard in split.shards for i in shard[1:].tolist()] and len(seen) == sum(max(n - 1, 0) for n in lengths)
+    yields = sum(-(-((n - 1) // 16) // batch_size) + bool((n - 1) % 16) for n in lengths if n) # full batches, and a tail per shard
+    assert sum(1 for _ in split.windows(16, batch_size)) == yields
+
+@pytest.mark.parametrize("lengths", [[], [0], [1], [1, 1]])
+def test_windows_without_a_target(lengths):
+    refused(lambda: list(tokens(*lengths).windows(16, 4)), "raise --val_fraction")
+
+def test_prepared_data_needs_no_network(tmp_path, offline):
+    found = made(tmp_path)
+    assert found.tokenizer.decode(found.train.batch(0, 1, 20, 0)[0]) in VERSE
+
+# --- downloads, from a server on this machine that misbehaves on demand ---
+
+BODY = np.random.default_rng(1).bytes(50_000)
+SHA = hashlib.sha256(BODY).hexdigest()
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers the n-th request by plan[n] (the last entry goes on for ever) and notes the Range it was asked for."""
+    def log_message(self, *args):
+        return
+
+    def reply(self, status, body=b"", length=None, **headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body) if length is None else length, **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        plan, asked = self.server.plan, self.headers.get("Range")
+        act = plan[min(len(self.server.asked), len(plan) - 1)]
+        self.server.asked.append(asked)
+        first = int(asked[6:-1]) if asked else 0
+        if act == "ok" and first >= len(BODY): self.reply(416)
+        elif act == "ok" and asked: self.reply(206, BODY[first:], Content_Range=f"bytes {first}-{len(BODY) - 1}/{len(BODY)}")
+        elif act in ("ok", "no range"): self.reply(200, BODY)
+        elif act == "cut": self.reply(200, BODY[:20_000], length=len(BODY))
+        elif act == "more than there is": self.reply(200, BODY, length=len(BODY) + 999)
+        elif act == "less than there is": self.reply(200, BODY, length=30_000)
+        elif act == "wrong": self.reply(200, BODY[::-1])
+        elif act == "other range": self.reply(206, BODY[5:], Content_Range=f"bytes 5-{len(BODY) - 1}/{len(BODY)}")
+        elif act == "redirect": self.reply(302, Location="/elsewhere")
+        elif act == "stall": self.reply(200, BODY[:100], length=len(BODY)), self.server.over.wait(20)
+        elif act == "trickle": self.reply(200, length=len(BODY)), self.trickle()
+        elif act.startswith("429"): self.reply(429, Retry_After=act[4:])
+        else: self.reply(int(act))
+
+    def trickle(self):
+        while not self.server.over.wait(0.05):
+            self.wfile.write(b"x")
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve("cut", "ok") -> the address of a server with that plan; its .asked are the Range headers, .slept the pauses of the client."""
+    servers, slept = [], []
+    monkeypatch.delenv("DATA_MIRROR", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(data.time, "sleep", slept.append)
+    def start(*plan):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+        server.plan, server.asked, server.slept, server.over, server.handle_error = plan, [], slept, threading.Event(), lambda *args: None
+        server.url = f"http://127.0.0.1:{server.server_port}/file"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return server
+    yield start
+    for server in servers:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
+
+@pytest.mark.parametrize("plan, asked", [
+    (["ok"], [None]),
+    (["cut", "ok"], [None, "bytes=20000-"]),
+    (["cut", "no range"], [None, "bytes=20000-"]),
+    (["cut", "other range", "ok"], [None, "bytes=20000-", None]),
+    (["more than there is"], [None]),
+    (["less than there is", "ok"], [None, None]),
+    (["wrong", "ok"], [None, None]),
+    (["500", "ok"], [None, None]),
+    (["503", "429 2", "ok"], [None, None, None]),
+    (["redirect", "ok"], [None, None]),
+    (["stall", "ok"], [None, "bytes=100-"]),
+])
+def test_download_survives(plan, asked, serve, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "_TIMEOUT", (5, 0.3))
+    server = serve(*plan)
+    start = time.monotonic()
+    path = data.fetch(server.url, "file.txt", SHA, tmp_path)
+    assert path.read_bytes() == BODY and server.asked == asked and os.listdir(tmp_path) == ["file.txt"] and time.monotonic() - start < 10
+    assert "file.txt: 50,000 bytes" in capsys.readouterr().err
+    server.shutdown() # from now on nobody answers, and nobody is asked
+    assert data.fetch(server.url, "file.txt", SHA, tmp_path) == path
+
+@pytest.mark.parametrize("plan, requests, reason", [
+    (["404"], 1, "404"), (["500"], 3, "500"), (["429 31"], 1, "429"), (["429 7"], 3, "429"), (["wrong"], 3, SHA[:12]),
+    (["trickle"], 1, "seconds"), (["less than there is"], 3, "30,000 bytes"),
+])
+def test_download_gives_up(plan, requests, reason, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_DEADLINE", 0.5 if plan == ["trickle"] else 600)
+    server = serve(*plan)
+    refused(lambda: data.fetch(server.url, "file.txt", SHA, tmp_path), server.url, reason, "put file.txt", "MIRROR", kind=DownloadError)
+    assert len(server.asked) == requests and not (tmp_path / "file.txt").exists() and len(server.slept) == requests - 1
+    assert plan != ["429 7"] or server.slept == [7, 7]
+    assert plan != ["500"] or 0.5 <= server.slept[0] < 1 <= server.slept[1] < 2
+
+def test_download_goes_on_where_an_earlier_run_stopped(serve, tmp_path):
+    server = serve("cut", "500", "404", "ok")
+    refused(lambda: data.fetch(server.url, "file.txt", SHA, tmp_path), "404", kind=DownloadError)
+    assert os.listdir(tmp_path) == ["file.txt.part"]
+    assert data.fetch(server.url, "file.txt", SHA, tmp_path).read_bytes() == BODY and server.asked[-1] == "bytes=20000-"
+
+def test_stale_part_files(serve, tmp_path):
+    """Longer than the file, of another file, and complete: the last needs no server at all."""
+    for i, (stale, asked) in enumerate(((BODY + b"x", [f"bytes={len(BODY) + 1}-", None]), (b"other", ["bytes=5-", None]), (BODY, []))):
+        server = serve("ok")
+        write(tmp_path / str(i) / "file.txt.part", stale)
+        assert data.fetch(server.url, "file.txt", SHA, tmp_path / str(i)).read_bytes() == BODY and server.asked == asked
+        assert os.listdir(tmp_path / str(i)) == ["file.txt"]
+
+def test_file_of_the_same_name_is_not_overwritten(serve, tmp_path):
+    mine, server = write(tmp_path / "file.txt", b"my own"), serve("ok")
+    refused(lambda: data.fetch(server.url, "file.txt", SHA, tmp_path), "file.txt", hashlib.sha256(b"my own").hexdigest(), SHA, "delete")
+    assert mine.read_bytes() == b"my own" and server.asked == []
+
+def test_mirror_is_asked_before_the_network(serve, tmp_path, monkeypatch, capsys):
+    server = serve("ok")
+    monkeypatch.setenv("DATA_MIRROR", str(tmp_path / "mirror"))
+    write(tmp_path / "mirror" / "file.txt", BODY)
+    assert data.fetch(server.url, "file.txt", SHA, tmp_path / "a").read_bytes() == BODY
+    assert server.asked == [] and os.listdir(tmp_path / "a") == ["file.txt"]
+    write(tmp_path / "mirror" / "file.txt", b"damaged")
+    assert data.fetch(server.url, "file.txt", SHA, tmp_path / "b").read_bytes() == BODY and len(server.asked) == 1
+    assert "is not used" in capsys.readouterr().err
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\\b", "..", ".", "", "x\0", "C:x", ".hidden", "x" * 300, "x\n", "\u00e9", "link"])
+def test_file_names_stay_in_the_folder(name, serve, tmp_path):
+    server, folder = serve("ok"), tmp_path / "data"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "target")
+    refused(lambda: data.fetch(server.url, name, SHA, folder))
+    assert server.asked == [] and sorted(os.listdir(tmp_path)) == ["data"] and os.listdir(folder) == ["link"]
+
+@pytest.mark.parametrize("host, pauses", [("127.0.0.1:9", 2), ("nosuchhost.invalid", 0)]) # asking again does not make a name known
+def test_without_a_network_it_fails_soon(host, pauses, tmp_path, monkeypatch):
+    monkeypatch.delenv("DATA_MIRROR", raising=False)
+    slept = []
+    monkeypatch.setattr(data.time, "sleep", slept.append)
+    start, url = time.monotonic(), f"http://{host}/input.txt"
+    remedy = f"put file.txt into {tmp_path}/ or set DATA_MIRROR"
+    refused(lambda: data.fetch(url, "file.txt", SHA, tmp_path), url, remedy, kind=DownloadError)
+    assert time.monotonic() - start + sum(slept) < 5 and len(slept) == pauses and os.listdir(tmp_path) == []
+
+# --- command line ---
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs a command line inside this process, in tmp_path, and undoes what it set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    def run(line):
+        for name, value in (("tokenizer", "char"), ("val_fraction", 0.1), ("data_dir", "data")):
+            monkeypatch.setattr(data, name, value)
+        data.main(line.split())
+    return run
+
+def test_commands(tmp_path, command, capsys):
+    write(tmp_path / "verse.txt", VERSE)
+    command("prepare verse.txt")
+    command("prepare verse.txt --data_dir=new --tokenizer byte --val_fraction=0.5")
+    assert f"train {len(VERSE) // 2:,} tokens" in capsys.readouterr().out and load("verse", tmp_path / "new").vocab_size == 256
+    command("verify verse")
+    assert capsys.readouterr().out.count("OK data/verse/") == 2
+    command("list")
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("shakespeare", "pystdlib", f"verse            tokenizer char, vocab_size {len(set(VERSE))}"))
+    (tmp_path / "data" / "verse" / "val_000000.bin").unlink()
+    refused(lambda: command("verify verse"), "val_000000.bin")
+    command("list --data_dir=data")
+    assert "val_000000.bin: missing" in capsys.readouterr().out
+
+@pytest.mark.parametrize("line, words", [
+    ("", "usage"), ("prepare", "usage"), ("prepare a b", "usage"), ("list x", "usage"), ("--data_dir=x list", "usage"), ("zzz", "usage"),
+    ("prepre verse.txt", "nearest: prepare"), ("prepare verse.txt --tokeniser=byte", "tokenizer"), ("prepare missing.txt", "missing.txt"),
+    ("verify missing", "prepare"), ("list --val_fraction=much", "val_fraction")])
+def test_wrong_commands(line, words, command):
+    refused(lambda: command(line), words)
+
+def test_exit_codes(tmp_path):
+    """In processes of their own, side by side because starting Python takes most of the time."""
+    write(tmp_path / "verse.txt", VERSE)
+    lines = {"prepare verse.txt": 0, "--help": 0, "verify nope": 2}
+    runs = {line: subprocess.Popen([sys.executable, str(ROOT / "data.py"), *line.split()], cwd=tmp_path, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True) for line in lines}
+    said = {line: run.communicate() for line, run in runs.items()}
+    assert {line: run.returncode for line, run in runs.items()} == lines
+    assert "val 299 tokens" in said["prepare verse.txt"][0] and "--val_fraction" in said["--help"][0] and not said["prepare verse.txt"][1]
+    assert said["verify nope"][1].startswith("error: no dataset 'nope'") and len(said["verify nope"][1].splitlines()) <= 3
