@@ -61,7 +61,7 @@ class GPTConfig:
     glu: bool = False # gate the MLP: down(act(gate x) * up x)
     mlp_hidden: int = 0 # MLP width: 0 = 4 C, or with glu 8/3 C rounded up to a multiple of 32 (equal parameters)
     residual: str = "plain" # plain
-    init_std: float = 0.0 # of initial projection weights: 0 = 1 / sqrt(n_in), as nanochat; GPT-2 has 0.02
+    init_std: float = 0.0 # of initial weights: 0 = 1 / sqrt(n_in) in the blocks, a quarter of that outside; GPT-2 has 0.02
     zero_init: bool = False # start the residual projections at 0 (every block is the identity), not init_std / sqrt(2 n_layer)
     dropout: float = 0.0 # after the embedding and after each sublayer; never on attention weights
     bias: bool = False # biases in the projections around attention, in the MLP and in LayerNorm, as GPT-2
@@ -132,6 +132,8 @@ RULES = [
      "the latent already serves all heads; drop it"),
     (lambda c: c.is_diff and c.diff_form == "v1" and (c.n_head % 2 or c.kv_heads % 2), "diff_form=v1 pairs heads: "
      "n_head={c.n_head} and n_kv_head={c.kv_heads} must be even; or use diff_form=v2"),
+    (lambda c: c.zero_init and c.tie_embeddings, "zero_init with tie_embeddings starts as a model that repeats each token; "
+     "set tie_embeddings=False"),
     (lambda c: c.rotary_width % 2, "rotary width {c.rotary_width} must be even, it is turned in pairs; change rope_dim or head_dim"),
     (lambda c: c.is_latent and c.rotary_width > c.head_width - 2, "rope_dim={c.rotary_width} must leave at least 2 of "
      "head_dim={c.head_width} unrotated; lower rope_dim"),
@@ -184,12 +186,21 @@ def few_rows(weight, x):
 
 
 class Embedding(nn.Embedding):
-    """ids (..., ) -> (..., C). Rows ~ N(0, 0.02): small, so that a tied head starts near the uniform distribution."""
+    """ids (..., ) -> (..., C). Rows ~ N(0, std)."""
 
     role = "embedding"
 
-    def reset_parameters(self):
-        nn.init.normal_(self.weight, std=0.02)
+    def __init__(self, n, width, std):
+        self.std = std
+        super().__init__(n, width)
+
+    def reset_parameters(self): # called by nn.Embedding.__init__
+        nn.init.normal_(self.weight, std=self.std)
+
+
+def outer_std(c):
+    """Of embeddings and head: logits start with a spread of 0.25 whatever the width, within 0.1 nats of the uniform loss."""
+    return c.init_std or 0.25 / math.sqrt(c.n_embd)
 
 
 def linear(c, n_in, n_out, bias=False):
@@ -268,7 +279,7 @@ class Learned(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.table = Embedding(c.block_size, c.n_embd)
+        self.table = Embedding(c.block_size, c.n_embd, outer_std(c))
 
     def forward(self, h, start):
         return h + self.table.weight[start : start + h.size(1)], unturned
@@ -663,13 +674,13 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.embed = Embedding(c.vocab_size, c.n_embd)
+        self.embed = Embedding(c.vocab_size, c.n_embd, outer_std(c))
         self.position = POSITION[c.position](c)
         self.dropout = nn.Dropout(c.dropout)
         self.streams = RESIDUAL[c.residual]
         self.blocks = nn.ModuleList((CheckpointedBlock if c.gradient_checkpointing else Block)(c, i) for i in range(c.n_layer))
         self.norm = NORM[c.norm](c.n_embd, c.bias)
-        self.head = Linear(c.n_embd, c.vocab_size, False, std=0.02)
+        self.head = Linear(c.n_embd, c.vocab_size, False, outer_std(c))
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
         self.cap = partial(softcap, c.logit_softcap) if c.logit_softcap else nn.Identity()

@@ -22,7 +22,6 @@ glu = True
 tie_embeddings = False
 dropout = 0.15
 block_size = 64
-init_std = 0.02
 
 batch_size = 64
 max_iters = 8400

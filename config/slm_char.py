@@ -21,7 +21,6 @@ glu = True
 bias = True
 tie_embeddings = False
 dropout = 0.1
-init_std = 0.02
 
 batch_size = 16
 max_iters = 10000

@@ -16,7 +16,6 @@ activation = "silu"
 glu = True
 tie_embeddings = False
 dropout = 0.1
-init_std = 0.02
 
 batch_size = 32
 max_iters = 5000

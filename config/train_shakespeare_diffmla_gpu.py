@@ -16,6 +16,7 @@ kv_rank = 96
 rope_dim = 32
 qk_norm = True
 zero_init = True
+tie_embeddings = False
 dropout = 0.2
 
 batch_size = 64

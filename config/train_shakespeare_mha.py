@@ -13,9 +13,10 @@ block_size = 128
 attention = "mha"
 qk_norm = True
 zero_init = True
+tie_embeddings = False
 
 batch_size = 8
-max_iters = 1100
+max_iters = 1400
 learning_rate = 2e-3
 schedule = "linear"
 warmup_iters = 50

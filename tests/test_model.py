@@ -210,6 +210,15 @@ def test_start(row):
     assert not without
 
 
+@pytest.mark.parametrize("change", [{}, dict(zero_init=True, tie_embeddings=False), dict(attention="diff_mla"), dict(norm="layernorm", position="learned")], ids=str)
+def test_start_of_a_wide_model(change):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size=101, block_size=64, n_layer=8, n_head=8, n_embd=512, **change))
+    idx = torch.randint(101, (8, 65))
+    with torch.no_grad():
+        assert abs(model(idx[:, :-1], idx[:, 1:])[1]["ce"].item() - math.log(101)) < 0.1
+
+
 @every_row
 def test_overfits_one_batch(row):
     model = build(row, dropout=0.0)
@@ -288,7 +297,7 @@ OTHER = dict(block_size=8, vocab_size=31, n_layer=3, n_embd=64, norm="layernorm"
 @pytest.mark.parametrize("knob", [f.name for f in fields(GPTConfig) if f.name != "residual"])
 def test_every_knob_has_an_effect(knob):
     owner = {"kv_rank": "mla", "q_rank": "mla", "rope_dim": "mla", "diff_form": "diff"}.get(knob, "mha")
-    base = GPTConfig(**SMALL, attention=owner)
+    base = GPTConfig(**SMALL, attention=owner, tie_embeddings=knob != "zero_init")
     changed = replace(base, **{knob: OTHER[knob]})
 
     def fingerprint(config):
@@ -331,6 +340,7 @@ REFUSED = [
     (dict(attention="mla", n_kv_head=2), "n_kv_head=2 needs attention=mha or diff"),
     (dict(attention="diff", diff_form="v1", n_head=1), "must be even"),
     (dict(attention="diff", diff_form="v1", n_kv_head=1), "must be even"),
+    (dict(zero_init=True), "set tie_embeddings=False"),
     (dict(head_dim=7), "rotary width 7 must be even"),
     (dict(attention="mla", rope_dim=3), "rotary width 3 must be even"),
     (dict(attention="mla", rope_dim=8), "rope_dim=8 must leave at least 2"),

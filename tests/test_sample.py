@@ -1,0 +1,103 @@
+"""sample.py and bench.py through their command lines, on a run of a few steps."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from model import GPT, load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    d = tmp_path_factory.mktemp("sample")
+    (d / "play.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
+    flags = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --attention=diff_mla --max_iters=30 --learning_rate=1e-2 --warmup_iters=5".split()
+    for out, more in (("char", []), ("byte", ["--tokenizer=byte", f"--data_dir={d / 'bytes'}"])):
+        subprocess.run([sys.executable, ROOT / "train.py", f"--dataset={d / 'play.txt'}", f"--out_dir={d / out}", f"--data_dir={d / 'data'}",
+                        *flags, *more], check=True, cwd=d)
+    return d
+
+
+def sample(run, *flags, out="char", **kw):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={run / out}", *flags], capture_output=True, text=True,
+                          encoding="utf-8", timeout=60, cwd=run, **kw)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def printed(done):
+    """What was written, without the lines that name the overridden settings."""
+    return "\n".join(line for line in done.stdout.split("\n") if "    (default" not in line)
+
+
+def test_the_text_is_the_models(run):
+    """Greedy text is the argmax of the full forward, token after token."""
+    out = printed(sample(run, "--start=to be", "--max_new_tokens=40", "--temperature=0")).rstrip("\n")
+    state = load_checkpoint(run / "char/best.pt")
+    stoi = state["tokenizer"]["char_to_id"]
+    model, ids = GPT.from_checkpoint(run / "char/best.pt"), [stoi[c] for c in "to be"]
+    with torch.no_grad():
+        for _ in range(40):
+            start = 0 if len(ids) <= 16 else -(-(len(ids) - 16) // 8) * 8
+            ids.append(model(torch.tensor([ids[start:]]))[0][0, -1].argmax().item())
+    itos = {i: c for c, i in stoi.items()}
+    assert out == "".join(itos[i] for i in ids).rstrip("\n")
+
+
+def test_the_seed_decides(run):
+    a, b, c = (printed(sample(run, "--max_new_tokens=60", f"--seed={s}")) for s in (1, 1, 2))
+    assert a == b != c
+
+
+def test_several_samples(run):
+    parts = printed(sample(run, "--num_samples=3", "--max_new_tokens=20", "--start=to")).split("---------------")
+    assert len(parts) == 4 and parts[3].strip() == "" and len(set(parts[:3])) > 1
+
+
+def test_a_prompt_from_a_file_and_longer_than_the_context(run):
+    (run / "prompt.txt").write_text("to be or not to be, that is", encoding="utf-8")
+    done = sample(run, "--start=FILE:prompt.txt", "--max_new_tokens=5")
+    assert printed(done).startswith("to be or not to be, that is") and "27 tokens, the model reads at most the last 16" in done.stderr
+
+
+def test_conversation(run):
+    lines = "to be\ntemperature=0\nto be\nto be\ntop_p=3\nto be\ntop_p=0.9\ntop_k=abc\nЖ\n\nnot\nquit\nnever read\n"
+    out = printed(sample(run, "--interactive", "--max_new_tokens=12", input=lines)).split("> ")
+    assert "temperature = 0.0" in out[2] and out[3].strip() == out[4].strip() # greedy now: twice the same
+    assert "error: top_p=3.0 must be in (0, 1]" in out[6] and "top_p = 0.9" in out[7] and "error: top_k must be int" in out[8]
+    assert "error: the prompt has characters that the model does not know: 'Ж'" in out[9]
+    assert out[11].startswith("not") and len(out) == 13 # and after quit nothing
+
+
+def test_half_characters_wait(run, tmp_path):
+    """A byte model that writes é in two tokens: the stream never shows half of it."""
+    state = load_checkpoint(run / "byte/best.pt")
+    text = printed(sample(run, "--max_new_tokens=200", "--temperature=3", out="byte")) # wild: many bytes that begin no character
+    assert state["tokenizer"]["name"] == "byte" and len(text) > 20
+    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in text) # nothing that steers a terminal
+
+
+def test_a_damaged_best_is_said_and_the_newest_is_used(run, tmp_path):
+    subprocess.run(["cp", "-r", run / "char", tmp_path / "char"], check=True)
+    (tmp_path / "char/best.pt").write_bytes((tmp_path / "char/best.pt").read_bytes()[:-9])
+    done = sample(tmp_path, "--max_new_tokens=3")
+    assert "WARNING" in done.stderr and "ckpt.pt: diff_mla" in done.stderr
+
+
+def test_bench_ends_with_json():
+    done = subprocess.run([sys.executable, ROOT / "bench.py", "kv_cache", "--save=false", "--rounds=1"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert last["suite"] == "kv_cache" and {"name", "value", "unit", "baseline", "ratio"} == set(last["results"][0])
+    by_name = {r["name"]: r["value"] for r in last["results"]}
+    assert by_name["mha"] == 6 * 768 * 4 and by_name["mha"] / by_name["diff_mla v2"] == 6.0
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_the_cpu(run):
+    model, idx = GPT.from_checkpoint(run / "char/best.pt"), torch.randint(10, (2, 16))
+    want = model(idx, idx)[1]["ce"]
+    assert (model.cuda()(idx.cuda(), idx.cuda())[1]["ce"].cpu() - want).abs() < 1e-3
