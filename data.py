@@ -15,7 +15,7 @@ A dataset is a folder data/NAME/, and nothing in it is a pickle:
 
 B rows of a batch   T block_size   N tokens of a shard   an "id" is a token's number, 0 <= id < vocab_size
 """
-import contextlib, difflib, functools, hashlib, json, os, random, re, shutil, sys, sysconfig, time
+import contextlib, difflib, functools, hashlib, itertools, json, os, random, re, shutil, sys, sysconfig, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,11 @@ class Tokenizer:
     def unknown(self, text):
         """The distinct characters of text that have no id."""
         return []
+
+    def readable(self, ids):
+        """decode for what a model writes: a vocabulary padded beyond the tokenizer's has ids without a meaning, shown as U+FFFD."""
+        runs = itertools.groupby(ids, key=lambda i: 0 <= i < self.vocab_size)
+        return "".join(self.decode(list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs)
 
     def checked(self, ids):
         """Ids from a list, array or tensor as a flat int64 array. UserError for one that is out of range: numpy would wrap -1 silently."""

@@ -81,11 +81,11 @@ def continue_one(ids):
         if new.item() == tokenizer.eot:
             break
         written.append(new.item())
-        text = safe(tokenizer.decode(written))
+        text = safe(tokenizer.readable(written))
         if not text.endswith("\ufffd"):
             print(text[len(shown):], end="", flush=True)
             shown = text
-    print(safe(tokenizer.decode(written))[len(shown):])
+    print(safe(tokenizer.readable(written))[len(shown):])
     return len(written)
 
 
@@ -95,7 +95,7 @@ def continue_many(ids):
     out = model.generate(ids.expand(num_samples, -1), max_new_tokens, temperature, top_k, top_p, min_p, generator, stop)
     for row in out[:, ids.size(1):].tolist():
         end = row.index(tokenizer.eot) if tokenizer.eot in row else len(row)
-        print(safe(tokenizer.decode(row[:end])) + "\n---------------")
+        print(safe(tokenizer.readable(row[:end])) + "\n---------------")
     return num_samples * (out.size(1) - ids.size(1))
 
 

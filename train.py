@@ -112,7 +112,7 @@ def newest_good(path):
 
 def set_aside(path):
     """A fresh run in a used folder: what the last one left is moved to previous/, one generation of it."""
-    old = [f for f in os.listdir(path) if f.endswith((".pt", ".json", ".jsonl"))]
+    old = [f for f in ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json") if os.path.exists(os.path.join(path, f))]
     if old:
         shutil.rmtree(os.path.join(path, "previous"), ignore_errors=True)
         os.makedirs(os.path.join(path, "previous"))
@@ -124,13 +124,13 @@ def set_aside(path):
 def adopt(saved):
     """Settings of the checkpoint, where the command line does not say otherwise; refuse what would make it another run."""
     was = {**saved["train"], **saved["model"]}
-    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in given.items() if k in {*FIXED, *saved["model"]} and was[k] != v]
+    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in given.items() if k in {*FIXED, *saved["model"]} and v not in (was[k], "auto")]
     if clash:
         raise UserError(f"cannot resume with another {', '.join(clash)}\ndrop it, or train anew in another --out_dir")
     for k, v in saved["train"].items():
         if k in given and k not in LOCAL and v != given[k]:
             print(f"{k} was {v!r} before this resume")
-        elif k not in LOCAL:
+        elif k not in LOCAL and k not in given:
             globals()[k] = v
 
 
@@ -142,8 +142,6 @@ checkpoint_path = os.path.join(out_dir, "ckpt.pt")
 checkpoint = newest_good(checkpoint_path) if resume else None
 if checkpoint:
     adopt(checkpoint["config"])
-elif not resume:
-    set_aside(out_dir)
 
 for bad, sentence in [
     (min(batch_size, gradient_accumulation_steps, eval_interval, log_interval) < 1,
@@ -318,6 +316,8 @@ about = {"run_id": run["run_id"], "git_commit": git_commit(),
          "device": {"kind": kind, "name": device_name, "dtype": dtype, "threads": torch.get_num_threads()},
          "dataset": corpus.name, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params()}
 with user_errors():
+    if not resume:
+        set_aside(out_dir) # only now: no slip above may touch the run that lies there
     with open(os.path.join(out_dir, "run.json"), "w", encoding="utf-8") as f:
         json.dump(about, f, indent=1)
     metrics = open(os.path.join(out_dir, "metrics.jsonl"), "a", encoding="utf-8")
@@ -327,6 +327,10 @@ with user_errors():
 def log(**line):
     metrics.write(json.dumps(line) + "\n")
     metrics.flush()
+
+
+def finite(x):
+    return x if math.isfinite(x) else None # JSON has no NaN
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,7 +373,7 @@ def write_sample():
     prompt = torch.tensor(corpus.tokenizer.encode(sample_prompt).astype(np.int64), device=device)[None]
     with autocast:
         ids = model.generate(prompt, sample_tokens, generator=torch.Generator(device).manual_seed(seed))
-    return {"sample_text": corpus.tokenizer.decode(ids[0].tolist())}
+    return {"sample_text": corpus.tokenizer.readable(ids[0].tolist())}
 
 
 def next_batch(step):
@@ -482,8 +486,8 @@ while True:
         now = time.monotonic()
         rate = window_steps / max(now - window_time, 1e-9) # steps per second since the last line
         window_time, window_steps = now, 0
-        log(step=run["step"], tokens=run["step"] * tokens_per_step, time_s=round(now - clock, 3), train_loss=loss, lr=lr, grad_norm=norm,
-            tokens_per_s=round(rate * tokens_per_step))
+        log(step=run["step"], tokens=run["step"] * tokens_per_step, time_s=round(now - clock, 3), train_loss=finite(loss), lr=lr,
+            grad_norm=finite(norm), tokens_per_s=round(rate * tokens_per_step))
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
         print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s{mfu}"
               f"  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)

@@ -754,3 +754,8 @@ def test_exit_codes(tmp_path):
     assert {line: run.returncode for line, run in runs.items()} == lines
     assert "val 299 tokens" in said["prepare verse.txt"][0] and "--val_fraction" in said["--help"][0] and not said["prepare verse.txt"][1]
     assert said["verify nope"][1].startswith("error: no dataset 'nope'") and len(said["verify nope"][1].splitlines()) <= 3
+
+def test_a_padded_vocabulary_is_shown_not_refused():
+    """vocab_size=50304 over GPT-2's 50257: an untrained model writes ids that mean nothing."""
+    codec = make_tokenizer("byte", "")
+    assert codec.readable([104, 105, 300, 33, 999, 999]) == "hi\ufffd!\ufffd\ufffd" and codec.readable([]) == ""

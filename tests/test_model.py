@@ -270,6 +270,32 @@ def test_bf16_autocast_is_near(row):
     assert abs(near - exact) < 0.02 # bf16 keeps 8 bits: 0.4% of a loss near 3.4
 
 
+@pytest.mark.parametrize("attention", ("mha", "mla", "diff", "diff_mla"))
+def test_cached_decoding_under_autocast(attention):
+    """Weights fp32, activations and cache bf16: no kernel meets two dtypes, and the loss of precision is bf16's."""
+    model = build({"attention": attention, "qk_norm": True}).eval()
+    idx = tokens(model, 2, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache, out = model.new_cache(2), []
+        for piece in idx.split([5, 3, 1, 7], dim=1):
+            out.append(model(piece, cache=cache)[0])
+        assert all(store.dtype == torch.bfloat16 for layer in cache.layers for store in layer)
+        assert (torch.cat(out, 1) - model(idx, idx)[0]).abs().max() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ("mha", "mla", "diff", "diff_mla"))
+def test_training_on_a_gpu_runs_on_a_fused_kernel(attention):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    model = GPT(GPTConfig(vocab_size=65, block_size=128, n_layer=2, n_head=4, n_embd=256, attention=attention, qk_norm=True)).cuda()
+    idx = torch.randint(65, (2, 128), device="cuda")
+    want = model(idx, idx)[1]["ce"]
+    with torch.autocast("cuda", torch.bfloat16), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        got = model(idx, idx)[1]["ce"] # raises if neither kernel takes these shapes
+    got.backward()
+    assert abs(got - want) < 0.02
+
+
 def test_gradient_checkpointing_changes_memory_not_numbers():
     grads = []
     for on in (False, True):

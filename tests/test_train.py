@@ -230,6 +230,9 @@ def test_a_second_run_in_the_folder_keeps_the_first(corpus, tmp_path):
     first = (out / "ckpt.pt").read_bytes()
     assert "moved to" in train(corpus, out, "--max_iters=5").stdout
     assert (out / "previous/ckpt.pt").read_bytes() == first
+    kept = (out / "ckpt.pt").read_bytes()
+    train(corpus, out, "--max_iters=5", "--dataset=nowhere", code=2) # a slip moves nothing
+    assert (out / "ckpt.pt").read_bytes() == kept
 
 
 # --- signals, and numbers that are no numbers ---
@@ -273,7 +276,8 @@ def sabotaged(corpus, out, bad, steps, *flags):
 def test_a_non_finite_batch_is_skipped(bad, corpus, tmp_path):
     """The 4th batch is poison: the weights after 4 steps are those after 3."""
     out = tmp_path / "o"
-    done = sabotaged(corpus, out, bad, {4}, "--max_iters=4", "--checkpoint_interval=3")
+    done = sabotaged(corpus, out, bad, {4}, "--max_iters=4", "--checkpoint_interval=3", "--log_interval=1")
+    assert [line["train_loss"] is None for line in metrics(out) if "lr" in line] == [False, False, False, True] # JSON has no NaN
     assert done.returncode == 0 and "BATCH SKIPPED (1 so far)" in done.stdout, done.stdout + done.stderr
     before, after = load_checkpoint(out / "ckpt.prev.pt"), load_checkpoint(out / "ckpt.pt")
     assert (before["step"], after["step"], after["skipped"]) == (3, 4, 1)
