@@ -7,11 +7,13 @@ Every speed and size that the README reports, as named suites.
   train      forward, backward and optimizer step of each attention choice, against mha of the same widths
   decode     tokens/s of one sequence at full context: with the cache, against reading the context again for every token
   kv_cache   bytes of the cache per token, as the tensors report them
+  nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
-Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one call each per round; the
+Without a name, the first three. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one call each per round; the
 figure is the median over the rounds, the ratio the median of the ratios within a round (a busy machine slows both sides).
 The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
 """
+import importlib.util
 import json
 import os
 import platform
@@ -21,20 +23,23 @@ import time
 
 import torch
 
-from configurator import UserError, configure, git_commit
-from model import GPT, GPTConfig
+from configurator import UserError, configure, git_commit, user_errors
+from model import GPT, GPTConfig, choose_device
 from optim import build_optimizer
 
 rounds = 11 # turns of each arm
 batch_size = 8 # sequences per step (train)
 block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
+nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 save = True # write bench_results/<device>.json
 
 ARMS = {"mha": {}, "mla": {"attention": "mla"}, "diff v1": {"attention": "diff", "diff_form": "v1"}, "diff v2": {"attention": "diff"},
         "diff_mla v1": {"attention": "diff_mla", "diff_form": "v1"}, "diff_mla v2": {"attention": "diff_mla"}}
 SMALL = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=128, qk_norm=True) # train_shakespeare_*
 CHAR = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256) # nanoGPT's 10.65M character model
+
+SHAPES = {"train model": SMALL, "decode and kv_cache model": CHAR}
 
 
 def hardware():
@@ -112,22 +117,28 @@ def train():
 
 
 def decode():
-    """Greedy tokens behind 200 tokens of context, so that no window slides; the same ids are written by all calls of an arm."""
-    print("decode: 6 layers of 384, 6 heads, context 200 to 232 of 256, batch 1, fp32, eager; baseline: mha without a cache")
-    idx, new, results = torch.randint(65, (1, 200), device=device), 32, []
-    arms = {"mha, no cache": lambda m=build(**CHAR): m.generate(idx, 4, temperature=0, use_cache=False)}
+    """Greedy tokens after 200 tokens of context. Both sides bare: a forward and an argmax for each token."""
+    print("decode: 6 layers of 384, 6 heads, context 200 to 216 of 256, batch 1, fp32, eager; baseline: mha without a cache")
+    idx, new = torch.randint(65, (1, 200), device=device), 16
+    arms = {"mha, no cache": rereading(build(**CHAR).eval(), idx, new)}
     for name, choice in ARMS.items():
         latent = dict(kv_rank=96, rope_dim=32) if "mla" in name else {}
         arms[name] = continuing(build(**CHAR, **choice, **latent).eval(), idx, new)
-    for name, (median, _, _, _) in in_turn(arms).items():
-        rate = (4 if "no cache" in name else new) / median
-        base = results[0]["value"] if results else rate
-        results.append(row(name, rate, "tokens/s", "mha, no cache", rate / base))
-    return results
+    return [row(name, new / median, "tokens/s", "mha, no cache", 1 / ratio, 1 / high, 1 / low)
+            for name, (median, ratio, low, high) in in_turn(arms).items()]
+
+
+def rereading(model, idx, new):
+    @torch.no_grad()
+    def write(tokens=idx):
+        for _ in range(new):
+            tokens = torch.cat([tokens, model(tokens)[0].argmax(-1)], dim=1)
+
+    return write
 
 
 def continuing(model, idx, new):
-    """A function that writes `new` greedy tokens behind a prompt that has been read: what tokens cost, without the prompt."""
+    """A function that writes `new` greedy tokens after a prompt that has been read: what tokens cost, without the prompt."""
     cache = model.new_cache(1)
 
     @torch.no_grad()
@@ -138,6 +149,40 @@ def continuing(model, idx, new):
             token = model(token, cache=cache)[0][:, -1:].argmax(-1)
 
     return write
+
+
+def against_nanogpt():
+    """One training step at nanoGPT's CPU recipe, with its weights copied into ours; decoding at its 10.65M shape, context 240 to 256."""
+    path = os.path.join(nanogpt, "model.py")
+    if not nanogpt or not os.path.exists(path):
+        raise UserError(f"nanogpt={nanogpt!r} holds no model.py\nclone github.com/karpathy/nanoGPT and give its folder: --nanogpt=path/to/nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    theirs_module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = theirs_module
+    spec.loader.exec_module(theirs_module)
+    gpt2 = dict(norm="layernorm", position="learned", activation="gelu")
+    recipe = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=128, block_size=64)
+    theirs, ours = theirs_module.GPT(theirs_module.GPTConfig(**recipe, dropout=0.0, bias=False)).to(device), build(**recipe, **gpt2)
+    for p, q in zip(theirs.parameters(), ours.parameters()): # both declare them in the same order
+        q.data.copy_(p)
+    idx = torch.randint(65, (12, 64), device=device)
+    print(f"nanogpt: largest difference of logits {(theirs(idx, idx)[0] - ours(idx, idx)[0]).abs().max().item():.1e}")
+    optimizers = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device), build_optimizer(ours, "adamw", 1e-3, 0.1, (0.9, 0.99))
+
+    def step(model, opt, loss):
+        def run():
+            loss(model(idx, idx)[1]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        return run
+
+    steps = in_turn({"nanoGPT step": step(theirs, optimizers[0], lambda x: x), "our step": step(ours, optimizers[1], lambda x: x["ce"])})
+    big, context = theirs_module.GPT(theirs_module.GPTConfig(**CHAR, dropout=0.0, bias=False)).to(device).eval(), torch.randint(65, (1, 240), device=device)
+    arms = {"nanoGPT generate": lambda: big.generate(context, 16), "our generate": continuing(build(**CHAR, **gpt2).eval(), context, 16)}
+    results = [row(name, 1e3 * median, "ms", "nanoGPT step", ratio, low, high) for name, (median, ratio, low, high) in steps.items()]
+    return results + [row(name, 16 / median, "tokens/s", "nanoGPT generate", 1 / ratio, 1 / high, 1 / low)
+                      for name, (median, ratio, low, high) in in_turn(arms).items()]
 
 
 def kv_cache():
@@ -151,7 +196,7 @@ def kv_cache():
     return results
 
 
-SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache}
+SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "nanogpt": against_nanogpt}
 
 
 def keep(file, name, description, results):
@@ -160,23 +205,24 @@ def keep(file, name, description, results):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     kept = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
     kept[name] = {"device": description, "commit": git_commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                  "rounds": rounds, "results": results}
+                  "rounds": rounds, "shapes": {"train": [batch_size, block_size], **SHAPES}, "results": results}
     with open(path, "w", encoding="utf-8") as f:
         json.dump(kept, f, indent=1)
 
 
 if __name__ == "__main__":
-    words = [a for a in sys.argv[1:] if not a.startswith("-")]
-    configure(globals(), argv=[a for a in sys.argv[1:] if a.startswith("-")])
+    first = next((i for i, a in enumerate(sys.argv) if a.startswith("-")), len(sys.argv)) # suites, then options
+    words = sys.argv[1:first]
+    configure(globals(), argv=sys.argv[first:])
     if unknown := [w for w in words if w not in SUITES]:
         raise UserError(f"no suite {unknown[0]!r}; there is: {', '.join(SUITES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with user_errors():
+        device, _ = choose_device(device)
     if rounds < 1 or batch_size < 1 or block_size < 1:
         raise UserError("rounds, batch_size and block_size must be at least 1")
     file, description = hardware()
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
-    for name in words or SUITES:
+    for name in words or [name for name in SUITES if name != "nanogpt"]:
         results = SUITES[name]()
         if save:
             keep(file, name, description, results)

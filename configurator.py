@@ -56,7 +56,9 @@ def parse_flag(arg, queue, known):
     name = key.replace('-', '_')
     positive = name.removeprefix('no_')
     if not equals and name not in known and type(known.get(positive)) is bool: return positive, False
+    if not equals and name not in known and known.get(positive) == 'auto': return positive, 'false'
     if name not in known: raise unknown(name, known, 'command line', '--help lists all.')
+    if not equals and known[name] == 'auto' and (not queue or queue[0].startswith('--')): return name, 'true' # auto | true | false
     if not equals and type(known[name]) is bool:
         # without this `--compile false` would switch compile on and then look for a config file called false
         if queue and queue[0].lower() in WORDS: raise UserError(f'--{key} {queue[0]}: write --{key}={queue[0]}')
@@ -89,6 +91,7 @@ def fit(value, default):
     """value in the type of default, or a ValueError. Strict (True is no int), but for int -> float and list -> tuple."""
     if type(value) is list: value = tuple(value)
     if type(default) is float and type(value) is int: value = float(value)
+    if default == 'auto' and type(value) is bool: value = str(value).lower() # compile = False, as nanoGPT's config files have it
     if type(value) is not type(default) or value != value: raise ValueError(value) # only nan differs from itself
     alike = type(default) is tuple and len({type(item) for item in default}) == 1 # the default () says nothing about items
     return tuple(fit(item, default[0]) for item in value) if alike else value
@@ -156,7 +159,8 @@ def user_errors():
 
 def git_commit():
     """The commit of these files, for the record of a run; 'unknown' without git or outside a checkout."""
-    try: done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+    describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'] # the hash, and -dirty where files differ from it
+    try: done = subprocess.run(describe, cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
     except OSError: return 'unknown' # no git on this machine
     return done.stdout.strip() or 'unknown'
 

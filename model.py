@@ -303,12 +303,19 @@ class Rope(nn.Module):
         m = torch.arange(start, start + h.size(1), device=h.device, dtype=wide)
         frequency = self.base ** (-torch.arange(0, self.width, 2, device=h.device, dtype=wide) / self.width)
         angle = torch.outer(m, frequency) # (T, P/2)
+        if torch.compiler.is_compiling(): # the compiler fuses real numbers, and has no code for complex ones
+            return h, partial(self.turn_real, angle.cos(), angle.sin())
         return h, partial(self.turn, torch.polar(torch.ones_like(angle), angle))
 
     @staticmethod
     def turn(rotation, x): # (T, P/2) complex, (B, heads, T, P) -> (B, heads, T, P)
         pairs = torch.view_as_complex(widen(x).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+    @staticmethod
+    def turn_real(cos, sin, x): # the same, written out
+        a, b = widen(x).unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
 class NoPosition(nn.Module):
@@ -342,12 +349,19 @@ def attend(q, k, v, scale=None):
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if T == S and T > 1: # training and whole prompts: the flash kernels' own causal mode, no mask in memory
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != K)
-    # New tokens behind a cache. is_causal would align the mask top-left, which is wrong here. The H/K heads that share
+        if H != K and not flash_takes_groups(q): # the unfused path would hold T x T scores: rather copy the keys
+            k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != k.size(1))
+    # New tokens after a cache. is_causal would align the mask top-left, which is wrong here. The H/K heads that share
     # a key head are stacked as more queries, so that the cached keys are read once and never copied.
     mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(H // K, 1)
     o = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask, scale=scale)
     return o.reshape(B, H, T, -1)
+
+
+def flash_takes_groups(q):
+    """Whether a fused kernel shares key heads by itself. On CUDA only flash and cuDNN do: half precision, from compute capability 8."""
+    return not q.is_cuda or q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 class OneMap(nn.Module):
@@ -608,7 +622,7 @@ class Pass:
 class Cache:
     """
     What attention keeps of the tokens it has read: for each layer the tensors that its cache_layout lists, (B, heads,
-    capacity, width), filled up to `length`. Rolling back is setting the length: what lies behind it is never read.
+    capacity, width), filled up to `length`. Rolling back is setting the length: what lies beyond it is never read.
     """
 
     def __init__(self, layouts, batch_size, capacity, dtype, device):
@@ -668,12 +682,13 @@ class GPT(nn.Module):
     """
     logits, losses = model(idx, targets). idx (B, T) int64, T <= block_size. With targets (B, T; -1 is ignored): logits
     (B, T, V) and losses {"ce": nats per token}. Without: logits (B, 1, V) of the last token and {}. With a cache: idx are
-    the tokens behind it, logits (B, T, V). Logits are fp32 (fp64 for a model in double).
+    the tokens that follow, logits (B, T, V). Logits are fp32 (fp64 for a model in double).
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        self.block_size = c.block_size
         self.embed = Embedding(c.vocab_size, c.n_embd, outer_std(c))
         self.position = POSITION[c.position](c)
         self.dropout = nn.Dropout(c.dropout)
@@ -702,7 +717,7 @@ class GPT(nn.Module):
         return logits, losses
 
     def check_length(self, length, cache):
-        room = self.config.block_size if cache is None else cache.capacity
+        room = self.block_size if cache is None else cache.capacity
         if length > room:
             raise ValueError(f"{length} tokens do not fit into block_size={room}; give at most the last {room} of them")
 
@@ -715,7 +730,7 @@ class GPT(nn.Module):
         if dtype is None:
             autocast = torch.is_autocast_enabled(weight.device.type)
             dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return Cache([b.attention.cache_layout for b in self.blocks], batch_size, self.config.block_size, dtype, weight.device)
+        return Cache([b.attention.cache_layout for b in self.blocks], batch_size, self.block_size, dtype, weight.device)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, use_cache=True):
@@ -725,7 +740,7 @@ class GPT(nn.Module):
         both write the same text.
         """
         check_sampling(idx, temperature, top_k, top_p, min_p)
-        was_training, L = self.training, self.config.block_size
+        was_training, L = self.training, self.block_size
         self.eval()
         cache, start = (self.new_cache(idx.size(0)) if use_cache else None), 0
         try:
@@ -766,7 +781,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T=None):
         """Floating-point operations of one training step per token at context T: forward, and twice that for backward."""
-        return 3 * forward_flops(self, T or self.config.block_size)
+        return 3 * forward_flops(self, T or self.block_size)
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
@@ -830,6 +845,25 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the device
+
+
+def choose_device(name):
+    """(device, the reason) for auto | cpu | cuda | cuda:1 | mps. ValueError if it cannot be used here."""
+    if name != "auto":
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}\nuse --device=auto, or cpu") from None
+        return name, "as asked"
+    if torch.cuda.is_available():
+        return "cuda", "auto: a CUDA GPU is there"
+    if torch.backends.mps.is_available():
+        return "mps", "auto: no CUDA, but Apple's GPU"
+    return "cpu", "auto: no CUDA, no MPS"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # checkpoints: one file, which torch.load reads as it stands. torch.load does not notice damaged tensor bytes, so the
 # sha256 of all other bytes is kept in the comment field that the zip format has at its very end.
 
@@ -879,7 +913,7 @@ def load_checkpoint(path):
     if blob[-_SEAL:-64] != b"sha256:":
         raise ValueError(f"{path} is cut short, or was not written by train.py; give a checkpoint of train.py (ckpt.pt, best.pt)")
     if hashlib.sha256(blob[:-_SEAL]).hexdigest().encode() != blob[-64:]:
-        raise ValueError(f"{path} is damaged: its bytes do not match the sha256 it carries; use {previous_checkpoint(path)} or best.pt")
+        raise ValueError(f"{path} is damaged: its bytes do not match the sha256 it carries; use another checkpoint of the run")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -892,17 +926,16 @@ def describe(config, T, batch_size=1):
     with torch.device("meta"):
         model = GPT(config)
         idx = torch.zeros(batch_size, T, dtype=torch.long)
-    rows = []
-    hooks = [m.register_forward_hook(lambda m, i, o, name=name: rows.append((name, m, o))) for name, m in model.named_modules() if name]
+    rows = {} # name -> [module, what it gave], parents before their parts
+    for name, m in model.named_modules():
+        m.register_forward_pre_hook(lambda m, i, name=name: rows.setdefault(name, [m, None]) and None)
+        m.register_forward_hook(lambda m, i, o, name=name: rows[name].__setitem__(1, o[0] if isinstance(o, tuple) else o))
     model(idx, targets=idx)
-    for hook in hooks:
-        hook.remove()
     print(f"{'part':<34}{'class':<13}{'output':<24}{'parameters':>12}{'forward FLOPs/token':>21}")
     print(f"{'tokens':<34}{'':<13}{str(tuple(idx.shape)):<24}")
-    for name, m, out in rows:
-        if isinstance(m, (nn.Identity, nn.Dropout)) or name.startswith("blocks.") and not name.startswith("blocks.0"):
+    for name, (m, out) in rows.items():
+        if isinstance(m, (nn.Identity, nn.Dropout)) or not name or name.startswith("blocks.") and not name.startswith("blocks.0"):
             continue # the other blocks are like the first
-        out = out[0] if isinstance(out, tuple) else out
         label = "  " * (name.count(".") - 1) + name.removeprefix("blocks.0.") if name.startswith("blocks.0.") else name
         count, flops = sum(p.numel() for p in m.parameters()), forward_flops(m, T)
         label = f"blocks.0 (of {config.n_layer})" if name == "blocks.0" else label
@@ -919,4 +952,6 @@ if __name__ == "__main__":
     given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     with user_errors():
         config = GPTConfig(**given)
+    if "vocab_size" not in given:
+        print(f"(vocab_size={config.vocab_size:,} is the default; train.py takes it from the data: characters of Shakespeare are 65)\n")
     describe(config, config.block_size)

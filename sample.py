@@ -14,7 +14,7 @@ import torch
 
 from configurator import UserError, configure, user_errors
 from data import tokenizer_from_dict
-from model import GPT, GPTConfig, check_sampling, load_checkpoint, previous_checkpoint
+from model import GPT, GPTConfig, check_sampling, choose_device, load_checkpoint, previous_checkpoint
 
 out_dir = "out" # folder of the run
 start = "\n" # the prompt; FILE:prompt.txt reads it from a file
@@ -50,16 +50,17 @@ def load(folder, device):
         print(f"WARNING: {line}", file=sys.stderr)
     if state["tokenizer"] is None:
         raise UserError(f"{path} was trained on tokens without a tokenizer, so it can write no text\nprepare the data with data.py")
+    codec = tokenizer_from_dict(state["tokenizer"], state["config"]["train"]["data_dir"]) # gpt2's files lie where the run had its data
     model = GPT(GPTConfig(**state["config"]["model"]))
     model.load_state_dict(state["model"])
     about = f"{path}: {state['config']['model']['attention']}, {model.num_params():,} parameters, step {state['step']}"
-    return model.to(device).eval(), tokenizer_from_dict(state["tokenizer"]), state["config"]["train"]["dtype"], about
+    return model.to(device).eval(), codec, state["config"]["train"]["dtype"], about
 
 
 def encode(text):
     """Prompt -> ids (1, T). UserError for an empty one, and for characters that the model has never seen."""
     if not text:
-        raise UserError('the prompt is empty; give at least one character, such as --start="\\n"')
+        raise UserError('the prompt is empty; give at least one character, such as --start=A')
     if unknown := tokenizer.unknown(text):
         raise UserError(f"the prompt has characters that the model does not know: {' '.join(map(repr, unknown[:10]))}\nwrite it without them")
     ids = torch.tensor([int(i) for i in tokenizer.encode(text)], device=device)[None]
@@ -93,9 +94,9 @@ def continue_many(ids):
     """num_samples continuations in one batch, printed one below the other."""
     stop = () if tokenizer.eot is None else (tokenizer.eot,)
     out = model.generate(ids.expand(num_samples, -1), max_new_tokens, temperature, top_k, top_p, min_p, generator, stop)
-    for row in out[:, ids.size(1):].tolist():
+    for i, row in enumerate(out[:, ids.size(1) :].tolist()):
         end = row.index(tokenizer.eot) if tokenizer.eot in row else len(row)
-        print(safe(tokenizer.readable(row[:end])) + "\n---------------")
+        print((safe(tokenizer.readable(ids[0].tolist())) if i else "") + safe(tokenizer.readable(row[:end])) + "\n---------------")
     return num_samples * (out.size(1) - ids.size(1))
 
 
@@ -137,14 +138,15 @@ def converse():
                 answer(line)
             except UserError as error: # a slip costs the line, not the conversation
                 print(f"error: {error}")
+            except KeyboardInterrupt:
+                print("\n(stopped)")
 
 
 configure(globals())
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 if num_samples < 1 or max_new_tokens < 1:
     raise UserError("num_samples and max_new_tokens must be at least 1")
 with user_errors():
+    device, _ = choose_device(device)
     if start.startswith("FILE:"):
         start = open(start[5:], encoding="utf-8").read()
     model, tokenizer, dtype, about = load(out_dir, device)

@@ -6,10 +6,11 @@ Trains a model.py on a dataset of data.py. Settings first, then one loop, top to
   python train.py --out_dir=out/deeper --resume                                             goes on exactly where it was
 
 out_dir afterwards: run.json (what ran), metrics.jsonl (what it measured), ckpt.pt (the newest state), ckpt.prev.pt (the
-one before), best.pt (the lowest validation loss). A run is a pure function of its settings, the torch version, the device
-and the number of threads: killed at any moment and resumed, it ends in the same bits.
+one before), best.pt (the lowest validation loss). On a CPU a run is a pure function of its settings, the torch version and
+the number of threads: killed at any moment and resumed, it ends in the same bits. (GPU kernels may add in another order.)
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import torch
 
 import data
 from configurator import UserError, configure, git_commit, user_errors
-from model import GPT, GPTConfig, load_checkpoint, previous_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, choose_device, load_checkpoint, previous_checkpoint, save_checkpoint
 from optim import build_optimizer
 
 # --- run ---
@@ -70,8 +71,8 @@ compile = "auto" # torch.compile: auto (where it pays back within the run) | tru
 
 given = configure(globals(), GPTConfig)
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
-FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "dtype"} # a resumed run cannot change these, nor the model
-LOCAL = {"out_dir", "resume", "device", "data_dir"} # these are the command line's, not the checkpoint's
+FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype"} # for resume, as the model
+LOCAL = {"out_dir", "resume", "device"} # these are the command line's, not the checkpoint's
 MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,33 +106,42 @@ def newest_good(path):
         print(f"RESUMING from {p}, step {state['step']}")
         return state
     if found:
-        raise UserError(f"no checkpoint in {out_dir} is whole; start again without --resume (the old files are kept in {out_dir}/previous)")
+        raise UserError(f"no checkpoint in {out_dir} is whole; start again without --resume (the old files are moved aside, not deleted)")
     print(f"NOTHING TO RESUME in {out_dir} yet: starting at step 0")
     return None
 
 
+def read_run(path):
+    """run.json of the run that this folder holds, {} if there is none or it was cut off while being written."""
+    try:
+        with open(os.path.join(path, "run.json"), encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        return {}
+
+
 def set_aside(path):
-    """A fresh run in a used folder: what the last one left is moved to previous/, one generation of it."""
+    """A fresh run in a used folder: what the last one left is moved to previous_1, previous_2, ... and never deleted."""
     old = [f for f in ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json") if os.path.exists(os.path.join(path, f))]
     if old:
-        shutil.rmtree(os.path.join(path, "previous"), ignore_errors=True)
-        os.makedirs(os.path.join(path, "previous"))
+        aside = next(d for n in itertools.count(1) if not os.path.exists(d := os.path.join(path, f"previous_{n}")))
+        os.makedirs(aside)
         for f in old:
-            os.replace(os.path.join(path, f), os.path.join(path, "previous", f))
-        print(f"{path} held an earlier run: moved to {path}/previous")
+            os.replace(os.path.join(path, f), os.path.join(aside, f))
+        print(f"{path} held an earlier run: moved to {aside}")
 
 
 def adopt(saved):
-    """Settings of the checkpoint, where the command line does not say otherwise; refuse what would make it another run."""
-    was = {**saved["train"], **saved["model"]}
-    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in given.items() if k in {*FIXED, *saved["model"]} and v not in (was[k], "auto")]
+    """Settings of the earlier run, where the command line does not say otherwise; refuse what would make it another run."""
+    was, asked = {**saved["train"], **saved["model"]}, {k: v for k, v in given.items() if v != "auto"}
+    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in asked.items() if k in {*FIXED, *saved["model"]} and v != was[k]]
     if clash:
         raise UserError(f"cannot resume with another {', '.join(clash)}\ndrop it, or train anew in another --out_dir")
     for k, v in saved["train"].items():
-        if k in given and k not in LOCAL and v != given[k]:
-            print(f"{k} was {v!r} before this resume")
-        elif k not in LOCAL and k not in given:
+        if k not in asked and k not in LOCAL:
             globals()[k] = v
+        elif k not in LOCAL and v != asked[k]:
+            print(f"{k} was {v!r} before this resume")
 
 
 if resume and not os.path.isdir(out_dir):
@@ -140,8 +150,10 @@ with user_errors():
     lock = own_folder(out_dir)
 checkpoint_path = os.path.join(out_dir, "ckpt.pt")
 checkpoint = newest_good(checkpoint_path) if resume else None
-if checkpoint:
-    adopt(checkpoint["config"])
+began = read_run(out_dir) if resume else {}
+earlier = checkpoint["config"] if checkpoint else began.get("config") # killed before its first checkpoint: run.json has the settings
+if earlier:
+    adopt(earlier)
 
 for bad, sentence in [
     (min(batch_size, gradient_accumulation_steps, eval_interval, log_interval) < 1,
@@ -164,29 +176,14 @@ for bad, sentence in [
 # the machine
 
 
-def choose_device():
-    if device != "auto":
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"device={device!r} cannot be used: {reason}\nuse --device=auto, or cpu") from None
-        return device, "as asked"
-    if torch.cuda.is_available():
-        return "cuda", "auto: a CUDA GPU is there"
-    if torch.backends.mps.is_available():
-        return "mps", "auto: no CUDA, but Apple's GPU"
-    return "cpu", "auto: no CUDA, no MPS"
-
-
 def choose_dtype():
     if dtype != "auto":
         if dtype == "float16" and kind == "cpu":
             raise UserError("dtype=float16 needs a GPU: its gradients underflow without a loss scaler\nuse --dtype=float32 or bfloat16")
         return dtype, "as asked"
     if kind != "cuda":
-        return "float32", "auto: half precision is no faster there at these widths"
-    if torch.cuda.is_bf16_supported():
+        return "float32", "auto: on a CPU half precision is slower at small widths" if kind == "cpu" else "auto: the safe choice there"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16", "auto: the GPU has it"
     return "float16", "auto: the GPU has no bfloat16; with a loss scaler"
 
@@ -200,17 +197,20 @@ def choose_compile(model, tokens):
     return gain > 110, f"auto: about {gain:.0f} s to gain, 55 s to compile"
 
 
-PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-        "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12} # dense half-precision FLOP/s, from the makers' data sheets
+# dense half-precision FLOP/s, from the makers' data sheets; the first name found in the device's name counts
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+        "4090": 165e12, "3090": 71e12, "V100": 125e12, "Tesla T4": 65e12}
 
-device, device_reason = choose_device()
+with user_errors():
+    device, device_reason = choose_device(device)
 kind = torch.device(device).type
 dtype, dtype_reason = choose_dtype()
 device_name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
 peak = next((flops for name, flops in PEAK.items() if name in device_name), 0) if kind == "cuda" and dtype != "float32" else 0
 autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
-torch.set_float32_matmul_precision("high") # TF32 where a GPU has it; no effect on a CPU
+if kind == "cuda":
+    torch.set_float32_matmul_precision("high") # TF32: 10 bits of mantissa in matrix products, several times the speed
 print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +220,9 @@ print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})")
 def get_data(name):
     """The dataset, prepared first if it is not there."""
     if name not in data.prepared(data_dir):
-        name = data.prepare(name, tokenizer=tokenizer or "char", data_dir=data_dir, val_fraction=val_fraction).name
+        known = data.dataset_name(os.path.splitext(os.path.basename(os.path.abspath(name)))[0]) # a path: prepared before under this name?
+        before = data.load(known, data_dir).tokenizer if known in data.prepared(data_dir) else None
+        name = data.prepare(name, tokenizer or (before.name if before else "char"), data_dir, val_fraction).name
     found = data.load(name, data_dir)
     has = found.tokenizer.name if found.tokenizer else "none"
     if tokenizer and not tokenizer.endswith(".json") and has != tokenizer:
@@ -229,8 +231,17 @@ def get_data(name):
     return found
 
 
+def same_data(saved):
+    """On resume: the very data of the run, loaded and never prepared anew, whatever the network says by now."""
+    name, asked = saved["train"]["dataset"], given.get("dataset", saved["asked"])
+    if asked not in (name, saved["asked"]):
+        raise UserError(f"cannot resume: {asked} is not the data this run was trained on, which is {name}\ndrop --dataset, or train anew")
+    return data.load(name, data_dir)
+
+
+asked = earlier["asked"] if earlier else dataset
 try:
-    corpus = get_data(dataset)
+    corpus = same_data(earlier) if earlier else get_data(dataset)
 except data.DownloadError as error:
     if not offline_dataset:
         raise
@@ -240,6 +251,12 @@ if corpus.tokenizer and sample_tokens and (not sample_prompt or corpus.tokenizer
     if "sample_prompt" in given:
         raise UserError(f"sample_prompt={sample_prompt!r} is empty or has characters that {corpus.name} does not have; change it")
     sample_prompt = corpus.tokenizer.decode([int(corpus.train.shards[0][0])]) # a text without a newline: begin as it begins
+dataset = corpus.name # what a resumed run must find again, whatever the network says then
+try:
+    prompt_ids = corpus.tokenizer.encode(sample_prompt).astype(np.int64) if corpus.tokenizer and sample_tokens else None
+except data.DownloadError as error: # tokens made elsewhere: training needs no tokenizer
+    print(f"{error}\nNO SAMPLES WILL BE WRITTEN")
+    prompt_ids = None
 print(f"data {corpus.name}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, vocabulary {corpus.vocab_size:,}")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,39 +265,46 @@ print(f"data {corpus.name}: {len(corpus.train):,} training and {len(corpus.val):
 for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two for code that a user may add
     seeding(seed)
 with user_errors():
-    fields = checkpoint["config"]["model"] if checkpoint else {"vocab_size": corpus.vocab_size, **{k: given[k] for k in given if k not in SETTINGS}}
+    fields = earlier["model"] if earlier else {"vocab_size": corpus.vocab_size, **{k: given[k] for k in given if k not in SETTINGS}}
     config = GPTConfig(**fields)
     if config.vocab_size < corpus.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is smaller than the {corpus.vocab_size} of {corpus.name}; drop --vocab_size")
-    corpus.train.batch(0, 1, config.block_size, seed), next(corpus.val.windows(config.block_size, 1)) # refuse too short a text now
+    corpus.train.batch(0, 1, config.block_size, seed) # refuse too short a text now
+    corpus.val.batch(0, 1, config.block_size, seed) if eval_iters else next(corpus.val.windows(config.block_size, 1))
     model = GPT(config).to(device)
     opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 
+if earlier and (checkpoint or began)["data_sha256"] != corpus.sha256:
+    raise UserError(f"cannot resume: {data_dir}/{corpus.name} is not the data this run was trained on; prepare it as before")
 tokens_per_step = batch_size * gradient_accumulation_steps * config.block_size
 flops_per_step = model.flops_per_token() * tokens_per_step
+compiling, compile_reason = choose_compile(model, tokens_per_step * max_iters)
+compile = str(compiling).lower() # kept, so that a longer run that goes on from this one computes as it did
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps")
 
 
 def random_states():
     """Every generator that a step may draw from. numpy's arrays as tensors: that is what weights_only loads."""
     name, keys, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if kind == "cuda" else [],
+    there = {"cuda": torch.cuda.get_rng_state_all, "mps": lambda: [torch.mps.get_rng_state()], "cpu": list}[kind]()
+    return {"torch": torch.get_rng_state(), "device": there,
             "python": random.getstate(), "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
 
 
 def restore_random_states(s):
     torch.set_rng_state(s["torch"])
-    if kind == "cuda" and s["cuda"]:
-        torch.cuda.set_rng_state_all(s["cuda"])
+    if kind == "cuda" and s["device"]:
+        torch.cuda.set_rng_state_all(s["device"])
+    if kind == "mps" and s["device"]:
+        torch.mps.set_rng_state(s["device"][0])
     random.setstate(s["python"])
     name, keys, *rest = s["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
-run = {"run_id": uuid.uuid4().hex, "step": 0, "evaluated": -1, "best": math.inf, "skipped": 0, "time_s": 0.0, "metrics_bytes": 0}
+run = {"run_id": began.get("run_id", uuid.uuid4().hex), "step": 0, "evaluated": -1, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0,
+       "time_s": 0.0, "metrics_bytes": 0}
 if checkpoint:
-    if checkpoint["data_sha256"] != corpus.sha256:
-        raise UserError(f"cannot resume: {data_dir}/{corpus.name} is not the data this run was trained on; prepare it as before")
     model.load_state_dict(checkpoint["model"])
     opt.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
@@ -289,7 +313,7 @@ if checkpoint:
 checkpoint = None # frees its memory
 
 settings = {k: globals()[k] for k in SETTINGS}
-run_config = {"train": settings, "model": asdict(config)}
+run_config = {"train": settings, "model": asdict(config), "asked": asked} # asked: the dataset before any fallback
 
 
 def snapshot():
@@ -309,24 +333,36 @@ def save(path, keep_previous):
         return False
 
 
-about = {"run_id": run["run_id"], "git_commit": git_commit(),
-         "config_hash": hashlib.sha256(json.dumps(run_config, sort_keys=True).encode()).hexdigest()[:16], "hook_list": [],
-         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]), "config": run_config,
-         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-         "device": {"kind": kind, "name": device_name, "dtype": dtype, "threads": torch.get_num_threads()},
-         "dataset": corpus.name, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params()}
+process = {"step": run["step"], "command": shlex.join([os.path.basename(sys.executable), *sys.argv]), "git_commit": git_commit(),
+           "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+           "device": {"kind": kind, "name": device_name, "dtype": dtype, "threads": torch.get_num_threads()}}
+hashed = {**run_config, "train": {k: v for k, v in settings.items() if k not in LOCAL}} # the same run in another folder is the same run
+about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.items() if k != "step"},
+         "config_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16], "hook_list": [], "config": run_config,
+         "dataset": corpus.name, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
+         "resumed": began.get("resumed", []) + [process] * resume} # one entry for each process that went on
 with user_errors():
     if not resume:
         set_aside(out_dir) # only now: no slip above may touch the run that lies there
-    with open(os.path.join(out_dir, "run.json"), "w", encoding="utf-8") as f:
+    with open(os.path.join(out_dir, "run.json.part"), "w", encoding="utf-8") as f:
         json.dump(about, f, indent=1)
+    os.replace(f.name, os.path.join(out_dir, "run.json"))
     metrics = open(os.path.join(out_dir, "metrics.jsonl"), "a", encoding="utf-8")
-    metrics.truncate(run["metrics_bytes"]) # lines behind the checkpoint will be written again, by the same steps
+if os.path.getsize(metrics.name) < run["metrics_bytes"]:
+    print(f"WARNING: {metrics.name} is shorter than when the checkpoint was saved; its lines go on from here")
+else:
+    metrics.truncate(run["metrics_bytes"]) # lines after the checkpoint will be written again, by the same steps
 
 
 def log(**line):
     metrics.write(json.dumps(line) + "\n")
     metrics.flush()
+
+
+def mark():
+    """Notes in `run` how long it has trained and where metrics.jsonl stands, all of it on the disk before a checkpoint says so."""
+    os.fsync(metrics.fileno())
+    run.update(time_s=time.monotonic() - clock, metrics_bytes=os.path.getsize(metrics.name))
 
 
 def finite(x):
@@ -368,9 +404,9 @@ def evaluate():
 
 def write_sample():
     """Text from the model as it stands, always with the same random numbers: a generator of its own leaves training's alone."""
-    if not (corpus.tokenizer and sample_tokens):
+    if prompt_ids is None:
         return {}
-    prompt = torch.tensor(corpus.tokenizer.encode(sample_prompt).astype(np.int64), device=device)[None]
+    prompt = torch.tensor(prompt_ids, device=device)[None]
     with autocast:
         ids = model.generate(prompt, sample_tokens, generator=torch.Generator(device).manual_seed(seed))
     return {"sample_text": corpus.tokenizer.readable(ids[0].tolist())}
@@ -399,9 +435,8 @@ def gradient(micro_batches):
 
 def compiled_or_eager():
     """The model as the loop calls it. A failing compiler is said aloud and costs the speed, not the run."""
-    wanted, reason = choose_compile(model, tokens_per_step * max_iters)
-    print(f"compile {'on' if wanted else 'off'} ({reason})")
-    if not wanted:
+    print(f"compile {'on' if compiling else 'off'} ({compile_reason})")
+    if not compiling:
         return model
     try:
         faster = torch.compile(model)
@@ -422,7 +457,7 @@ caught = [] # signals that asked to stop
 def on_signal(number, frame):
     caught.append(number)
     signal.signal(number, signal.SIG_DFL) # a second one ends the process at once
-    print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+    os.write(1, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode()) # print is not safe inside a handler
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,28 +467,31 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
 clock = time.monotonic() - run["time_s"] # of training; evaluation moves it on
 step_model = compiled_or_eager()
-skipped_in_a_row, saved_ok, window_time, window_steps = 0, True, clock + run["time_s"], 0
+saved_ok, window_time, window_steps = True, clock + run["time_s"], 0
 model.train()
 while True:
     step = run["step"]
 
     # once in a while: validation loss over the whole split, a sample, the best model
-    if (step % eval_interval == 0 or step == max_iters) and step != run["evaluated"] and not caught:
+    if (step % eval_interval == 0 or step >= max_iters) and step != run["evaluated"] and not caught:
         paused = time.monotonic()
-        val_loss, sample = evaluate(), write_sample()
-        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=val_loss, **sample)
+        val_loss = evaluate()
+        sample = write_sample() if math.isfinite(val_loss) else {}
+        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=finite(val_loss), **sample)
         print(f"step {step}: val loss {val_loss:.4f}" + (f"   {sample['sample_text']!r}" if sample else ""), flush=True)
-        run |= {"evaluated": step, "time_s": paused - clock, "metrics_bytes": os.path.getsize(metrics.name)}
-        if val_loss < run["best"]:
-            run["best"] = val_loss
-            save(os.path.join(out_dir, "best.pt"), keep_previous=False)
         clock += time.monotonic() - paused
         window_time += time.monotonic() - paused
+        run["evaluated"], before = step, run["best"]
+        mark()
+        if val_loss < before:
+            run["best"] = val_loss
+            if not save(os.path.join(out_dir, "best.pt"), keep_previous=False):
+                run["best"] = before # the next one that is better than what the file holds will be kept
 
     # once in a while, and at the end: the checkpoint
-    done = caught or step == max_iters
+    done = caught or step >= max_iters
     if done or (step and step % (checkpoint_interval or eval_interval) == 0):
-        run |= {"time_s": time.monotonic() - clock, "metrics_bytes": os.path.getsize(metrics.name)}
+        mark()
         saved_ok = save(checkpoint_path, keep_previous=True)
     if done:
         break
@@ -468,13 +506,13 @@ while True:
     loss = float(loss)
     if math.isfinite(loss) and math.isfinite(norm):
         scaler.step(opt)
-        skipped_in_a_row = 0
+        run["skipped_in_a_row"] = 0
     else: # neither the weights nor the optimizer's moments ever see it
         run["skipped"] += 1
-        skipped_in_a_row += 1
+        run["skipped_in_a_row"] += 1
         print(f"step {step}: loss {loss}, gradient norm {norm}: BATCH SKIPPED ({run['skipped']} so far)", flush=True)
-        if skipped_in_a_row > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
-            print(f"stopped: {skipped_in_a_row} non-finite batches in a row. Lower --learning_rate or use --dtype=float32; "
+        if run["skipped_in_a_row"] > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
+            print(f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate or use --dtype=float32; "
                   f"{checkpoint_path} holds the last saved state.", file=sys.stderr)
             sys.exit(1)
     scaler.update()
@@ -492,6 +530,6 @@ while True:
         print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s{mfu}"
               f"  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)
 
-print(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}, saved in {out_dir}"
+print(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}, {'saved in' if saved_ok else 'NOT SAVED in'} {out_dir}"
       + (f", {run['skipped']} batches skipped" if run["skipped"] else ""))
-sys.exit(128 + caught[0] if caught else 0 if saved_ok else 1)
+sys.exit(1 if not saved_ok else 128 + caught[0] if caught else 0)

@@ -8,7 +8,6 @@ dataset = "shakespeare"
 tokenizer = "gpt2"
 data_dir = "data/gpt2" # beside the char version of the same text
 offline_dataset = "pystdlib"
-
 n_layer = 8
 n_head = 12
 n_embd = 768
@@ -22,7 +21,6 @@ glu = True
 tie_embeddings = False
 dropout = 0.15
 block_size = 64
-
 batch_size = 64
 max_iters = 8400
 warmup_iters = 840

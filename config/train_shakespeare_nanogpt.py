@@ -23,4 +23,4 @@ min_lr = 1e-4
 warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.1
-compile = "false"
+compile = False

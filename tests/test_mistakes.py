@@ -59,7 +59,7 @@ SLIPS = {
     "out_dir below a file": ("train.py --out_dir={d}/play.txt/out", "play.txt"),
     "out_dir is a file": ("train.py --out_dir={d}/play.txt", "play.txt"),
     "resume without a run": ("train.py --resume --out_dir={d}/nowhere", "drop --resume"),
-    "resume another model": ("train.py --resume --out_dir={d}/run --n_layer=3", "n_layer was 1, now 3"),
+    "resume another model": ("train.py --resume --out_dir={d}/run4 --n_layer=3", "n_layer was 1, now 3"),
     "resume another seed": ("train.py --resume --out_dir={d}/run2 --seed=5", "seed was 1337, now 5"),
     "resume on other data": ("train.py --resume --out_dir={d}/run3 --dataset=other", "is not the data"),
     "resume from nothing whole": ("train.py --resume --out_dir={d}/broken", "start again without --resume"),
@@ -72,6 +72,10 @@ SLIPS = {
     "top_p of 2": ("sample.py --out_dir={d}/run --top_p=2", "(0, 1]"),
     "no samples": ("sample.py --out_dir={d}/run --num_samples=0", "at least 1"),
     "foreign checkpoint": ("sample.py --out_dir={d}/foreign", "train again"),
+    "sample without the GPU": ("sample.py --out_dir={d}/run --device=cuda", "--device=auto"),
+    "bench without the GPU": ("bench.py kv_cache --device=cuda", "--device=auto"),
+    "nanoGPT not there": ("bench.py nanogpt --nanogpt={d}/nowhere", "karpathy/nanoGPT"),
+    "validation split too short for eval_iters": ("train.py --dataset={d}/cut.txt --data_dir={d}/new2 --val_fraction=0.005 --eval_iters=3", "raise --val_fraction"),
     "no command": ("data.py", "prepare SOURCE"),
     "misspelt command": ("data.py prepar shakespeare", "prepare"),
     "verify what is not there": ("data.py verify nowhere", "prepare"),
@@ -102,7 +106,7 @@ def world(tmp_path_factory):
     shard = d / "data/cut/train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     subprocess.run([sys.executable, ROOT / "train.py", *PLAY, f"--out_dir={d / 'run'}", f"--data_dir={d / 'data'}"], check=True, cwd=d)
-    for copy in ("run2", "run3"): # commands that run side by side must not wait for one another's lock
+    for copy in ("run2", "run3", "run4"): # commands that run side by side must not wait for one another's lock
         shutil.copytree(d / "run", d / copy)
     return d
 
@@ -143,4 +147,4 @@ def test_a_slip_ends_with_the_way_out(name, outcomes):
 def test_nothing_is_lost(outcomes, world):
     """After all those slips the finished run is as it was."""
     assert json.loads((world / "run/run.json").read_text(encoding="utf-8"))["seed"] == 1337
-    assert (world / "run/ckpt.pt").exists() and not (world / "run/previous").exists()
+    assert (world / "run/ckpt.pt").exists() and not (world / "run/previous_1").exists()

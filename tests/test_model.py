@@ -261,26 +261,40 @@ def test_shapes_and_dtypes():
 
 @every_row
 def test_bf16_autocast_is_near(row):
-    model = build(row, dropout=0.0)
+    model = build(row, 0.15, dropout=0.0, gradient_checkpointing=False)
     idx = tokens(model, 2, 16)
-    exact = model(idx, idx)[1]["ce"]
+    exact = model(idx, idx)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        near = model(idx, idx)[1]["ce"]
-    near.backward()
-    assert abs(near - exact) < 0.02 # bf16 keeps 8 bits: 0.4% of a loss near 3.4
+        near, losses = model(idx, idx)
+    losses["ce"].backward()
+    off = (near - exact).norm() / exact.norm()
+    with torch.no_grad():
+        for block in model.blocks: # what the tolerance must be able to see: a model whose attention does nothing
+            block.attention.out.weight.zero_()
+        assert off < 0.04 < (model(idx, idx)[0] - exact).norm() / exact.norm() # bf16 keeps 8 bits: 0.4% at each of a dozen roundings
+
+
+@pytest.mark.parametrize("attention", ("mha", "mla", "diff", "diff_mla"))
+def test_the_model_compiles_without_a_break(attention):
+    """backend eager: the graph that torch.compile sees, real rotations included, computes what the eager model does."""
+    model = build({"attention": attention, "qk_norm": True}, 0.3)
+    idx = tokens(model, 2, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(idx, idx)[0], model(idx, idx)[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ("mha", "mla", "diff", "diff_mla"))
 def test_cached_decoding_under_autocast(attention):
     """Weights fp32, activations and cache bf16: no kernel meets two dtypes, and the loss of precision is bf16's."""
-    model = build({"attention": attention, "qk_norm": True}).eval()
+    model = build({"attention": attention, "qk_norm": True}, 0.15).eval()
     idx = tokens(model, 2, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache, out = model.new_cache(2), []
         for piece in idx.split([5, 3, 1, 7], dim=1):
             out.append(model(piece, cache=cache)[0])
         assert all(store.dtype == torch.bfloat16 for layer in cache.layers for store in layer)
-        assert (torch.cat(out, 1) - model(idx, idx)[0]).abs().max() < 0.05
+        full = model(idx, idx)[0]
+        assert (torch.cat(out, 1) - full).norm() / full.norm() < 0.04
 
 
 @pytest.mark.gpu
@@ -448,7 +462,7 @@ def test_training_runs_on_the_flash_kernel_without_a_mask(attention, form, kv_he
 
 def test_distribution_against_a_loop():
     """Each filter recomputed the slow way, token by token, in Python."""
-    torch.manual_seed(0)
+    random.seed(0)
     for _ in range(50):
         logits = 3 * torch.randn(1, 12, dtype=torch.float64)
         t, k, top_p, min_p = random.choice([0.5, 1.0, 2.0]), random.choice([0, 1, 5, 12, 99]), random.choice([1.0, 0.9, 0.3]), random.choice([0, 0.1])

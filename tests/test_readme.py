@@ -65,7 +65,7 @@ def test_readme_names_what_exists():
 def test_every_config_trains(name, copy):
     text = (copy / "config" / name).read_text(encoding="utf-8")
     config = {k: v for k, v in runpy.run_path(str(copy / "config" / name)).items() if not k.startswith("_")}
-    assert len(text.splitlines()) <= 40 and text.startswith("# ") and f"python train.py config/{name}" in text
+    assert len(text.splitlines()) <= 30 and text.startswith("# ") and f"python train.py config/{name}" in text
     if config.get("tokenizer") == "gpt2" and not os.environ.get("DATA_MIRROR"):
         pytest.skip("the gpt2 tokenizer needs vocab.bpe and encoder.json: set DATA_MIRROR")
     flags = f"config/{name} --n_layer=1 --n_embd={8 * config['n_head']} --block_size=16 --max_iters=2 --warmup_iters=1 --batch_size=2 --eval_iters=1"

@@ -129,33 +129,56 @@ def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
 # --- resume ---
 
 
-def test_resume_after_any_kill_is_bit_exact(whole, corpus, tmp_path):
-    """kill -9 at 20 random moments, through one run: weights, moments, random states and metrics end as if nothing had happened."""
-    out, rng, kills = tmp_path / "killed", random.Random(7), 0
-    flags = ["--max_iters=60", "--checkpoint_interval=3"]
+def test_resume_after_any_kill_is_bit_exact(corpus, tmp_path):
+    """
+    kill -9 at 20 random moments, start-up, saving and evaluating included: weights, moments, random states and metrics end as
+    if nothing had happened. A run that reaches its end before the 20th kill is compared, and another one is begun.
+    """
+    flags, rng, kills, runs = ["--max_iters=300", "--checkpoint_interval=3"], random.Random(7), 0, 0
+    began = time.monotonic()
     train(corpus, tmp_path / "calm", *flags)
+    whole_run = time.monotonic() - began
+    resumed = 0
     while True:
-        resume = ["--resume"] if out.exists() else []
-        process = subprocess.Popen(command(corpus, out, *flags, *resume), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if kills < 20:
-            # a moment of the training itself, after a random number of lines; saving, evaluating and logging all fall in it
-            for _ in range(rng.randint(12 if resume else 20, 26)):
-                process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.03))
+        out = tmp_path / f"killed_{runs}"
+        log = open(tmp_path / "log", "w+", encoding="utf-8")
+        process = subprocess.Popen(command(corpus, out, *flags, *(["--resume"] if out.exists() else [])), stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process.wait(timeout=rng.uniform(0.2, 0.7) * whole_run if kills < 20 else 120)
+        except subprocess.TimeoutExpired:
             process.kill()
-            kills += process.wait() == -signal.SIGKILL
-            process.stdout.read()
-            if process.returncode == 0 or (out / "ckpt.pt").exists() and load_checkpoint(out / "ckpt.pt")["step"] > 48:
-                # nearly done: go back to the checkpoint of an earlier life, as if the machine had been replaced
-                for f in ("ckpt.pt", "ckpt.prev.pt"):
-                    (out / f).unlink(missing_ok=True)
-        else:
-            log, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, log
-            break
-    assert same(state(tmp_path / "calm"), state(out))
-    assert timeless(tmp_path / "calm") == timeless(out)
-    assert same(state(whole[0])["model"], state(out)["model"]) # and how often it was saved does not matter
+        kills += process.wait() == -signal.SIGKILL
+        text = (tmp_path / "log").read_text(encoding="utf-8")
+        assert process.returncode in (0, -signal.SIGKILL), text
+        resumed += "RESUMING from" in text
+        if process.returncode == 0:
+            assert same(state(tmp_path / "calm"), state(out)) and timeless(tmp_path / "calm") == timeless(out)
+            runs += 1
+            if kills >= 20:
+                break
+    assert resumed >= 5
+
+
+def test_killed_before_the_first_checkpoint(corpus, tmp_path):
+    """`--resume --out_dir=...` alone: the settings are those of run.json, not the defaults."""
+    out = tmp_path / "o"
+    train(corpus, tmp_path / "calm", "--max_iters=10")
+    train(corpus, out, "--max_iters=10")
+    for f in ("ckpt.pt", "ckpt.prev.pt", "best.pt"):
+        (out / f).unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, ROOT / "train.py", f"--out_dir={out}", "--resume"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "NOTHING TO RESUME" in done.stdout, done.stdout + done.stderr
+    assert same(state(tmp_path / "calm"), state(out)) and timeless(tmp_path / "calm") == timeless(out)
+    assert len(json.loads((out / "run.json").read_text(encoding="utf-8"))["resumed"]) == 1
+
+
+def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
+    out = tmp_path / "o"
+    train(corpus, out, "--max_iters=10")
+    (out / "metrics.jsonl").write_text("", encoding="utf-8")
+    done = train(corpus, out, "--max_iters=5", "--resume")
+    assert "is shorter than when the checkpoint was saved" in done.stdout and load_checkpoint(out / "ckpt.pt")["step"] == 10
+    assert b"\0" not in (out / "metrics.jsonl").read_bytes()
 
 
 def test_resume_with_more_steps_and_without_repeating_the_settings(corpus, tmp_path):
@@ -229,7 +252,7 @@ def test_a_second_run_in_the_folder_keeps_the_first(corpus, tmp_path):
     train(corpus, out, "--max_iters=5")
     first = (out / "ckpt.pt").read_bytes()
     assert "moved to" in train(corpus, out, "--max_iters=5").stdout
-    assert (out / "previous/ckpt.pt").read_bytes() == first
+    assert (out / "previous_1/ckpt.pt").read_bytes() == first
     kept = (out / "ckpt.pt").read_bytes()
     train(corpus, out, "--max_iters=5", "--dataset=nowhere", code=2) # a slip moves nothing
     assert (out / "ckpt.pt").read_bytes() == kept
