@@ -652,10 +652,9 @@ class Block(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        self.norm1, self.norm2 = NORM[c.norm](c.n_embd, c.bias), NORM[c.norm](c.n_embd, c.bias)
         self.residual1, self.residual2 = RESIDUAL[c.residual](c, 2 * layer), RESIDUAL[c.residual](c, 2 * layer + 1)
-        self.attention = ATTENTION[c.attention](c, layer)
-        self.mlp = GLU[c.glu](c)
+        self.norm1, self.attention = NORM[c.norm](c.n_embd, c.bias), ATTENTION[c.attention](c, layer)
+        self.norm2, self.mlp = NORM[c.norm](c.n_embd, c.bias), GLU[c.glu](c)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, h, pass_):
