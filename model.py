@@ -70,14 +70,8 @@ class GPTConfig:
     gradient_checkpointing: bool = False # recompute each block in backward: less memory, about a third more time
 
     def __post_init__(self):
-        for name, table in SLOTS.items():
-            if getattr(self, name) not in table:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of: {', '.join(table)}")
-        if self.vocab_size < 1:
-            raise ValueError(f"vocab_size={self.vocab_size} must be at least 1; train.py takes it from the data")
-        for broken, sentence in RULES:
-            if broken(self):
-                raise ValueError(sentence.format(c=self))
+        for sentence in complaints(self):
+            raise ValueError(sentence)
 
     # A knob left at 0 takes its usual value. The field keeps the 0, so that a copy with another n_embd follows.
     @property
@@ -111,35 +105,48 @@ class GPTConfig:
         return self.mlp_hidden or (math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.glu else 4 * self.n_embd)
 
 
-def misfit(owner, *knobs):
-    """A rule for each knob: set away from its default while its owner is off it would be ignored, so it is refused."""
-    defaults = {f.name: f.default for f in fields(GPTConfig)}
-    for knob in knobs:
-        yield lambda c, k=knob: getattr(c, k) != defaults[k] and not owner(c), knob
-
-
-# What is refused, each with the way out. The first rule that a config breaks is the one it hears about.
-RULES = [
-    *[(lambda c, n=n: getattr(c, n) < 1, f"{n}={{c.{n}}} must be at least 1") for n in ("block_size", "n_layer", "n_embd", "n_head")],
-    *[(lambda c, n=n: getattr(c, n) < 0, f"{n}={{c.{n}}} must not be negative; 0 takes the usual value")
-      for n in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "logit_softcap", "init_std")],
-    (lambda c: not 0 <= c.dropout < 1, "dropout={c.dropout} must be in [0, 1)"),
-    (lambda c: c.rope_base <= 1, "rope_base={c.rope_base} must be above 1; 10000 is usual"),
-    (lambda c: not c.head_dim and c.n_embd % c.n_head, "n_embd={c.n_embd} is not divisible by n_head={c.n_head}; "
-     "change one of them or set head_dim"),
-    (lambda c: c.n_head % c.kv_heads, "n_head={c.n_head} is not divisible by n_kv_head={c.n_kv_head}; choose a divisor"),
-    (lambda c: c.is_latent and c.n_kv_head, "n_kv_head={c.n_kv_head} needs attention=mha or diff, not {c.attention}: "
-     "the latent already serves all heads; drop it"),
-    (lambda c: c.is_diff and c.diff_form == "v1" and (c.n_head % 2 or c.kv_heads % 2), "diff_form=v1 pairs heads: "
-     "n_head={c.n_head} and n_kv_head={c.kv_heads} must be even; or use diff_form=v2"),
-    (lambda c: c.zero_init and c.tie_embeddings, "zero_init with tie_embeddings starts as a model that repeats each token; "
-     "set tie_embeddings=False"),
-    (lambda c: c.rotary_width % 2, "rotary width {c.rotary_width} must be even, it is turned in pairs; change rope_dim or head_dim"),
-    (lambda c: c.is_latent and c.rotary_width > c.head_width - 2, "rope_dim={c.rotary_width} must leave at least 2 of "
-     "head_dim={c.head_width} unrotated; lower rope_dim"),
-    (lambda c: c.is_latent and (c.latent_rank % 2 or c.head_width % 2), "kv_rank={c.latent_rank} and head_dim={c.head_width} "
-     "must be even with attention={c.attention}; the rotary pairs lie behind them"),
-]
+def complaints(c):
+    """What a config must not be, each sentence with the way out; the first one is raised."""
+    for slot, table in SLOTS.items():
+        if getattr(c, slot) not in table:
+            yield f"{slot}={getattr(c, slot)!r} is not known; choose one of: {', '.join(map(str, table))}"
+            return # the rest takes the slots for granted
+    for knob in ("block_size", "vocab_size", "n_layer", "n_embd", "n_head"):
+        if getattr(c, knob) < 1:
+            yield f"{knob}={getattr(c, knob)} must be at least 1"
+    for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap"):
+        if getattr(c, knob) < 0:
+            yield f"{knob}={getattr(c, knob)} must not be negative; 0 takes the usual value"
+    if not 0 <= c.dropout < 1:
+        yield f"dropout={c.dropout} must be in [0, 1)"
+    if c.rope_base <= 1:
+        yield f"rope_base={c.rope_base} must be above 1; 10000 is usual"
+    if not c.head_dim and c.n_embd % c.n_head:
+        yield f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}; change one of them or set head_dim"
+    if c.n_head % c.kv_heads:
+        yield f"n_head={c.n_head} is not divisible by n_kv_head={c.n_kv_head}; choose a divisor"
+    if c.is_latent and c.n_kv_head:
+        yield f"n_kv_head={c.n_kv_head} needs attention=mha or diff, not {c.attention}: the latent already serves all heads; drop it"
+    if c.is_diff and c.diff_form == "v1" and (c.n_head % 2 or c.kv_heads % 2):
+        yield f"diff_form=v1 pairs heads: n_head={c.n_head} and n_kv_head={c.kv_heads} must be even; or use diff_form=v2"
+    if c.zero_init and c.tie_embeddings:
+        yield "zero_init with tie_embeddings starts as a model that repeats each token; set tie_embeddings=False"
+    if c.rotary_width % 2:
+        yield f"rotary width {c.rotary_width} must be even, it is turned in pairs; change rope_dim or head_dim"
+    if c.is_latent and c.rotary_width > c.head_width - 2:
+        yield f"rope_dim={c.rotary_width} must leave at least 2 of head_dim={c.head_width} unrotated; lower rope_dim"
+    if c.is_latent and (c.latent_rank % 2 or c.head_width % 2):
+        yield f"kv_rank={c.latent_rank} and head_dim={c.head_width} must be even with attention={c.attention}: rotary pairs lie after them"
+    # a knob whose owner is off would be ignored, which poisons comparisons
+    usual = {f.name: f.default for f in fields(c)}
+    for owned, owner, knobs in (
+        (c.is_latent, "attention=mla or diff_mla", ("kv_rank", "q_rank", "rope_dim")),
+        (c.is_diff, "attention=diff or diff_mla", ("diff_form",)),
+        (c.position == "rope", "position=rope", ("rope_base", "rope_dim")),
+    ):
+        for knob in knobs:
+            if getattr(c, knob) != usual[knob] and not owned:
+                yield f"{knob}={getattr(c, knob)} needs {owner}; drop it or change that"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -528,12 +535,6 @@ ATTENTION = {
     "diff": lambda c, layer: DenseHeads(c, layer, DIFF_FORM[c.diff_form](c, layer)),
     "diff_mla": lambda c, layer: LatentHeads(c, layer, DIFF_FORM[c.diff_form](c, layer)),
 }
-RULES += [(broken, f"{k}={{c.{k}}} needs attention=mla or diff_mla, not {{c.attention}}; drop it or change attention")
-          for broken, k in misfit(lambda c: c.is_latent, "kv_rank", "q_rank", "rope_dim")]
-RULES += [(broken, f"{k}={{c.{k}}} needs attention=diff or diff_mla, not {{c.attention}}; drop it or change attention")
-          for broken, k in misfit(lambda c: c.is_diff, "diff_form")]
-RULES += [(broken, f"{k}={{c.{k}}} needs position=rope, not {{c.position}}; drop it or change position")
-          for broken, k in misfit(lambda c: c.position == "rope", "rope_base", "rope_dim")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
