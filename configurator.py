@@ -144,6 +144,9 @@ def stored(tree):
 
 def report(kind, error, trace):
     """sys.excepthook: a UserError is the user's to mend; anything else is a bug and keeps its traceback and exit code 1."""
+    if issubclass(kind, BrokenPipeError): # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(141)
     if not issubclass(kind, UserError): return sys.__excepthook__(kind, error, trace)
     print('error: ' + '\n'.join(str(error).splitlines()[:3]), file=sys.stderr)
     raise SystemExit(2) # Python takes the exit code of a SystemExit that leaves the hook

@@ -150,17 +150,18 @@ def complaints(c):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# parameters: three leaf classes own every weight. Each gives its initial values, its optimizer group (`role`: matrix,
-# embedding or vector; vectors are never decayed) and its forward FLOPs per token; nothing is decided by a name later.
+# parameters: a few leaf classes own every weight. Each gives its initial values, its forward FLOPs per token, and what
+# optim.py wants to know, so that nothing is decided by a name later:
+#   role     matrix | embedding | head | gate | vector
+#   fused    rows of the matrices that are stacked in this one (Muon orthogonalises each by itself)
+#   blocks   rows of the blocks that share one second moment in Adam-mini: None = each row one, () = the whole tensor one
 
 
 class Linear(nn.Linear):
     """y = x W^T (+ b). (..., n_in) -> (..., n_out). W ~ N(0, std), b = 0."""
 
-    role = "matrix"
-
-    def __init__(self, n_in, n_out, bias, std):
-        self.std = std
+    def __init__(self, n_in, n_out, bias, std, role="matrix", fused=None, blocks=None):
+        self.std, self.role, self.fused, self.blocks = std, role, fused or (n_out,), blocks
         super().__init__(n_in, n_out, bias=bias)
 
     def reset_parameters(self): # called by nn.Linear.__init__
@@ -210,9 +211,9 @@ def outer_std(c):
     return c.init_std or 0.25 / math.sqrt(c.n_embd)
 
 
-def linear(c, n_in, n_out, bias=False):
+def linear(c, n_in, n_out, bias=False, **declared):
     """A projection inside a block. Its start follows the width: at 128 wide, 1/sqrt(n_in) reached 0.03 lower losses than half of it."""
-    return Linear(n_in, n_out, bias, std=c.init_std or 1 / math.sqrt(n_in))
+    return Linear(n_in, n_out, bias, c.init_std or 1 / math.sqrt(n_in), **declared)
 
 
 def residual_out(c, n_in):
@@ -432,7 +433,7 @@ class DiffV2(OneMap):
 
     def __init__(self, c, layer):
         super().__init__(c, layer)
-        self.gate = linear(c, c.n_embd, c.n_head)
+        self.gate = linear(c, c.n_embd, c.n_head, role="gate")
 
     def combine(self, o, x): # (B, 2H, T, E), (B, T, C) -> (B, H, T, E)
         lam = widen(self.gate(x)).sigmoid().transpose(1, 2).unsqueeze(-1) # (B, H, T, 1)
@@ -450,7 +451,9 @@ class DenseHeads(nn.Module):
         super().__init__()
         self.layer, self.maps = layer, maps
         self.D, self.K, self.Q = c.head_width, c.kv_heads, c.n_head * maps.query_heads # Q query heads
-        self.qkv = linear(c, c.n_embd, (self.Q + 2 * self.K) * self.D, c.bias)
+        q, k = self.Q * self.D, self.K * self.D # rows of queries; of keys, and of values
+        per_head = (self.D,) * (self.Q + self.K) + (1,) * k # queries and keys by head, values by row
+        self.qkv = linear(c, c.n_embd, q + 2 * k, c.bias, fused=(q, k, k), blocks=per_head)
         self.norm = HeadNorm((self.Q, self.K), self.D) if c.qk_norm else nn.Identity()
         self.out = residual_out(c, c.n_head * self.D)
         self.cache_layout = ((self.K, self.D), (self.K, self.D)) # heads, width of each cached tensor
@@ -485,10 +488,11 @@ class LatentHeads(nn.Module):
         self.N, self.Q = self.D - self.P, self.H * maps.query_heads # N unrotated width, Q query heads
         self.q_down = linear(c, c.n_embd, c.q_rank) if c.q_rank else nn.Identity()
         self.q_latent_norm = RMSNorm(c.q_rank) if c.q_rank else nn.Identity()
-        self.q_up = linear(c, c.q_rank or c.n_embd, self.Q * self.D)
+        self.q_up = linear(c, c.q_rank or c.n_embd, self.Q * self.D, blocks=(self.D,) * self.Q)
         self.kv_down = linear(c, c.n_embd, self.R + self.P)
         self.kv_norm = RMSNorm(self.R)
-        self.kv_up = linear(c, self.R, self.H * (self.N + self.D)) # per head: N rows of W_uk, then D rows of W_uv
+        # per head: N rows of W_uk, then D rows of W_uv
+        self.kv_up = linear(c, self.R, self.H * (self.N + self.D), blocks=((self.N,) + (1,) * self.D) * self.H)
         self.norm_q, self.norm_r = (RMSNorm(w) if c.qk_norm and w else nn.Identity() for w in (self.D, self.P))
         self.out = residual_out(c, self.H * self.D)
         self.cache_layout = ((1, self.R + self.P),)
@@ -561,7 +565,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_up = linear(c, c.n_embd, 2 * c.hidden, c.bias)
+        self.gate_up = linear(c, c.n_embd, 2 * c.hidden, c.bias, fused=(c.hidden, c.hidden))
         self.activation = ACTIVATION[c.activation]
         self.down = residual_out(c, c.hidden)
 
@@ -695,7 +699,7 @@ class GPT(nn.Module):
         self.streams = RESIDUAL[c.residual]
         self.blocks = nn.ModuleList((CheckpointedBlock if c.gradient_checkpointing else Block)(c, i) for i in range(c.n_layer))
         self.norm = NORM[c.norm](c.n_embd, c.bias)
-        self.head = Linear(c.n_embd, c.vocab_size, False, outer_std(c))
+        self.head = Linear(c.n_embd, c.vocab_size, False, outer_std(c), role="head")
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
         self.cap = partial(softcap, c.logit_softcap) if c.logit_softcap else nn.Identity()

@@ -383,3 +383,10 @@ def test_user_errors_leaves_alone(error):
     with pytest.raises(type(error)) as caught:
         with user_errors(): raise error
     assert caught.value is error
+
+
+def test_a_reader_that_has_read_enough():
+    """python train.py --help | head: no traceback."""
+    line = f"{sys.executable} {os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train.py')} --help | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage") and done.stderr == ""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import model as M
 from model import GPT, GPTConfig, distribution, window_start
-from optim import build_optimizer, roles
+from optim import build_optimizer, declarations
 
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
@@ -200,9 +200,9 @@ def test_start(row):
     idx, targets = tokens(model, 8, 64), torch.randint(101, (8, 64))
     assert abs(model(idx, targets)[1]["ce"].item() - math.log(101)) < 0.1
     first, second = (dict(block.named_parameters()) for block in model.blocks)
-    role = roles(model)
+    declared = declarations(model)
     for name, p in first.items():
-        assert role[p] == "vector" or (p == 0).all() or not torch.equal(p, second[name]), name
+        assert declared[p].role == "vector" or (p == 0).all() or not torch.equal(p, second[name]), name
     opt = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95))
     for _ in range(2):
         opt.zero_grad()

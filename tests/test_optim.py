@@ -1,0 +1,307 @@
+"""Each optimizer against something independent: torch's own, a reference of a few lines, two steps by hand, an identity."""
+import copy
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optim import NEWTON_SCHULZ, POLAR_EXPRESS, AdamMini, FAdam, Muon, build_optimizer, declarations, orthogonalise
+
+NAMES = ("adamw", "fadam", "adam_mini", "muon")
+ATTENTION = [("mha", {}), ("mha", {"n_kv_head": 2}), ("mla", {"q_rank": 8}), ("diff", {"diff_form": "v1"}), ("diff", {}),
+             ("diff_mla", {"diff_form": "v1"}), ("diff_mla", {})]
+
+
+def model_of(attention="mha", **knobs):
+    torch.manual_seed(3)
+    return GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=2, n_head=4, n_embd=32, attention=attention, qk_norm=True, bias=True, **knobs))
+
+
+def run(model, opt, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        idx = torch.randint(17, (4, 9), generator=generator)
+        opt.zero_grad()
+        model(idx[:, :-1], idx[:, 1:])[1]["ce"].backward()
+        opt.step()
+
+
+# --- all of them ---
+
+
+@pytest.mark.parametrize("name, lr", [("adamw", 0.05), ("fadam", 0.05), ("adam_mini", 0.05), ("muon", 0.2)])
+def test_minimises_a_quadratic(name, lr):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 5, bias=False)
+    model.role, target = "matrix", torch.randn(5, 6)
+    opt = build_optimizer(model, name, lr, 0.0, (0.9, 0.95))
+
+    def closure():
+        opt.zero_grad()
+        loss = (model.weight - target).square().sum()
+        loss.backward()
+        return loss
+
+    first = opt.step(closure).item()
+    for i in range(200):
+        for group in opt.param_groups:
+            group["lr"] = lr * (1 - i / 200) # the schedule is a group's lr
+        last = opt.step(closure).item()
+    assert last < 0.02 * first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interrupted_is_uninterrupted(name):
+    """state_dict to a file and back after 5 of 10 steps: the same bits."""
+    straight, broken = model_of("diff_mla"), model_of("diff_mla")
+    opt = build_optimizer(straight, name, 1e-2, 0.1, (0.9, 0.95))
+    run(straight, opt, 5)
+    broken.load_state_dict(straight.state_dict())
+    saved = copy.deepcopy(opt.state_dict())
+    run(straight, opt, 5, seed=1)
+    resumed = build_optimizer(broken, name, 1e-2, 0.1, (0.9, 0.95))
+    resumed.load_state_dict(saved)
+    run(broken, resumed, 5, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), broken.parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_zero_gradient_is_harmless(name):
+    model = model_of()
+    opt = build_optimizer(model, name, 1e-2, 0.0, (0.9, 0.95))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("attention, knobs", ATTENTION, ids=str)
+def test_every_parameter_is_declared_once(attention, knobs):
+    model = model_of(attention, **knobs)
+    found = declarations(model)
+    assert set(found) == set(model.parameters())
+    for p, d in found.items():
+        assert d.blocks is None or d.blocks == () or sum(d.blocks) == len(p)
+        assert d.role != "matrix" or sum(d.fused) == len(p)
+    assert found[model.embed.weight].role == "embedding" # also as a tied head
+    assert all(d.role == "vector" for p, d in found.items() if p.dim() < 2)
+    model.stray = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="Linear \\(stray\\) owns parameters but declares no role"):
+        build_optimizer(model, "adam_mini", 1e-3, 0.0, (0.9, 0.95))
+
+
+# --- FAdam ---
+
+
+def test_fadam_two_steps_by_hand():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    opt = FAdam([p], lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
+    theta, m, f = [1.0, -2.0], [0.0, 0.0], None
+    for t, g in ((1, [0.5, -0.25]), (2, [0.1, 0.3])):
+        p.grad = torch.tensor(g, dtype=torch.float64)
+        opt.step()
+        b2 = 0.99 * (1 - 0.99 ** (t - 1)) / (1 - 0.99**t)
+        f = [(1 - b2) * x * x + (b2 * y if t > 1 else 0) for x, y in zip(g, f or [0, 0])]
+        root = [math.sqrt(x) + 1e-8 for x in f] # epsilon is at its cap here
+
+        def clipped(v):
+            size = math.sqrt(sum(x * x for x in v) / 2)
+            return [x / max(1, size) for x in v]
+
+        natural, decay = clipped([x / r for x, r in zip(g, root)]), clipped([x / r for x, r in zip(theta, root)])
+        m = [0.9 * a + 0.1 * b for a, b in zip(m, natural)]
+        theta = [x - 0.1 * (a + 0.01 * d) for x, a, d in zip(theta, m, decay)]
+    torch.testing.assert_close(p.detach(), torch.tensor(theta, dtype=torch.float64), atol=1e-6, rtol=1e-6) # its state is fp32
+
+
+def test_fadam_fisher_is_adams_bias_corrected_moment():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(7, 5))
+    opt, v = FAdam([p], betas=(0.9, 0.97)), 0
+    for t in range(1, 6):
+        p.grad = torch.randn(7, 5)
+        v = 0.97 * v + 0.03 * p.grad.square()
+        opt.step()
+        torch.testing.assert_close(opt.state[p]["f"], v / (1 - 0.97**t))
+
+
+def test_fadam_first_step_is_a_tenth_of_the_sign():
+    p = torch.nn.Parameter(torch.zeros(50))
+    opt = FAdam([p], lr=1e-2)
+    p.grad = torch.randn(50)
+    opt.step()
+    torch.testing.assert_close(p.detach(), -1e-3 * p.grad.sign(), atol=1e-7, rtol=1e-4)
+
+
+def test_fadam_does_not_see_the_scale_of_the_loss():
+    ends = []
+    for scale in (1.0, 1e4):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.ones(20))
+        opt = FAdam([p], lr=1e-2, eps=0.0)
+        for _ in range(5):
+            p.grad = scale * torch.randn(20)
+            opt.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_fadam_against_pytorch_optimizer():
+    theirs = pytest.importorskip("pytorch_optimizer", reason="pytorch-optimizer is not installed; it is only an oracle here")
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(6, 4))
+    b = torch.nn.Parameter(a.detach().clone())
+    ours, other = FAdam([a], lr=1e-2, weight_decay=0.1), theirs.FAdam([b], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999), clip=1.0, p=0.5, eps=1e-8)
+    for _ in range(6):
+        a.grad = torch.randn(6, 4)
+        b.grad = a.grad.clone()
+        ours.step()
+        other.step()
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# --- Adam-mini ---
+
+
+def test_adam_mini_with_blocks_of_one_number_is_adamw():
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(40, 1))
+    b = torch.nn.Parameter(a.detach().clone())
+    mini, adamw = AdamMini([a], lr=1e-2, weight_decay=0.1), torch.optim.AdamW([b], lr=1e-2, weight_decay=0.1)
+    for _ in range(10):
+        a.grad = torch.randn(40, 1)
+        b.grad = a.grad.clone()
+        mini.step()
+        adamw.step()
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def reference_blocks(model):
+    """{parameter name: list of row slices} written out from the layout of each attention, apart from what modules declare."""
+    c, out = model.config, {}
+    for name, p in model.named_parameters():
+        rows = [slice(i, i + 1) for i in range(len(p))]
+        D, H = c.head_width, c.n_head
+        Q = 2 * H if c.is_diff and c.diff_form == "v2" else H
+
+        def heads(start, n, width):
+            return [slice(start + i * width, start + (i + 1) * width) for i in range(n)]
+
+        if p.dim() < 2 or name.endswith(("norm.weight", "vectors")):
+            rows = [slice(None)]
+        elif name.endswith("qkv.weight"):
+            rows = heads(0, Q + c.kv_heads, D) + rows[(Q + c.kv_heads) * D :]
+        elif name.endswith("q_up.weight"):
+            rows = heads(0, Q, D)
+        elif name.endswith("kv_up.weight"):
+            N = D - c.rotary_width
+            rows = [s for h in range(H) for s in [slice(h * (N + D), h * (N + D) + N)] + rows[h * (N + D) + N : (h + 1) * (N + D)]]
+        out[name] = rows
+    return out
+
+
+@pytest.mark.parametrize("attention, knobs", ATTENTION, ids=str)
+def test_adam_mini_against_a_reference_per_block(attention, knobs):
+    ours, theirs = model_of(attention, **knobs), model_of(attention, **knobs)
+    opt, blocks = build_optimizer(ours, "adam_mini", 1e-2, 0.1, (0.9, 0.95)), reference_blocks(theirs)
+    m, v = {}, {}
+    for t in range(1, 5):
+        run(ours, opt, 1, seed=t)
+        theirs.zero_grad()
+        idx = torch.randint(17, (4, 9), generator=torch.Generator().manual_seed(t))
+        theirs(idx[:, :-1], idx[:, 1:])[1]["ce"].backward()
+        for name, p in theirs.named_parameters():
+            decay = 0.1 if p.dim() > 1 and not name.endswith(("norm.weight", "vectors")) else 0.0
+            for i, rows in enumerate(blocks[name]):
+                g, key = p.grad[rows], (name, i)
+                m[key] = 0.9 * m.get(key, 0) + 0.1 * g
+                v[key] = 0.95 * v.get(key, 0) + 0.05 * g.square().mean()
+                root = (v[key] / (1 - 0.95**t)).sqrt() + 1e-8
+                p.data[rows] = p.data[rows] * (1 - 1e-2 * decay) - 1e-2 * (m[key] / (1 - 0.9**t)) / root
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_adam_mini_keeps_half_the_state():
+    sizes = {}
+    for name in ("adamw", "adam_mini"):
+        model = GPT(GPTConfig(vocab_size=256, block_size=8, n_layer=2, n_head=4, n_embd=256, attention="diff_mla"))
+        opt = build_optimizer(model, name, 1e-3, 0.1, (0.9, 0.95))
+        idx = torch.zeros(1, 8, dtype=torch.long)
+        model(idx, idx)[1]["ce"].backward()
+        opt.step()
+        sizes[name] = [sum(s[k].untyped_storage().nbytes() for s in opt.state.values() for k in keys if k in s)
+                       for keys in (("exp_avg", "m"), ("exp_avg_sq", "v"))]
+    assert sizes["adam_mini"][0] == sizes["adamw"][0]
+    assert sizes["adam_mini"][1] < 0.01 * sizes["adamw"][1]
+
+
+# --- Muon ---
+
+
+@pytest.mark.parametrize("steps, cosine, low, high", [(NEWTON_SCHULZ, 0.97, 0.2, 1.25), (POLAR_EXPRESS, 0.985, 0.5, 1.2)])
+@pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
+def test_orthogonalise_against_svd(steps, cosine, low, high, shape):
+    torch.manual_seed(0)
+    g = torch.randn(3, *shape)
+    o = orthogonalise(g, steps)
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    assert torch.cosine_similarity(o.flatten(1), (u @ vt).flatten(1)).min() > cosine
+    s = torch.linalg.svdvals(o)
+    assert s.max() < high and s.median() > 0.7 and s.quantile(0.05) > low
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_muon_against_torch(shape):
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(shape))
+    b = torch.nn.Parameter(a.detach().clone())
+    ours = Muon([{"params": [a], "fused": (shape[0],)}], lr=1e-2, weight_decay=0.1, steps=NEWTON_SCHULZ)
+    theirs = torch.optim.Muon([b], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    start = a.detach().clone()
+    for _ in range(5):
+        a.grad = torch.randn(shape)
+        b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    # theirs iterates in bf16 on a matrix not divided by 1.02; what both moved must agree to that
+    assert ((a - b).norm() / (b - start).norm()) < 0.05
+
+
+def test_muon_splits_what_is_fused():
+    """A fused matrix is updated as its parts would be, each with its own scale; a small part beside a huge one is not drowned."""
+    torch.manual_seed(0)
+    g = torch.cat([1000 * torch.randn(8, 16), torch.randn(24, 16)])
+    whole = torch.nn.Parameter(torch.zeros(32, 16))
+    whole.grad = g
+    Muon([{"params": [whole], "fused": (8, 24)}], lr=1.0, weight_decay=0.0).step()
+    for part, piece in zip(whole.detach().split((8, 24)), g.split((8, 24))):
+        alone = torch.nn.Parameter(torch.zeros_like(piece))
+        alone.grad = piece.clone()
+        Muon([{"params": [alone], "fused": (len(piece),)}], lr=1.0, weight_decay=0.0).step()
+        torch.testing.assert_close(part, alone.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_muons_other_half_is_adamw():
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(5, 3))
+    b = torch.nn.Parameter(a.detach().clone())
+    ours = Muon([{"params": [a], "fused": ()}], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    theirs = torch.optim.AdamW([b], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(5):
+        a.grad = torch.randn(5, 3)
+        b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("attention, knobs", ATTENTION, ids=str)
+def test_muon_takes_the_matrices_and_nothing_else(attention, knobs):
+    model = model_of(attention, **knobs)
+    opt = build_optimizer(model, "muon", 1e-2, 0.1, (0.9, 0.95))
+    taken = {p for g in opt.param_groups if g["fused"] for p in g["params"]}
+    names = {n for n, p in model.named_parameters() if p in taken}
+    assert names == {n for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks") and "maps" not in n and "norm" not in n}
