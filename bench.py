@@ -9,8 +9,9 @@ Every speed and size that the README reports, as named suites.
   kv_cache   bytes of the cache per token, as the tensors report them
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
-Without a name, the first three. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one call each per round; the
-figure is the median over the rounds, the ratio the median of the ratios within a round (a busy machine slows both sides).
+Without a name, the first three. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
+call each per round; the figure is the median over the rounds, the ratio the median of the ratios within a round (a busy
+machine slows both sides).
 The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
 """
 import importlib.util
@@ -75,7 +76,7 @@ def in_turn(arms, warm=2):
             times[name].append(timed(f))
     base = next(iter(times.values()))
     ratios = {name: [t / b for t, b in zip(ts, base)] for name, ts in times.items()}
-    return {name: (statistics.median(ts), statistics.median(ratios[name]), min(ratios[name]), max(ratios[name])) for name, ts in times.items()}
+    return {name: (statistics.median(times[name]), statistics.median(r), min(r), max(r)) for name, r in ratios.items()}
 
 
 def row(name, value, unit, baseline=None, ratio=None, low=None, high=None):
@@ -155,7 +156,7 @@ def against_nanogpt():
     """One training step at nanoGPT's CPU recipe, with its weights copied into ours; decoding at its 10.65M shape, context 240 to 256."""
     path = os.path.join(nanogpt, "model.py")
     if not nanogpt or not os.path.exists(path):
-        raise UserError(f"nanogpt={nanogpt!r} holds no model.py\nclone github.com/karpathy/nanoGPT and give its folder: --nanogpt=path/to/nanoGPT")
+        raise UserError(f"nanogpt={nanogpt!r} holds no model.py\nclone github.com/karpathy/nanoGPT and give its folder: --nanogpt=path")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     theirs_module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = theirs_module
@@ -178,7 +179,8 @@ def against_nanogpt():
         return run
 
     steps = in_turn({"nanoGPT step": step(theirs, optimizers[0], lambda x: x), "our step": step(ours, optimizers[1], lambda x: x["ce"])})
-    big, context = theirs_module.GPT(theirs_module.GPTConfig(**CHAR, dropout=0.0, bias=False)).to(device).eval(), torch.randint(65, (1, 240), device=device)
+    big = theirs_module.GPT(theirs_module.GPTConfig(**CHAR, dropout=0.0, bias=False)).to(device).eval()
+    context = torch.randint(65, (1, 240), device=device)
     arms = {"nanoGPT generate": lambda: big.generate(context, 16), "our generate": continuing(build(**CHAR, **gpt2).eval(), context, 16)}
     results = [row(name, 1e3 * median, "ms", "nanoGPT step", ratio, low, high) for name, (median, ratio, low, high) in steps.items()]
     return results + [row(name, 16 / median, "tokens/s", "nanoGPT generate", 1 / ratio, 1 / high, 1 / low)
@@ -204,7 +206,8 @@ def keep(file, name, description, results):
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench_results", f"{file}.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     kept = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
-    kept[name] = {"device": description, "commit": git_commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    kept[name] = {"device": description, "commit": git_commit(), "versions": versions,
                   "rounds": rounds, "shapes": {"train": [batch_size, block_size], **SHAPES}, "results": results}
     with open(path, "w", encoding="utf-8") as f:
         json.dump(kept, f, indent=1)

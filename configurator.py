@@ -37,7 +37,8 @@ def top_level(path):
     with open(path, encoding='utf-8') as file: body = ast.parse(file.read()).body
     for node in body:
         with contextlib.suppress(ValueError): # not a literal, so not a setting
-            if isinstance(node, ast.Assign): found.update({target.id: ast.literal_eval(node.value) for target in node.targets if isinstance(target, ast.Name)})
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] = ast.literal_eval(node.value)
     return {name: value for name, value in found.items() if type(value) in SIMPLE}
 
 def parse(argv, known):

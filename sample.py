@@ -36,7 +36,7 @@ def load(folder, device):
     newest = os.path.join(folder, "ckpt.pt")
     found = [p for p in (os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)) if os.path.exists(p)]
     if not found:
-        raise UserError(f"there is no checkpoint in {folder}\ntrain first (python train.py ... --out_dir={folder}), or name another --out_dir")
+        raise UserError(f"there is no checkpoint in {folder}\ntrain first: python train.py --out_dir={folder} ..., or name another")
     damage = []
     for path in found:
         try:
@@ -62,7 +62,8 @@ def encode(text):
     if not text:
         raise UserError('the prompt is empty; give at least one character, such as --start=A')
     if unknown := tokenizer.unknown(text):
-        raise UserError(f"the prompt has characters that the model does not know: {' '.join(map(repr, unknown[:10]))}\nwrite it without them")
+        shown = " ".join(map(repr, unknown[:10]))
+        raise UserError(f"the prompt has characters that the model does not know: {shown}\nwrite it without them")
     ids = torch.tensor([int(i) for i in tokenizer.encode(text)], device=device)[None]
     L = model.config.block_size
     if ids.size(1) > L:

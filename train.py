@@ -28,6 +28,11 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None # Windows: there a run's folder is not guarded
+
 import data
 from configurator import UserError, configure, git_commit, user_errors
 from model import GPT, GPTConfig, choose_device, load_checkpoint, previous_checkpoint, save_checkpoint
@@ -71,7 +76,8 @@ compile = "auto" # torch.compile: auto (where it pays back within the run) | tru
 
 given = configure(globals(), GPTConfig)
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
-FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype"} # for resume, as the model
+# what a resumed run cannot change, besides the model
+FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype"}
 LOCAL = {"out_dir", "resume", "device"} # these are the command line's, not the checkpoint's
 MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
 
@@ -84,11 +90,8 @@ def own_folder(path):
     os.makedirs(path, exist_ok=True)
     lock = open(os.path.join(path, "lock"), "a", encoding="utf-8")
     try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass # Windows has no fcntl: there the folder is not guarded
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another train.py is writing to {path}; wait for it, or choose another --out_dir") from None
     return lock
@@ -245,7 +248,8 @@ try:
 except data.DownloadError as error:
     if not offline_dataset:
         raise
-    print(f"{error}\n\n*** {dataset.upper()} CANNOT BE DOWNLOADED: TRAINING ON {offline_dataset.upper()} INSTEAD. ITS LOSSES DO NOT COMPARE. ***\n")
+    print(f"{error}\n\n*** {dataset.upper()} CANNOT BE DOWNLOADED: TRAINING ON {offline_dataset.upper()} INSTEAD. "
+          "ITS LOSSES DO NOT COMPARE. ***\n")
     corpus = get_data(offline_dataset)
 if corpus.tokenizer and sample_tokens and (not sample_prompt or corpus.tokenizer.unknown(sample_prompt)):
     if "sample_prompt" in given:
@@ -527,9 +531,9 @@ while True:
         log(step=run["step"], tokens=run["step"] * tokens_per_step, time_s=round(now - clock, 3), train_loss=finite(loss), lr=lr,
             grad_norm=finite(norm), tokens_per_s=round(rate * tokens_per_step))
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
-        print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s{mfu}"
-              f"  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)
+        print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s"
+              f"{mfu}  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)
 
-print(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}, {'saved in' if saved_ok else 'NOT SAVED in'} {out_dir}"
-      + (f", {run['skipped']} batches skipped" if run["skipped"] else ""))
+print(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}"
+      + (f", {run['skipped']} batches skipped" if run["skipped"] else "") + f", {'saved in' if saved_ok else 'NOT SAVED in'} {out_dir}")
 sys.exit(1 if not saved_ok else 128 + caught[0] if caught else 0)
