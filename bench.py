@@ -201,13 +201,13 @@ def kv_cache():
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "nanogpt": against_nanogpt}
 
 
-def keep(file, name, description, results):
+def keep(file, name, description, commit, results):
     """Figures of this suite into the device's file; those of other suites stay."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench_results", f"{file}.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     kept = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    kept[name] = {"device": description, "commit": git_commit(), "versions": versions,
+    kept[name] = {"device": description, "commit": commit, "versions": versions,
                   "rounds": rounds, "shapes": {"train": [batch_size, block_size], **SHAPES}, "results": results}
     with open(path, "w", encoding="utf-8") as f:
         json.dump(kept, f, indent=1)
@@ -223,10 +223,10 @@ if __name__ == "__main__":
         device, _ = choose_device(device)
     if rounds < 1 or batch_size < 1 or block_size < 1:
         raise UserError("rounds, batch_size and block_size must be at least 1")
-    file, description = hardware()
+    (file, description), commit = hardware(), git_commit() # now: the results themselves will make the checkout dirty
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
     for name in words or [name for name in SUITES if name != "nanogpt"]:
         results = SUITES[name]()
         if save:
-            keep(file, name, description, results)
+            keep(file, name, description, commit, results)
         print(json.dumps({"suite": name, "device": description, "results": results}))
