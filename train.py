@@ -471,7 +471,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
 clock = time.monotonic() - run["time_s"] # of training; evaluation moves it on
 step_model = compiled_or_eager()
-saved_ok, window_time, window_steps = True, clock + run["time_s"], 0
+saved_ok, window_time, window_steps = True, time.monotonic(), 0 # compiling counts as time, not as slow steps
 model.train()
 while True:
     step = run["step"]
