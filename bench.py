@@ -21,11 +21,13 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from configurator import UserError, configure, git_commit, user_errors
-from model import GPT, GPTConfig, choose_device
+from model import GPT, GPTConfig, Linear, choose_device
 from optim import build_optimizer
 
 rounds = 11 # turns of each arm
@@ -122,6 +124,11 @@ def decode():
     print("decode: 6 layers of 384, 6 heads, context 200 to 216 of 256, batch 1, fp32, eager; baseline: mha without a cache")
     idx, new = torch.randint(65, (1, 200), device=device), 16
     arms = {"mha, no cache": rereading(build(**CHAR).eval(), idx, new)}
+    plain = build(**CHAR).eval()
+    for m in plain.modules():
+        if isinstance(m, Linear):
+            m.forward = partial(F.linear, weight=m.weight)
+    arms["mha, F.linear for few_rows"] = continuing(plain, idx, new)
     for name, choice in ARMS.items():
         latent = dict(kv_rank=96, rope_dim=32) if "mla" in name else {}
         arms[name] = continuing(build(**CHAR, **choice, **latent).eval(), idx, new)

@@ -137,7 +137,7 @@ def set_aside(path):
 def adopt(saved):
     """Settings of the earlier run, where the command line does not say otherwise; refuse what would make it another run."""
     was, asked = {**saved["train"], **saved["model"]}, {k: v for k, v in given.items() if v != "auto"}
-    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in asked.items() if k in {*FIXED, *saved["model"]} and v != was[k]]
+    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in asked.items() if k in {*FIXED, *saved["model"]} and v != was.get(k, v)]
     if clash:
         raise UserError(f"cannot resume with another {', '.join(clash)}\ndrop it, or train anew in another --out_dir")
     for k, v in saved["train"].items():
@@ -227,10 +227,15 @@ def get_data(name):
         before = data.load(known, data_dir).tokenizer if known in data.prepared(data_dir) else None
         name = data.prepare(name, tokenizer or (before.name if before else "char"), data_dir, val_fraction).name
     found = data.load(name, data_dir)
-    has = found.tokenizer.name if found.tokenizer else "none"
-    if tokenizer and not tokenizer.endswith(".json") and has != tokenizer:
-        raise UserError(f"{found.folder} was prepared with tokenizer={has}, not {tokenizer}\n"
-                        f"drop --tokenizer, or run: python data.py prepare {name} --tokenizer={tokenizer}")
+    made = found.tokenizer.to_dict() if found.tokenizer else {"name": "none"}
+    share = found.meta.get("split", {}).get("val_fraction", val_fraction)
+    other = [f"tokenizer={tokenizer}"] * bool(tokenizer and tokenizer != made["name"] and not (
+        tokenizer.endswith(".json") and data.make_tokenizer(tokenizer, "", data_dir).to_dict() == made))
+    other += [f"val_fraction={val_fraction}"] * ("val_fraction" in given and share != val_fraction)
+    if other: # asked for and not there: to go on would ignore it
+        source = name if name in data.DATASETS else found.meta["source"]["from"]
+        raise UserError(f"{found.folder} was prepared with tokenizer={made['name']}, val_fraction={share}, not {', '.join(other)}\n"
+                        f"drop that, or run: python data.py prepare {source} --{' --'.join(other)} --data_dir={data_dir}")
     return found
 
 

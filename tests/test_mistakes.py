@@ -37,7 +37,9 @@ SLIPS = {
     "folder without text": ("train.py --dataset={d}/nothing", "no text files"),
     "no network and no fallback": ("train.py --dataset=shakespeare --data_dir={d}/offline", "DATA_MIRROR"),
     "unknown tokenizer": ("train.py --dataset={d}/play.txt --data_dir={d}/new --tokenizer=bert", "char, ascii, gpt2, byte"),
-    "another tokenizer than the data's": ("train.py --tokenizer=byte", "prepare play --tokenizer=byte"),
+    "another tokenizer than the data's": ("train.py --tokenizer=byte", "play.txt --tokenizer=byte --data_dir="),
+    "another tokenizer file than the data's": ("train.py --tokenizer={d}/saved.json", "was prepared with tokenizer=char"),
+    "another validation share than the data's": ("train.py --val_fraction=0.3", "--val_fraction=0.3 --data_dir="),
     "truncated shard": ("train.py --dataset=cut", "prepare the dataset again"),
     "width not divisible": ("train.py --n_embd=15 --n_head=2", "not divisible by n_head=2"),
     "unknown attention": ("train.py --attention=flash", "mha, mla, diff, diff_mla"),
@@ -93,6 +95,7 @@ def world(tmp_path_factory):
     d = tmp_path_factory.mktemp("world")
     files = {"play.txt": "to be or not to be, that is the question\n" * 60, "other.txt": "neither a borrower nor a lender be\n" * 60,
              "cut.txt": "all the world is a stage\n" * 60, "short.txt": "abcdefgh", "empty.txt": "", "bad.jsonl": '{"text": "a"}\nno\n',
+             "saved.json": json.dumps({"name": "char", "char_to_id": {"a": 0, "b": 1}}),
              "typo.py": "learning_rat = 1e-3", "type.py": "n_layer = 'two'", "syntax.py": "n_layer = = 2", "raises.py": "n_layer = 1 // 0"}
     for name, text in files.items():
         (d / name).write_text(text, encoding="utf-8")
