@@ -124,6 +124,8 @@ def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
         train(corpus, tmp_path / out, "--max_iters=10", "--dropout=0.0", "--eval_iters=2", *flags)
     a, b = (load_checkpoint(tmp_path / o / "ckpt.pt")["model"] for o in "ab")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    one, two = ([(x["train_loss"], x["grad_norm"]) for x in metrics(tmp_path / o) if "lr" in x] for o in "ab")
+    assert one == [pytest.approx(x, rel=1e-3) for x in two] # clipping and Adam would hide a gradient of another size
 
 
 # --- resume ---
