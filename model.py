@@ -673,7 +673,7 @@ class CheckpointedBlock(Block):
     """Keeps only its input for backward and computes the rest again."""
 
     def forward(self, h, pass_):
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or pass_.cache is not None: # computing again would write the cache again
             return super().forward(h, pass_)
         return checkpoint(super().forward, h, pass_, use_reentrant=False)
 
