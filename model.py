@@ -297,7 +297,7 @@ class Rope(nn.Module):
     """
     Rotary embedding: pair i of a query or key at position m turns by the angle m base^(-2i/P), so a score depends on
     the distance of the two positions alone. Pairs are neighbours (2i, 2i+1) as in the paper, which makes the rotation
-    one complex multiplication: 5x faster in eager PyTorch on a CPU than rotating halves, and the same up to a
+    one complex multiplication: fewer passes over memory in eager mode than rotating halves, and the same up to a
     permutation of the weights' rows (tests/test_parity.py has it).
     """
 
