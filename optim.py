@@ -11,11 +11,16 @@ Each module of model.py declares what its parameters are; build_optimizer never 
   vector      norm gains, biases, lambdas         no             AdamW
 
 All four are ordinary torch.optim.Optimizers: parameter groups, closures, state_dict. None of them reads a value from the
-device in step(). FAdam, Adam-mini and Muon are plain loops over tensors: right, not yet fast.
+device in step(). FAdam and Adam-mini stand here twice: as a loop of plain PyTorch, and as C for the CPU.
 """
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
+from torch.optim.adamw import adamw
+
+from kernels import c_library, floats, integers, pointers, threads
 
 OPTIMIZERS = ("adamw", "fadam", "adam_mini", "muon")
 
@@ -60,12 +65,28 @@ def build_optimizer(model, name, learning_rate, weight_decay, betas):
     groups = [{"params": params, **dict(kind)} for kind, params in groups.items()]
     if name != "adamw":
         return {"fadam": FAdam, "adam_mini": AdamMini, "muon": Muon}[name](groups, lr=learning_rate, betas=betas)
-    # one fused kernel per group where there is one: 5x the unfused loop on a CPU
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=next(model.parameters()).device.type in ("cuda", "cpu"))
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=has_fused(next(model.parameters())))
+
+
+def has_fused(p):
+    """Whether torch has AdamW as one kernel there: 5x the unfused loop on a CPU."""
+    return p.device.type in ("cuda", "cpu")
 
 
 class Base(torch.optim.Optimizer):
-    """What the three share: the closure, and one update per parameter that has a gradient."""
+    """
+    What the three share: the closure, a count of steps per parameter, and the form of the update.
+
+    form="loop" is one tensor after the other in plain PyTorch: it says what the others compute. "c" walks through memory once
+    or twice, in C, for contiguous fp32 parameters on a CPU. "compile" is torch.compile of the loop. "auto" takes "c" or
+    "compile" (on CUDA) where it can; a form that was named and cannot be had is an error.
+    """
+
+    def __init__(self, params, defaults, form):
+        if form not in ("auto", "loop", "c", "compile"):
+            raise ValueError(f"form={form!r} is not one of: auto, loop, c, compile")
+        super().__init__(params, defaults)
+        self.form, self.faster = form, None
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -75,11 +96,32 @@ class Base(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                self.state[p].setdefault("step", torch.tensor(0.0)) # a CPU tensor, as torch's own optimizers keep it
-                self.state[p]["step"] += 1
-            self.update(params, group)
+            if params:
+                self.update(params, [p.grad for p in params], group)
         return loss
+
+    def form_of(self, params):
+        if self.form in ("loop", "compile"):
+            return self.form
+        if self.source and all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in params) and c_library(self.source):
+            return "c"
+        if self.form == "c":
+            raise RuntimeError("form='c' needs contiguous fp32 parameters on a CPU, and a C compiler; use form='auto'")
+        return "compile" if params[0].is_cuda else "loop"
+
+    def call(self, form, tensors, scalars, **constants):
+        """The loop, or its compiled form, for which what changes at each step must be a tensor: numbers are compiled in."""
+        if form == "compile":
+            self.faster = self.faster or torch.compile(self.loop, dynamic=False)
+            return self.faster(*tensors, torch.tensor(scalars, device=tensors[0][0].device), **constants)
+        return self.loop(*tensors, scalars, **constants)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]): # torch casts to the parameter's dtype; ours may be finer
+            for p, i in zip(group["params"], saved["params"]):
+                for key, value in state_dict["state"].get(i, {}).items():
+                    self.state[p][key] = value.to(p.device, copy=True) if torch.is_tensor(value) else value
 
 
 def rms(x):
@@ -88,77 +130,184 @@ def rms(x):
 
 class FAdam(Base):
     """
-    Hwang 2024, arXiv:2405.12807, algorithm 1: Adam as natural gradient with a diagonal Fisher matrix. The comments carry
-    the algorithm's steps. Unlike Adam the momentum is of the natural gradient, and weight decay is preconditioned too: it
-    is lr * weight_decay per weight of typical size whatever the weights' own scale, so 0.001 is much. fp32 state.
+    Hwang 2024, arXiv:2405.12807, algorithm 1: Adam as natural gradient with a diagonal Fisher matrix. The numbers are the
+    algorithm's lines. Unlike Adam the momentum is of the natural gradient, and weight decay is preconditioned too: it is
+    lr * weight_decay per weight of typical size whatever the weights' own scale, so 0.001 is much. fp32 state.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, eps2=0.01, p=0.5, clip=1.0):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, eps2=eps2, p=p, clip=clip))
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, eps2=0.01, p=0.5, clip=1.0, form="auto"):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, eps2=eps2, p=p, clip=clip), form)
 
-    def update(self, params, group):
-        (beta1, beta2), power, clip = group["betas"], group["p"], group["clip"]
-        for p in params:
-            state, g = self.state[p], p.grad.float()
-            if "m" not in state:
-                state["m"], state["f"] = torch.zeros_like(g), torch.ones_like(g)
-            t, m, f = state["step"].item(), state["m"], state["f"] # a CPU number: nothing waits for the device
-            beta2_t = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t) # 0 at t = 1, so f's start does not matter
-            f.mul_(beta2_t).addcmul_(g, g, value=1 - beta2_t) # Fisher information
-            size = group["eps2"] * rms(g)
-            eps = torch.where(size > 0, size.clamp(max=group["eps"]), group["eps"]) # adaptive epsilon; a zero gradient must not give 0/0
-            root = f.pow(power).add_(eps ** (2 * power))
-            natural = g / root # natural gradient
-            natural /= (rms(natural) / clip).clamp(min=1) # clipped to an RMS of `clip`
-            m.lerp_(natural, 1 - beta1) # momentum
-            step = m
-            if group["weight_decay"]:
-                decay = p.float() / root # weight decay, natural and clipped alike
-                decay /= (rms(decay) / clip).clamp(min=1)
-                step = m + group["weight_decay"] * decay
-            p.add_(step.to(p.dtype), alpha=-group["lr"])
+    def update(self, params, grads, group):
+        (beta1, beta2), states = group["betas"], [self.state[p] for p in params]
+        for p, s in zip(params, states):
+            if "m" not in s:
+                s["step"], s["m"], s["f"] = 0, torch.zeros_like(p, dtype=torch.float32), torch.zeros_like(p, dtype=torch.float32)
+            s["step"] += 1 # on the host: nothing waits for the device
+        ms, fs, grads = [s["m"] for s in states], [s["f"] for s in states], [g.contiguous() for g in grads]
+        beta2s = [beta2 * (1 - beta2 ** (s["step"] - 1)) / (1 - beta2 ** s["step"]) for s in states] # 6: 0 at first, whatever f was
+        scalars = [group["lr"], group["weight_decay"], *beta2s]
+        form = self.form_of(params) if group["p"] == 0.5 else "loop"
+        if form != "c":
+            return self.call(form, (params, grads, ms, fs), scalars, beta1=beta1, **{k: group[k] for k in ("eps", "eps2", "p", "clip")})
+        c_library(self.source).fadam(
+            threads(), len(params), pointers(params), pointers(grads), pointers(ms), pointers(fs),
+            integers([p.numel() for p in params]), floats([1 - b for b in beta2s]),
+            floats([1 - beta1, group["lr"], group["weight_decay"], group["eps"], group["eps2"], group["clip"]]))
+
+    @staticmethod
+    def loop(params, grads, ms, fs, scalars, beta1, eps, eps2, p, clip):
+        lr, weight_decay, *beta2s = scalars
+        for theta, g, m, f, beta2 in zip(params, grads, ms, fs, beta2s):
+            g = g.float()
+            f.lerp_(g.square(), 1 - beta2) # 7: Fisher information
+            size = eps2 * rms(g)
+            eps_t = torch.where(size > 0, size.clamp(max=eps), eps) # 8: adaptive epsilon; a zero gradient must not give 0/0
+            root = f**p + eps_t ** (2 * p)
+            natural = g / root # 9: natural gradient
+            natural = natural / (rms(natural) / clip).clamp(min=1) # 10: clipped to an RMS of `clip`
+            m.lerp_(natural, 1 - beta1) # 11: momentum, not corrected for its start
+            decay = theta.float() / root # 12: weight decay, natural
+            decay = decay / (rms(decay) / clip).clamp(min=1) # 13: and clipped
+            theta.sub_((lr * (m + weight_decay * decay)).to(theta.dtype)) # 14
+
+    # Two walks: the three sums (a tensor whose epsilon turns out to be smaller is summed again), then the update. 28 bytes
+    # are read per weight, AdamW's update reads 16. What is passed is 1 - beta: in fp32, 1 - 0.999f is off by 1.3e-5 of itself.
+    source = """
+        #include <math.h>
+        #include <stdint.h>
+        #define CHUNK 4096 /* weights summed in fp32 before they go into a double */
+
+        void fadam(int threads, int64_t n, float **P, float **G, float **M, float **F, const int64_t *sizes, const float *news,
+                   const float *s) {
+            float new1 = s[0], lr = s[1], weight_decay = s[2], eps2 = s[4], clip = s[5];
+            for (int64_t i = 0; i < n; i++) {
+                float *restrict p = P[i], *restrict m = M[i], *restrict f = F[i], new2 = news[i], eps = s[3];
+                const float *restrict g = G[i];
+                int64_t size = sizes[i], chunks = (size + CHUNK - 1) / CHUNK;
+                double gg, nn, ww; /* sums of squares: gradient, natural gradient, natural weights */
+                for (;;) {
+                    gg = nn = ww = 0;
+                    #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : gg, nn, ww)
+                    for (int64_t c = 0; c < chunks; c++) {
+                        int64_t end = (c + 1) * CHUNK < size ? (c + 1) * CHUNK : size;
+                        float a = 0, x = 0, y = 0;
+                        #pragma omp simd reduction(+ : a, x, y)
+                        for (int64_t j = c * CHUNK; j < end; j++) {
+                            float inverse = 1 / (sqrtf(f[j] + new2 * (g[j] * g[j] - f[j])) + eps);
+                            a += g[j] * g[j];
+                            x += (g[j] * inverse) * (g[j] * inverse);
+                            y += (p[j] * inverse) * (p[j] * inverse);
+                        }
+                        gg += a, nn += x, ww += y;
+                    }
+                    float adaptive = eps2 * sqrt(gg / size); /* 8; no loop when it is NaN */
+                    if (!(adaptive > 0 && adaptive < eps)) break;
+                    eps = adaptive;
+                }
+                float fresh = new1 / fmax(1, sqrt(nn / size) / clip); /* 10 */
+                float decay = weight_decay / fmax(1, sqrt(ww / size) / clip); /* 13 */
+                #pragma omp parallel for simd num_threads(threads) schedule(static)
+                for (int64_t j = 0; j < size; j++) {
+                    f[j] += new2 * (g[j] * g[j] - f[j]); /* 7 */
+                    float inverse = 1 / (sqrtf(f[j]) + eps);
+                    m[j] += fresh * (g[j] * inverse) - new1 * m[j]; /* 9, 11 */
+                    p[j] -= lr * (m[j] + decay * (p[j] * inverse)); /* 12, 14 */
+                }
+            }
+        }"""
+
+
+@functools.cache
+def runs(blocks, rows, width):
+    """
+    What Adam-mini's blocks are, as runs of equal ones: ((first row, first block, number of blocks, weights in each), ...) for
+    a parameter of that many rows of that width. blocks: None, (), or the rows of each block, as in Declared.
+    """
+    if blocks == ():
+        return ((0, 0, 1, rows * width),)
+    if blocks is None:
+        return ((0, 0, rows, width),)
+    if sum(blocks) != rows:
+        raise ValueError(f"blocks of {sum(blocks)} rows do not cover a parameter of {rows} rows")
+    found, row, block = [], 0, 0
+    for height, same in itertools.groupby(blocks):
+        count = len(list(same))
+        found.append((row, block, count, height * width))
+        row, block = row + count * height, block + count
+    return tuple(found)
 
 
 class AdamMini(Base):
     """
     Zhang et al. 2024, arXiv:2406.16793: AdamW with one second moment per block of weights whose curvature is alike: a head
     of queries or keys, a row of anything else. Groups carry `blocks` (None: rows; (): the tensor; or the rows of each
-    block). m in the parameter's dtype, v in fp32.
+    block). m in the parameter's dtype, v in fp32. Parameters must be contiguous.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, blocks=None):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, blocks=blocks))
-        self.owner = {} # parameter -> block of each row; made anew after loading, so no part of the state
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, blocks=None, form="auto"):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, blocks=blocks), form)
 
-    def update(self, params, group):
-        (beta1, beta2), blocks = group["betas"], group["blocks"]
-        for p in params:
-            state, t = self.state[p], None
-            mean = self.block_means(p, blocks) # of g^2: (blocks,)
+    def update(self, params, grads, group):
+        (beta1, beta2), tensors, pieces, per_piece = group["betas"], [], [], []
+        for p, g in zip(params, grads):
+            state, width = self.state[p], p[:1].numel()
+            layout = runs(group["blocks"], len(p), width)
             if "m" not in state:
-                state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(mean)
-            t, m, v = state["step"].item(), state["m"], state["v"]
-            m.lerp_(p.grad, 1 - beta1)
-            v.lerp_(mean, 1 - beta2)
-            root = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
-            if blocks != ():
-                root = (root if blocks is None else root[self.owner[p]]).view(-1, *[1] * (p.dim() - 1)) # (rows, 1)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.addcdiv_(m, root.to(m.dtype), value=-group["lr"] / (1 - beta1**t))
+                state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros(sum(r[2] for r in layout), device=p.device)
+            t = state["step"] = state["step"] + 1
+            for row, block, count, size in layout:
+                tensors.append((p, g.contiguous(), state["m"], state["v"]))
+                pieces.append((row * width, block, count, size))
+                per_piece += group["lr"] / (1 - beta1**t), 1 - beta2**t # size of the step, correction of v
+        keep, form = 1 - group["lr"] * group["weight_decay"], self.form_of(params)
+        starts, blocks, counts, sizes = zip(*pieces)
+        if form != "c":
+            views = [[(x.view(-1)[a : a + n * w].view(n, w) if x is not v else v[b : b + n]) for x in (p, g, m, v)]
+                     for (p, g, m, v), (a, b, n, w) in zip(tensors, pieces)]
+            return self.call(form, tuple(map(list, zip(*views))), [keep, *per_piece], beta1=beta1, beta2=beta2, eps=group["eps"])
+        ps, gs, ms, vs = zip(*tensors)
+        c_library(self.source).adam_mini(
+            threads(), len(pieces), pointers(ps, starts), pointers(gs, starts), pointers(ms, starts), pointers(vs, blocks),
+            integers(counts), integers(sizes), floats(per_piece), floats([1 - beta1, 1 - beta2, group["eps"], keep]))
 
-    def block_means(self, p, blocks):
-        squares = p.grad.float().square()
-        if blocks == ():
-            return squares.mean().view(1)
-        rows = squares.flatten(1).mean(1) if p.dim() > 1 else squares
-        if blocks is None:
-            return rows
-        if p not in self.owner:
-            if sum(blocks) != len(p):
-                raise ValueError(f"blocks of {sum(blocks)} rows do not cover a parameter of {len(p)} rows")
-            self.owner[p] = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks)).to(p.device)
-        sums = torch.zeros(len(blocks), device=p.device).index_add_(0, self.owner[p], rows)
-        return sums / torch.tensor(blocks, device=p.device)
+    @staticmethod
+    def loop(params, grads, ms, vs, scalars, beta1, beta2, eps):
+        """params, grads, ms: (blocks, weights in each); vs: (blocks,)."""
+        keep, *scalars = scalars
+        for p, g, m, v, lr, correction in zip(params, grads, ms, vs, scalars[::2], scalars[1::2]):
+            v.lerp_(g.float().square().mean(1), 1 - beta2)
+            m.lerp_(g, 1 - beta1)
+            scale = lr / ((v / correction).sqrt() + eps)
+            p.mul_(keep).sub_(scale.to(p.dtype)[:, None] * m)
+
+    # One walk: a block's gradient is still in the cache when its mean square is known. 12 bytes are read per weight.
+    source = """
+        #include <math.h>
+        #include <stdint.h>
+
+        void adam_mini(int threads, int64_t n, float **P, float **G, float **M, float **V, const int64_t *counts, const int64_t *sizes,
+                       const float *lr_and_correction, const float *s) {
+            float new1 = s[0], new2 = s[1], eps = s[2], keep = s[3];
+            #pragma omp parallel num_threads(threads)
+            for (int64_t i = 0; i < n; i++) {
+                int64_t size = sizes[i];
+                #pragma omp for schedule(static) nowait
+                for (int64_t b = 0; b < counts[i]; b++) {
+                    float *restrict p = P[i] + b * size, *restrict m = M[i] + b * size, *v = V[i] + b, square = 0;
+                    const float *restrict g = G[i] + b * size;
+                    #pragma omp simd reduction(+ : square)
+                    for (int64_t j = 0; j < size; j++) square += g[j] * g[j];
+                    *v += new2 * (square / size - *v);
+                    float scale = lr_and_correction[2 * i] / (sqrtf(*v / lr_and_correction[2 * i + 1]) + eps);
+                    #pragma omp simd
+                    for (int64_t j = 0; j < size; j++) {
+                        m[j] += new1 * (g[j] - m[j]);
+                        p[j] = keep * p[j] - scale * m[j];
+                    }
+                }
+            }
+        }"""
 
 
 # Newton-Schulz steps x <- a x + (b x x^T + c (x x^T)^2) x, one row (a, b, c) for each step. They drive all singular values
@@ -190,39 +339,38 @@ class Muon(Base):
     Jordan 2024: momentum, orthogonalised, for the matrices inside the blocks; AdamW for everything else. Groups carry
     `fused`, the rows of the matrices stacked in each parameter, or () for AdamW. The update of a matrix (n, m) is scaled by
     0.2 sqrt(max(n, m)), which gives it the RMS of AdamW's (Liu et al. 2025, arXiv:2502.16982): one learning rate serves both.
+    Matrices of one shape share their matrix products; AdamW is torch's, fused where torch has that.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8, momentum=0.95, steps=POLAR_EXPRESS, fused=()):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, momentum=momentum, steps=steps, fused=fused))
+        adam = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+        super().__init__(params, dict(**adam, momentum=momentum, steps=steps, fused=fused), "loop")
 
-    def update(self, params, group):
-        (self.orthogonal if group["fused"] else self.adamw)(params, group)
+    def update(self, params, grads, group):
+        (self.loop if group["fused"] else self.adamw)(params, grads, group)
 
-    def orthogonal(self, params, group):
+    def loop(self, params, grads, group):
         momentum, fused, updates = group["momentum"], group["fused"], []
-        for p in params:
+        for p, g in zip(params, grads):
             state = self.state[p]
             if "m" not in state:
                 state["m"] = torch.zeros_like(p)
-            state["m"].lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(state["m"], momentum)) # Nesterov
-        for p in params:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
+            state["m"].lerp_(g, 1 - momentum)
+            updates.append(g.lerp(state["m"], momentum)) # Nesterov
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         alike = {} # parts of one shape, from all parameters, in one batched iteration
         for p, u in zip(params, updates):
             for part, piece in zip(p.split(fused), u.split(fused)):
                 alike.setdefault(part.shape, []).append((part, piece))
         for (n, m), pairs in alike.items():
-            for (part, _), u in zip(pairs, orthogonalise(torch.stack([piece for _, piece in pairs]), group["steps"])):
-                part.add_(u, alpha=-group["lr"] * 0.2 * max(n, m) ** 0.5)
+            parts, pieces = zip(*pairs)
+            ortho = orthogonalise(torch.stack(pieces), group["steps"])
+            torch._foreach_add_(parts, ortho.unbind(), alpha=-group["lr"] * 0.2 * max(n, m) ** 0.5)
 
-    def adamw(self, params, group):
-        for p in params:
-            state, (beta1, beta2) = self.state[p], group["betas"]
-            if "m" not in state:
-                state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
-            t, m, v = state["step"].item(), state["m"], state["v"]
-            m.lerp_(p.grad, 1 - beta1)
-            v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.addcdiv_(m, (v / (1 - beta2**t)).sqrt_().add_(group["eps"]), value=-group["lr"] / (1 - beta1**t))
+    def adamw(self, params, grads, group):
+        states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
+        for p, s in zip(params, states):
+            if "m" not in s:
+                s["step"], s["m"], s["v"] = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
+        adamw(params, grads, *([s[k] for s in states] for k in "mv"), [], [s["step"] for s in states], amsgrad=False, maximize=False,
+              fused=has_fused(params[0]), beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from kernels import c_library
 from optim import NEWTON_SCHULZ, POLAR_EXPRESS, AdamMini, FAdam, Muon, build_optimizer, declarations, orthogonalise
 
 NAMES = ("adamw", "fadam", "adam_mini", "muon")
@@ -90,6 +91,92 @@ def test_every_parameter_is_declared_once(attention, knobs):
     model.stray = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="Linear \\(stray\\) owns parameters but declares no role"):
         build_optimizer(model, "adam_mini", 1e-3, 0.0, (0.9, 0.95))
+
+
+def both(cls, form, shape, grads, knobs):
+    """The same parameter after the same gradients, by the loop and by another form."""
+    ends = []
+    for f in ("loop", form):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(shape))
+        opt = cls([p], lr=1e-2, weight_decay=0.1, form=f, **knobs)
+        for g in grads:
+            p.grad = g.clone() if g.is_contiguous() else g
+            opt.step()
+        ends.append([p.detach(), *(v for v in opt.state[p].values() if torch.is_tensor(v))])
+    return ends
+
+
+KINDS = [(FAdam, {}), (FAdam, {"clip": 0.5}), (AdamMini, {}), (AdamMini, {"blocks": ()}), (AdamMini, {"blocks": "uneven"})]
+
+
+@pytest.mark.parametrize("form, shape", [("compile", (63, 100)), ("c", (63, 100)), ("c", (5, 1)), ("c", (7,)), ("c", (300, 33))])
+@pytest.mark.parametrize("cls, knobs", KINDS, ids=str)
+def test_every_form_is_the_loop(cls, knobs, shape, form):
+    """Odd shapes; gradients of every size, so that both branches of the adaptive epsilon and of the clipping are taken."""
+    if form == "c" and c_library(cls.source) is None:
+        pytest.skip("no C compiler")
+    if knobs.get("blocks") == "uneven":
+        knobs = {"blocks": (2, 2, 1, *[1] * (shape[0] - 5))}
+    sizes = (1.0, 1e-3, 1e-9, 0.0, 30.0) if form == "c" else (1.0, 1e-9)
+    grads = [size * torch.randn(shape) for size in sizes]
+    loop, other = both(cls, form, shape, grads, knobs)
+    for a, b in zip(loop, other):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [FAdam, AdamMini])
+def test_the_c_form_is_what_runs_on_a_cpu(cls):
+    if c_library(cls.source) is None:
+        pytest.skip("no C compiler")
+    p = torch.nn.Parameter(torch.randn(6, 8))
+    assert cls([p]).form_of([p]) == "c" and cls([p], form="loop").form_of([p]) == "loop"
+    half = torch.nn.Parameter(torch.randn(6, 8).bfloat16())
+    assert cls([half]).form_of([half]) == "loop" # C knows fp32 alone
+    half.grad = torch.randn_like(half)
+    with pytest.raises(RuntimeError, match="contiguous fp32"):
+        cls([half], form="c").step()
+    with pytest.raises(ValueError, match="not one of: auto, loop, c, compile"):
+        cls([p], form="fast")
+
+
+@pytest.mark.parametrize("cls", [FAdam, AdamMini])
+def test_c_reads_a_transposed_gradient_and_passes_on_a_nan(cls):
+    if c_library(cls.source) is None:
+        pytest.skip("no C compiler")
+    loop, c = both(cls, "c", (12, 9), [torch.randn(9, 12).t()], {})
+    torch.testing.assert_close(loop[0], c[0])
+    loop, c = both(cls, "c", (12, 9), [torch.full((12, 9), math.nan)], {}) # must end, and say so as the loop does
+    assert loop[0].isnan().all() and c[0].isnan().all()
+
+
+@pytest.mark.parametrize("cls", [FAdam, AdamMini])
+def test_state_of_bf16_parameters_stays_fp32_when_loaded(cls):
+    p = torch.nn.Parameter(torch.randn(6, 8).bfloat16())
+    opt, again = cls([p], betas=(0.9, 0.97)), cls([p], betas=(0.9, 0.97))
+    p.grad = torch.randn_like(p)
+    opt.step()
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for key, value in opt.state[p].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.state[p][key])), key
+        assert not torch.is_tensor(value) or value.dtype == again.state[p][key].dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls, knobs", KINDS[:4], ids=str)
+def test_the_compiled_form_on_a_gpu(cls, knobs):
+    torch.manual_seed(0)
+    start, grads = torch.randn(63, 100), [torch.randn(63, 100) for _ in range(3)]
+    ends = []
+    for device in ("cpu", "cuda"):
+        p = torch.nn.Parameter(start.to(device, copy=True))
+        opt = cls([p], lr=1e-2, weight_decay=0.1, **knobs)
+        for g in grads:
+            p.grad = g.to(device)
+            opt.step()
+        ends.append(p.detach().cpu())
+    assert opt.form_of([p]) == "compile"
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-4)
 
 
 # --- FAdam ---
