@@ -14,7 +14,10 @@ All four are ordinary torch.optim.Optimizers: parameter groups, closures, state_
 device in step(). FAdam and Adam-mini stand here twice: as a loop of plain PyTorch, and as C for the CPU.
 """
 import functools
+import inspect
 import itertools
+import os
+import runpy
 from typing import NamedTuple
 
 import torch
@@ -374,3 +377,225 @@ class Muon(Base):
                 s["step"], s["m"], s["v"] = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
         adamw(params, grads, *([s[k] for s in states] for k in "mv"), [], [s["step"] for s in states], amsgrad=False, maximize=False,
               fused=has_fused(params[0]), beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
+
+
+class Sparse:
+    """
+    Training with ever more of the weights at zero: those of the matrices and of an untied head, counted and chosen over all of
+    them together. Every `interval` steps of the learning rate's constant phase (`phase`: first step, last step) the weights
+    are chosen anew, until the share of `density` is left; from then on only which ones they are changes.
+
+    skeleton_flesh (The Kepler Architecture, Skeleton & Flesh): of the active weights the share `prune_rate` with the lowest
+    signal to noise goes, |mean| / std over the steps since the last choice. Half as many of all inactive ones grow back from
+    zero, where the gradient of the next batch is largest, and for boost_steps what the optimizer does to those is multiplied
+    by `boost`. magnitude, the baseline: the smallest go, none grows back, as many are left each time.
+
+    A call of choose(step) before the gradient, mask_gradients() after it, finish(step) after the optimizer's step. Gradients
+    and moments of inactive weights are zero, so a weight that grows back starts with none.
+    """
+
+    METHODS = ("skeleton_flesh", "magnitude")
+
+    def __init__(self, model, optimizer, method, density, interval, phase, prune_rate=0.3, boost=1.0, boost_steps=0):
+        for bad, sentence in [
+            (method not in self.METHODS, f"sparse={method!r} is not one of: {', '.join(self.METHODS)}"),
+            (not 0 < density <= 1, f"sparse_density={density} must be above 0 and at most 1"),
+            (not 0 < prune_rate < 1, f"sparse_prune_rate={prune_rate} must be between 0 and 1"),
+            (interval < 1 or boost_steps < 0, "sparse_interval must be at least 1 and sparse_boost_steps not negative"),
+            (boost < 0, f"sparse_boost={boost} must not be negative"),
+        ]:
+            if bad:
+                raise ValueError(sentence)
+        self.params = [p for p, d in declarations(model).items() if d.role in ("matrix", "head")]
+        self.optimizer, self.method, self.interval, self.phase, self.prune_rate = optimizer, method, interval, phase, prune_rate
+        self.boost, self.boost_steps = boost, boost_steps
+        self.total = sum(p.numel() for p in self.params)
+        self.target = round(density * self.total)
+        self.masks = [torch.ones_like(p, dtype=torch.bool) for p in self.params]
+        self.to_grow, self.flesh, self.grown_at = 0, [], 0 # flesh: flat indices of the young weights, per parameter
+        self.steps = 0 # since the last choice, and over them:
+        self.means, self.squares = ([torch.zeros_like(p) for p in self.params] if method == "skeleton_flesh" else [] for _ in "ms")
+        self.before = [] # values of the flesh before the optimizer's step
+        active, needed = self.total, 0
+        while active > self.target:
+            active, needed = self.next_count(active), needed + 1
+        room = max(0, phase[1] - phase[0] - 1) # steps at which a choice can be due
+        if needed > room // interval:
+            raise ValueError(f"sparse_density={density} takes {needed} choices; steps {phase[0]} to {phase[1]}, where the learning rate is "
+                             f"constant, have room for {room // interval}\nuse a longer run"
+                             + f", or --sparse_interval={room // needed} or less" * (room >= needed))
+
+    def next_count(self, active):
+        """Weights left by a choice: prune_rate go, half of them grow back, or more where that would end below the target."""
+        pruned = max(1, round(self.prune_rate * active))
+        return active - pruned + max(self.target - (active - pruned), pruned // 2)
+
+    def active(self):
+        return sum(int(m.sum()) for m in self.masks) # int64: in bf16 the sum would be off by 0.3%
+
+    def density(self):
+        return self.active() / self.total
+
+    @property
+    def reached(self):
+        return self.active() == self.target
+
+    @torch.no_grad()
+    def choose(self, step):
+        """True if weights were pruned at this step. Growing waits for the gradient."""
+        first, last = self.phase
+        if not first < step < last or (step - first) % self.interval or self.target == self.total: # density 1: dense training
+            return False
+        active, left = self.active(), self.next_count(self.active())
+        if self.method == "skeleton_flesh":
+            pruned = max(1, round(self.prune_rate * active))
+            noise = [(s / max(1, self.steps)).add_(1e-8).sqrt_() for s in self.squares]
+            scores = [m.abs() / n for m, n in zip(self.means, noise)]
+        else:
+            pruned, scores = active - left, [p.abs() for p in self.params]
+        self.set(self.lowest([s.masked_fill(~m, torch.inf) for s, m in zip(scores, self.masks)], pruned), False)
+        self.to_grow, self.steps = left - (active - pruned), 0
+        for x in (*self.means, *self.squares):
+            x.zero_()
+        for p, m in zip(self.params, self.masks):
+            p.mul_(m)
+            for value in self.optimizer.state[p].values(): # the moments; a second moment that a block shares stays
+                if torch.is_tensor(value) and value.shape == p.shape:
+                    value.mul_(m)
+        return True
+
+    def lowest(self, scores, k):
+        """Flat indices per parameter of the k lowest over all: exactly k, also where scores are equal."""
+        where = torch.cat([s.flatten() for s in scores]).topk(k, largest=False, sorted=False).indices.sort().values
+        ends = torch.tensor([s.numel() for s in scores]).cumsum(0)
+        parts = torch.searchsorted(where, ends.to(where.device)).tolist()
+        return [where[a:b] - (end - s.numel()) for a, b, end, s in zip([0, *parts], parts, ends.tolist(), scores)]
+
+    def set(self, indices, value):
+        for m, i in zip(self.masks, indices):
+            m.view(-1)[i] = value
+
+    @torch.no_grad()
+    def mask_gradients(self, step):
+        grads = [p.grad for p in self.params]
+        if self.to_grow and all(g.isfinite().all() for g in grads): # else the next batch decides
+            self.flesh = self.lowest([(-g.abs()).masked_fill(m, torch.inf) for g, m in zip(grads, self.masks)], self.to_grow)
+            self.set(self.flesh, True)
+            self.to_grow, self.grown_at = 0, step
+        for g, m in zip(grads, self.masks):
+            g.mul_(m)
+        young = self.boost != 1 and self.flesh and step < self.grown_at + self.boost_steps
+        self.before = [p.view(-1)[i] for p, i in zip(self.params, self.flesh)] if young else []
+
+    @torch.no_grad()
+    def finish(self, step):
+        for p, i, old in zip(self.params, self.flesh, self.before): # after preconditioning: Adam would divide a larger gradient away
+            p.view(-1)[i] = old + self.boost * (p.view(-1)[i] - old)
+        for p, m in zip(self.params, self.masks):
+            p.mul_(m)
+        if self.means and self.phase[0] <= step < self.phase[1]: # Welford: mean and sum of squared deviations, in one pass
+            self.steps += 1
+            for p, mean, square in zip(self.params, self.means, self.squares):
+                delta = p - mean
+                mean.add_(delta / self.steps)
+                square.addcmul_(delta, p - mean)
+
+    SAVED = ("masks", "to_grow", "flesh", "grown_at", "steps", "means", "squares")
+
+    def state_dict(self):
+        return {k: getattr(self, k) for k in self.SAVED}
+
+    def load_state_dict(self, state):
+        for k in self.SAVED:
+            v = state[k]
+            setattr(self, k, [x.to(p.device) for x, p in zip(v, self.params)] if isinstance(v, list) else v)
+
+
+# Hooks: what an experiment watches or changes without a change of this code. Settings of train.py name them, in their order:
+# a row of HOOKS or path/to/file.py:function, and after `=` a number that the hook takes as its last argument. They return
+# {label: number} or None; the numbers go to metrics.jsonl with the lines of the log.
+#
+#   update    f(step, params[, number]), at each step before clipping; params is {name: parameter}, .grad may be changed in place
+#   forward   f(model[, number]) -> {module: g}, once; g(inputs, output) for these modules, for each line of the log, in a
+#             forward of its own under no_grad: what it sees is what training would compute, what it does reaches no weight
+
+
+def identity(step, params):
+    """Changes nothing."""
+
+
+def clip_by_layer(step, params, largest=1.0):
+    """Each parameter's gradient scaled down to a norm of `largest`. Logs the share of parameters that were."""
+    grads = [p.grad for p in params.values() if p.grad is not None]
+    norms = torch.stack([g.norm() for g in grads])
+    for g, scale in zip(grads, (largest / norms.clamp(min=1e-12)).clamp(max=1).unbind()):
+        g.mul_(scale)
+    return {"clipped": (norms > largest).float().mean()}
+
+
+def gradient_noise(step, params, eta=0.01):
+    """Gaussian noise of variance eta / (1 + step)^0.55 (Neelakantan et al. 2015, arXiv:1511.06807, section 3)."""
+    std = (eta / (1 + step) ** 0.55) ** 0.5
+    for p in params.values():
+        if p.grad is not None:
+            p.grad.add_(torch.randn_like(p.grad), alpha=std)
+    return {"std": std}
+
+
+def activation_stats(model):
+    """Mean and standard deviation of each block's output; share of its MLP's units that are zero for every token of the batch."""
+    found = {}
+    for block in model.blocks:
+        found[block] = lambda inputs, output: {"mean": output.float().mean(), "std": output.float().std()}
+        found[block.mlp.down] = lambda inputs, output: {"dead": (inputs[0].flatten(0, -2).abs().amax(0) < 1e-6).float().mean()}
+    return found
+
+
+HOOKS = {"update": {"identity": identity, "clip_by_layer": clip_by_layer, "gradient_noise": gradient_noise},
+         "forward": {"activation_stats": activation_stats}}
+
+
+def find_hooks(kind, text):
+    """[(name, function)] from names with commas between them; ValueError for one that is not there."""
+    found = []
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        name, _, number = word.partition("=")
+        path, _, function = name.rpartition(":")
+        if path:
+            if not os.path.isfile(path):
+                raise ValueError(f"there is no file {path!r} for the {kind} hook {word!r}")
+            there = runpy.run_path(path)
+        else:
+            there = HOOKS[kind]
+        if not callable(there.get(function)):
+            known = ", ".join(k for k, v in there.items() if callable(v) and not k.startswith("_"))
+            raise ValueError(f"no {kind} hook {function!r}{' in ' + path if path else ''}; there is: {known}, or path/to/file.py:function")
+        try:
+            last = {list(inspect.signature(there[function]).parameters)[-1]: float(number)} if number else {}
+        except ValueError:
+            raise ValueError(f"{kind} hook {word!r}: what follows = must be a number") from None
+        found.append((word, functools.partial(there[function], **last)))
+    return found
+
+
+def run_update_hooks(hooks, step, params):
+    """{hook: {label: number}}, in their order."""
+    with torch.no_grad():
+        return {name: result for name, hook in hooks if (result := hook(step, params))}
+
+
+def watch(model, hooks, idx, targets):
+    """{hook: {module.label: number}} from one forward that leaves neither a gradient nor a trace in the random states."""
+    names, seen, handles = {m: n for n, m in model.named_modules()}, {}, []
+    for name, hook in hooks:
+        for module, f in hook(model).items():
+            def call(module, inputs, output, f=f, into=seen.setdefault(name, {})): # returns None: the output stays
+                into.update({f"{names[module]}.{k}": v for k, v in (f(inputs, output) or {}).items()})
+            handles.append(module.register_forward_hook(call))
+    try:
+        with torch.no_grad(), torch.random.fork_rng([idx.device] if idx.is_cuda else []):
+            model(idx, targets)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

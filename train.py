@@ -36,7 +36,7 @@ except ImportError:
 import data
 from configurator import UserError, configure, git_commit, user_errors
 from model import GPT, GPTConfig, choose_device, load_checkpoint, previous_checkpoint, save_checkpoint
-from optim import build_optimizer
+from optim import Sparse, build_optimizer, find_hooks, run_update_hooks, watch
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
@@ -62,6 +62,16 @@ schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, then linea
 warmup_iters = 100 # steps of linear warm-up
 lr_decay_iters = 0 # step at which min_lr is reached; 0 = max_iters
 min_lr = 1e-4 # final learning rate
+# --- sparse training (optim.py, Sparse); needs schedule=wsd ---
+sparse = "" # skeleton_flesh | magnitude: which weights are zero is chosen while training; empty: none
+sparse_density = 0.2 # share of the matrices' weights that are left at the end
+sparse_interval = 100 # steps between choices
+sparse_prune_rate = 0.3 # share of the active weights that a choice prunes; half as many grow back
+sparse_boost = 1.0 # factor on the updates of weights that grew back
+sparse_boost_steps = 50 # for so many steps
+# --- hooks (optim.py); names with commas between them, each NAME, NAME=NUMBER or path/to/file.py:function ---
+update_hooks = "" # identity | clip_by_layer | gradient_noise: on the gradients, before the step
+forward_hooks = "" # activation_stats: numbers for the log, from a forward of their own
 # --- evaluation and logging ---
 eval_interval = 250 # steps between evaluations
 eval_iters = 0 # random batches per evaluation; 0 = the whole validation split
@@ -77,7 +87,8 @@ compile = "auto" # torch.compile: auto (where it pays back within the run) | tru
 given = configure(globals(), GPTConfig)
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
 # what a resumed run cannot change, besides the model
-FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype"}
+FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype", "update_hooks",
+         "sparse", "sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps"}
 LOCAL = {"out_dir", "resume", "device"} # these are the command line's, not the checkpoint's
 MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
 
@@ -169,6 +180,8 @@ for bad, sentence in [
     (min(weight_decay, grad_clip) < 0, "weight_decay and grad_clip must not be negative"),
     (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f"beta1={beta1} and beta2={beta2} must be in [0, 1)"),
     (schedule not in ("cosine", "linear", "wsd", "constant"), f"schedule={schedule!r} is not one of: cosine, linear, wsd, constant"),
+    (sparse and schedule != "wsd", f"sparse={sparse} chooses weights while the learning rate is constant; use --schedule=wsd"),
+    (not sparse and [k for k in given if k.startswith("sparse_")], "sparse_... settings need --sparse=skeleton_flesh or magnitude"),
     (dtype not in ("auto", "float32", "bfloat16", "float16"), f"dtype={dtype!r} is not one of: auto, float32, bfloat16, float16"),
     (compile.lower() not in ("auto", "true", "false"), f"compile={compile!r} is not one of: auto, true, false"),
 ]:
@@ -282,6 +295,10 @@ with user_errors():
     corpus.val.batch(0, 1, config.block_size, seed) if eval_iters else next(corpus.val.windows(config.block_size, 1))
     model = GPT(config).to(device)
     opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+    constant = warmup_iters, warmup_iters + int(0.8 * ((lr_decay_iters or max_iters) - warmup_iters)) # steps at the peak of wsd
+    sparsity = Sparse(model, opt, sparse, sparse_density, sparse_interval, constant, sparse_prune_rate, sparse_boost,
+                      sparse_boost_steps) if sparse else None
+    hooks = {"forward": find_hooks("forward", forward_hooks), "update": find_hooks("update", update_hooks)}
 
 if earlier and (checkpoint or began)["data_sha256"] != corpus.sha256:
     raise UserError(f"cannot resume: {data_dir}/{corpus.name} is not the data this run was trained on; prepare it as before")
@@ -316,6 +333,8 @@ run = {"run_id": began.get("run_id", uuid.uuid4().hex), "step": 0, "evaluated": 
 if checkpoint:
     model.load_state_dict(checkpoint["model"])
     opt.load_state_dict(checkpoint["optimizer"])
+    if sparsity:
+        sparsity.load_state_dict(checkpoint["sparse"])
     scaler.load_state_dict(checkpoint["scaler"])
     restore_random_states(checkpoint["random"])
     run = {k: checkpoint[k] for k in run}
@@ -328,7 +347,8 @@ run_config = {"train": settings, "model": asdict(config), "asked": asked} # aske
 def snapshot():
     """The complete state after `step` steps; what resume needs and what sample.py needs."""
     return {**run, "model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "config": run_config,
-            "tokenizer": corpus.tokenizer.to_dict() if corpus.tokenizer else None, "data_sha256": corpus.sha256, "random": random_states()}
+            "tokenizer": corpus.tokenizer.to_dict() if corpus.tokenizer else None, "data_sha256": corpus.sha256, "random": random_states(),
+            "sparse": sparsity.state_dict() if sparsity else None}
 
 
 def save(path, keep_previous):
@@ -347,7 +367,8 @@ process = {"step": run["step"], "command": shlex.join([os.path.basename(sys.exec
            "device": {"kind": kind, "name": device_name, "dtype": dtype, "threads": torch.get_num_threads()}}
 hashed = {**run_config, "train": {k: v for k, v in settings.items() if k not in LOCAL}} # the same run in another folder is the same run
 about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.items() if k != "step"},
-         "config_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16], "hook_list": [], "config": run_config,
+         "config_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16], "config": run_config,
+         "hook_list": {kind: [name for name, _ in found] for kind, found in hooks.items()},
          "dataset": corpus.name, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
          "resumed": began.get("resumed", []) + [process] * resume} # one entry for each process that went on
 with user_errors():
@@ -376,6 +397,11 @@ def mark():
 
 def finite(x):
     return x if math.isfinite(x) else None # JSON has no NaN
+
+
+def density():
+    """For the lines of a sparse run: the share of weights that are not held at zero."""
+    return {"density": round(sparsity.density(), 6)} if sparsity else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -478,6 +504,7 @@ clock = time.monotonic() - run["time_s"] # of training; evaluation moves it on
 step_model = compiled_or_eager()
 saved_ok, window_time, window_steps = True, time.monotonic(), 0 # compiling counts as time, not as slow steps
 model.train()
+parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 while True:
     step = run["step"]
 
@@ -486,13 +513,13 @@ while True:
         paused = time.monotonic()
         val_loss = evaluate()
         sample = write_sample() if math.isfinite(val_loss) else {}
-        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=finite(val_loss), **sample)
+        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=finite(val_loss), **density(), **sample)
         print(f"step {step}: val loss {val_loss:.4f}" + (f"   {sample['sample_text']!r}" if sample else ""), flush=True)
         clock += time.monotonic() - paused
         window_time += time.monotonic() - paused
         run["evaluated"], before = step, run["best"]
         mark()
-        if val_loss < before:
+        if val_loss < before and (not sparsity or sparsity.reached): # a denser model is not what was asked for
             run["best"] = val_loss
             if not save(os.path.join(out_dir, "best.pt"), keep_previous=False):
                 run["best"] = before # the next one that is better than what the file holds will be kept
@@ -509,12 +536,20 @@ while True:
     lr = lr_at(step)
     for group in opt.param_groups:
         group["lr"] = lr
-    loss = gradient(next_batch(step))
+    if sparsity and sparsity.choose(step):
+        print(f"step {step}: {sparsity.active():,} of {sparsity.total:,} weights kept, {sparsity.to_grow:,} will grow back")
+    micro_batches = next_batch(step)
+    loss = gradient(micro_batches)
     scaler.unscale_(opt)
+    noted = run_update_hooks(hooks["update"], step, parameters)
+    if sparsity:
+        sparsity.mask_gradients(step)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     loss = float(loss)
     if math.isfinite(loss) and math.isfinite(norm):
         scaler.step(opt)
+        if sparsity:
+            sparsity.finish(step)
         run["skipped_in_a_row"] = 0
     else: # neither the weights nor the optimizer's moments ever see it
         run["skipped"] += 1
@@ -533,8 +568,12 @@ while True:
         now = time.monotonic()
         rate = window_steps / max(now - window_time, 1e-9) # steps per second since the last line
         window_time, window_steps = now, 0
+        if hooks["forward"]:
+            with autocast:
+                noted.update(watch(model, hooks["forward"], *micro_batches[0]))
+        noted = {"hooks": {name: {k: finite(float(v)) for k, v in result.items()} for name, result in noted.items()}} if noted else {}
         log(step=run["step"], tokens=run["step"] * tokens_per_step, time_s=round(now - clock, 3), train_loss=finite(loss), lr=lr,
-            grad_norm=finite(norm), tokens_per_s=round(rate * tokens_per_step))
+            grad_norm=finite(norm), tokens_per_s=round(rate * tokens_per_step), **density(), **noted)
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
         print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s"
               f"{mfu}  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)

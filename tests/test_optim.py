@@ -7,7 +7,8 @@ import torch
 
 from model import GPT, GPTConfig
 from kernels import c_library
-from optim import NEWTON_SCHULZ, POLAR_EXPRESS, AdamMini, FAdam, Muon, build_optimizer, declarations, orthogonalise
+from optim import (NEWTON_SCHULZ, POLAR_EXPRESS, AdamMini, FAdam, Muon, build_optimizer, declarations, find_hooks,
+                   orthogonalise, run_update_hooks, watch)
 
 NAMES = ("adamw", "fadam", "adam_mini", "muon")
 ATTENTION = [("mha", {}), ("mha", {"n_kv_head": 2}), ("mla", {"q_rank": 8}), ("diff", {"diff_form": "v1"}), ("diff", {}),
@@ -392,3 +393,80 @@ def test_muon_takes_the_matrices_and_nothing_else(attention, knobs):
     taken = {p for g in opt.param_groups if g["fused"] for p in g["params"]}
     names = {n for n, p in model.named_parameters() if p in taken}
     assert names == {n for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks") and "maps" not in n and "norm" not in n}
+
+
+# --- hooks ---
+
+
+def gradients(model):
+    idx = torch.randint(17, (4, 9), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    model(idx[:, :-1], idx[:, 1:])[1]["ce"].backward()
+    return dict(model.named_parameters())
+
+
+def test_update_hooks_run_in_their_order(tmp_path):
+    (tmp_path / "h.py").write_text("def ten(step, params):\n    for p in params.values(): p.grad.fill_(10)\n", encoding="utf-8")
+    ten = f"{tmp_path / 'h.py'}:ten"
+    for text, norm in ((f"{ten},clip_by_layer=0.5", 0.5), (f"clip_by_layer=0.5, {ten}", None)):
+        params = gradients(model_of())
+        noted = run_update_hooks(find_hooks("update", text), 0, params)
+        for p in params.values():
+            assert p.grad.norm().item() == pytest.approx(norm or 10 * p.numel() ** 0.5, rel=1e-4)
+        assert set(noted) == {"clip_by_layer=0.5"}
+
+
+def test_clip_by_layer_leaves_small_gradients_alone():
+    params = gradients(model_of())
+    before = {n: p.grad.clone() for n, p in params.items()}
+    norms = sorted(g.norm().item() for g in before.values())
+    middle = norms[len(norms) // 2]
+    noted = run_update_hooks(find_hooks("update", f"clip_by_layer={middle}"), 0, params)
+    for n, p in params.items():
+        expected = before[n] * min(1, middle / before[n].norm().item())
+        torch.testing.assert_close(p.grad, expected)
+    clipped = sum(norm > middle for norm in norms) / len(norms)
+    assert float(noted[f"clip_by_layer={middle}"]["clipped"]) == pytest.approx(clipped, abs=1 / len(norms) + 1e-6)
+
+
+@pytest.mark.parametrize("step, eta", [(0, 0.01), (99, 0.3)])
+def test_gradient_noise_has_the_papers_variance(step, eta):
+    p = torch.nn.Parameter(torch.zeros(300, 300))
+    p.grad = torch.ones(300, 300)
+    noted = run_update_hooks(find_hooks("update", f"gradient_noise={eta}"), step, {"p": p})
+    std = (eta / (1 + step) ** 0.55) ** 0.5
+    assert noted[f"gradient_noise={eta}"]["std"] == pytest.approx(std) and p.grad.std().item() == pytest.approx(std, rel=0.02)
+    assert p.grad.mean().item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("knobs", [{"activation": "relu2"}, {"activation": "silu", "glu": True}])
+def test_activation_stats_are_those_of_the_blocks(knobs):
+    model = model_of(**knobs).train()
+    idx = torch.randint(17, (2, 8))
+    with torch.no_grad():
+        for first in (m for n, m in model.named_modules() if n in ("blocks.0.mlp.up", "blocks.0.mlp.gate_up")):
+            first.bias[:5] = -1e9 # five units that no token switches on
+    kept, units = {}, {}
+    handles = [b.register_forward_hook(lambda m, i, o, n=n: kept.update({n: o})) for n, b in enumerate(model.blocks)]
+    handles += [b.mlp.down.register_forward_pre_hook(lambda m, i, n=n: units.update({n: i[0]})) for n, b in enumerate(model.blocks)]
+    logits = model(idx, idx)[0]
+    for handle in handles:
+        handle.remove()
+    seen = watch(model, find_hooks("forward", "activation_stats"), idx, idx)["activation_stats"]
+    for n, out in kept.items():
+        assert float(seen[f"blocks.{n}.mean"]) == pytest.approx(out.mean().item(), abs=1e-6)
+        assert float(seen[f"blocks.{n}.std"]) == pytest.approx(out.std().item(), rel=1e-5)
+        dead = [all(abs(x) < 1e-6 for x in unit) for unit in units[n].flatten(0, 1).T.tolist()]
+        assert float(seen[f"blocks.{n}.mlp.down.dead"]) == pytest.approx(sum(dead) / len(dead))
+    assert float(seen["blocks.0.mlp.down.dead"]) > 4.5 / model.config.hidden
+    assert torch.equal(logits, model(idx, idx)[0]) and not model.blocks[0]._forward_hooks # nothing stays behind
+
+
+@pytest.mark.parametrize("kind, text, said", [
+    ("update", "clip", "no update hook 'clip'; there is: identity, clip_by_layer, gradient_noise"), ("update", "clip_by_layer=x", "must be a number"),
+    ("forward", "identity", "no forward hook 'identity'; there is: activation_stats"), ("update", "no/file.py:f", "there is no file 'no/file.py'"),
+    ("update", "{d}/h.py:missing", "there is: present")])
+def test_a_hook_that_is_not_there_is_refused(kind, text, said, tmp_path):
+    (tmp_path / "h.py").write_text("def present(step, params): pass\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=said.replace(".", "\\.")):
+        find_hooks(kind, text.format(d=tmp_path))

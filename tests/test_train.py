@@ -194,6 +194,64 @@ def test_resume_with_more_steps_and_without_repeating_the_settings(corpus, tmp_p
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
 
 
+SPARSE = ["--sparse=skeleton_flesh", "--sparse_density=0.4", "--sparse_interval=5", "--schedule=wsd", "--sparse_boost=2.0", "--sparse_boost_steps=4"]
+
+
+@pytest.mark.parametrize("flags", [["--optimizer=fadam"], ["--optimizer=adam_mini"], ["--optimizer=muon", *SPARSE], SPARSE,
+                                   ["--update_hooks=gradient_noise,clip_by_layer=0.1"]], ids=lambda f: f[0])
+@pytest.mark.parametrize("stop", [22, 25])
+def test_every_optimizer_and_every_rule_resumes_to_the_bit(flags, stop, corpus, tmp_path):
+    """Stopped in the middle of a sparse window (22), and right before weights are chosen (25)."""
+    train(corpus, tmp_path / "a", "--max_iters=45", *flags)
+    train(corpus, tmp_path / "b", f"--max_iters={stop}", "--lr_decay_iters=45", *flags)
+    train(corpus, tmp_path / "b", "--max_iters=45", "--resume")
+    a, b = state(tmp_path / "a"), state(tmp_path / "b")
+    assert all(same(a[k], b[k]) for k in ("model", "optimizer", "sparse", "random"))
+    lines = [[x for x in timeless(tmp_path / o) if "train_loss" in x and x["step"] > 25] for o in "ab"]
+    assert lines[0] == lines[1] and len(lines[0]) == 4
+
+
+def test_a_sparse_run_says_its_density(corpus, tmp_path):
+    done = train(corpus, tmp_path / "o", "--max_iters=45", *SPARSE)
+    lines = metrics(tmp_path / "o")
+    assert lines[0]["density"] == 1.0 and all("density" in x for x in lines)
+    s = load_checkpoint(tmp_path / "o" / "ckpt.pt")
+    total, active = (sum(f(m) for m in s["sparse"]["masks"]) for f in (torch.Tensor.numel, torch.Tensor.sum))
+    assert active == round(0.4 * total) and lines[-1]["density"] == pytest.approx(active.item() / total, abs=1e-6)
+    zeros = sum(int((w == 0).sum()) for k, w in s["model"].items() if k.startswith("blocks") and w.dim() == 2)
+    assert zeros == total - active and f"of {total:,} weights kept" in done.stdout
+    best = load_checkpoint(tmp_path / "o" / "best.pt")
+    assert sum(m.sum() for m in best["sparse"]["masks"]) == active # a denser model of lower loss is not the best
+
+
+# --- hooks ---
+
+
+def test_hooks_watch_without_a_trace_and_change_what_they_say(corpus, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def halve(step, params, by=2.0):\n    for p in params.values(): p.grad /= by\n    return {'step': step, 'by': by}\n"
+        "def spoil(model):\n    return {model.blocks[0]: lambda i, o: {'max': o.mul_(0).max()}}\n", encoding="utf-8")
+    flags = ["--max_iters=10", "--grad_clip=0.0", "--optimizer=muon"] # dropout is on: a trace in the random states would show
+    watching = f"--forward_hooks=activation_stats,{tmp_path / 'mine.py'}:spoil"
+    train(corpus, tmp_path / "plain", *flags)
+    train(corpus, tmp_path / "watched", *flags, watching)
+    assert same(state(tmp_path / "plain")["model"], state(tmp_path / "watched")["model"])
+    line = metrics(tmp_path / "watched")[-2]
+    assert set(line["hooks"]) == {"activation_stats", f"{tmp_path / 'mine.py'}:spoil"}
+    assert set(line["hooks"]["activation_stats"]) == {f"blocks.{i}{k}" for i in (0, 1) for k in (".mean", ".std", ".mlp.down.dead")}
+    run = json.loads((tmp_path / "watched" / "run.json").read_text(encoding="utf-8"))
+    assert run["hook_list"] == {"forward": ["activation_stats", f"{tmp_path / 'mine.py'}:spoil"], "update": []}
+    train(corpus, tmp_path / "same", *flags, "--update_hooks=identity")
+    assert same(state(tmp_path / "plain")["model"], state(tmp_path / "same")["model"])
+    train(corpus, tmp_path / "halved", *flags, f"--update_hooks={tmp_path / 'mine.py'}:halve=4")
+    plain, halved = metrics(tmp_path / "plain"), metrics(tmp_path / "halved")
+    assert halved[1]["hooks"] == {f"{tmp_path / 'mine.py'}:halve=4": {"step": 4, "by": 4.0}}
+    first = train(corpus, tmp_path / "x", "--max_iters=1", "--log_interval=1", "--grad_clip=0.0"), metrics(tmp_path / "x")[1]["grad_norm"]
+    train(corpus, tmp_path / "y", "--max_iters=1", "--log_interval=1", "--grad_clip=0.0", f"--update_hooks={tmp_path / 'mine.py'}:halve=4")
+    assert metrics(tmp_path / "y")[1]["grad_norm"] == pytest.approx(first[1] / 4)
+    assert plain[1]["grad_norm"] != halved[1]["grad_norm"]
+
+
 @pytest.mark.parametrize("damage", ("flip", "cut", "empty"))
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(damage, whole, corpus, tmp_path):
     out = tmp_path / "out"

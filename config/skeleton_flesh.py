@@ -1,0 +1,29 @@
+# Skeleton & Flesh: a fifth of the weights is left at the end, chosen while training by signal to noise and by gradient.
+# python train.py config/skeleton_flesh.py
+# Any dataset: --dataset=path/to/text. README.md has its losses beside dense training and magnitude pruning (--sparse=magnitude).
+
+out_dir = "out/skeleton_flesh"
+dataset = "shakespeare"
+tokenizer = "char"
+offline_dataset = "pystdlib"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+qk_norm = True
+zero_init = True
+tie_embeddings = False
+
+batch_size = 8
+max_iters = 1400
+learning_rate = 2e-3
+schedule = "wsd"
+warmup_iters = 50
+min_lr = 0.0
+beta2 = 0.99
+weight_decay = 0.1
+
+sparse = "skeleton_flesh"
+sparse_density = 0.2
+sparse_interval = 100

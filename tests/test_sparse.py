@@ -1,0 +1,170 @@
+"""Sparse training: which weights go and which grow back, against brute force; that counts are exact and zeros stay zero."""
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optim import OPTIMIZERS, Sparse, build_optimizer
+
+PHASE = (2, 100)
+
+
+def start(method="skeleton_flesh", name="adamw", lr=1e-2, **knobs):
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=2, n_head=2, n_embd=16, tie_embeddings=False))
+    opt = build_optimizer(model, name, lr, 0.1, (0.9, 0.95))
+    settings = {"density": 0.3, "interval": 5, "phase": PHASE, **knobs}
+    return model, opt, Sparse(model, opt, method, **settings)
+
+
+def gradient(model, seed):
+    idx = torch.randint(17, (4, 9), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    model(idx[:, :-1], idx[:, 1:])[1]["ce"].backward()
+
+
+def steps(model, opt, sparse, first, last):
+    for step in range(first, last):
+        sparse.choose(step)
+        gradient(model, step)
+        sparse.mask_gradients(step)
+        opt.step()
+        sparse.finish(step)
+
+
+def flat(tensors):
+    return np.concatenate([t.detach().numpy().ravel() for t in tensors])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("method", Sparse.METHODS)
+def test_density_falls_to_its_target_in_whole_numbers_and_zeros_stay(method, name):
+    model, opt, sparse = start(method, name)
+    active, counts = sparse.total, []
+    for step in range(60):
+        before = sparse.active()
+        chosen = sparse.choose(step)
+        assert chosen == (2 < step and (step - 2) % 5 == 0)
+        gradient(model, step)
+        sparse.mask_gradients(step)
+        opt.step()
+        sparse.finish(step)
+        if chosen:
+            active = active - round(0.3 * active) + max(sparse.target - (active - round(0.3 * active)), round(0.3 * active) // 2)
+            counts.append(sparse.active())
+            assert counts[-1] == active <= before
+        masks, weights = flat(sparse.masks), flat(sparse.params)
+        assert masks.sum() == sparse.active() and (weights[~masks] == 0).all()
+        for p, m in zip(sparse.params, sparse.masks): # none of the optimizer's moments lives on a weight that is off
+            for value in opt.state[p].values():
+                assert not torch.is_tensor(value) or value.shape != p.shape or (value[~m] == 0).all()
+    assert counts[-1] == sparse.target == round(0.3 * sparse.total) and sparse.reached and sparse.density() == counts[-1] / sparse.total
+    assert np.isfinite(flat(model.parameters())).all() and len(set(counts)) > 5
+    weights = {p for p in model.parameters() if not any(p is q for q in sparse.params)}
+    assert any(p is model.embed.weight for p in weights) and any(p is model.head.weight for p in sparse.params)
+
+
+def test_signal_to_noise_against_numpy():
+    """What the tracker holds after a window is the mean and the deviation of the weights that were seen."""
+    model, opt, sparse = start()
+    seen = []
+    for step in range(7):
+        steps(model, opt, sparse, step, step + 1)
+        if step >= 2:
+            seen.append(flat(sparse.params).astype(np.float64))
+    scores = np.abs(np.mean(seen, 0)) / np.sqrt(np.var(seen, 0) + 1e-8)
+    before = flat(sparse.masks)
+    assert sparse.choose(7) and before.all()
+    gone = ~flat(sparse.masks)
+    k = round(0.3 * sparse.total)
+    assert gone.sum() == k and scores[gone].max() <= scores[~gone].min() * (1 + 1e-4)
+    assert (flat(sparse.means) == 0).all() and sparse.steps == 0 # the next window starts anew
+
+
+def test_magnitude_takes_the_smallest():
+    model, opt, sparse = start("magnitude")
+    steps(model, opt, sparse, 0, 7)
+    size = np.abs(flat(sparse.params))
+    sparse.choose(7)
+    gone = ~flat(sparse.masks)
+    assert size[gone].max() <= size[~gone].min() and gone.sum() == sparse.total - start()[2].next_count(sparse.total) and sparse.to_grow == 0
+
+
+def test_growth_follows_the_dense_gradient_and_starts_from_nothing():
+    model, opt, sparse = start()
+    steps(model, opt, sparse, 0, 12)
+    sparse.choose(12)
+    off, to_grow = ~flat(sparse.masks), sparse.to_grow
+    gradient(model, 12)
+    size = np.abs(flat(p.grad for p in sparse.params))
+    sparse.mask_gradients(12)
+    grown = flat(sparse.masks) & off
+    assert grown.sum() == to_grow > 0 and size[grown].min() >= size[off & ~grown].max()
+    assert (flat(sparse.params)[grown] == 0).all()
+    for p, m, i in zip(sparse.params, sparse.masks, sparse.flesh):
+        assert (opt.state[p]["exp_avg"].view(-1)[i] == 0).all() and (opt.state[p]["exp_avg_sq"].view(-1)[i] == 0).all()
+        assert (p.grad[~m] == 0).all()
+
+
+def test_the_boost_multiplies_what_the_optimizer_did():
+    """A factor on the gradient would be divided away by Adam; this one is not, and touches the flesh alone."""
+    ends = []
+    for boost in (1.0, 4.0):
+        model, opt, sparse = start(boost=boost, boost_steps=3)
+        steps(model, opt, sparse, 0, 8) # the choice at 7
+        ends.append((flat(sparse.params), [i.clone() for i in sparse.flesh], sparse))
+    (plain, flesh, sparse), (boosted, same, _) = ends
+    young = np.zeros_like(plain, dtype=bool)
+    offset = 0
+    for i, p in zip(flesh, sparse.params):
+        young[offset + i.numpy()] = True
+        offset += p.numel()
+    assert all(torch.equal(a, b) for a, b in zip(flesh, same)) and young.any() and np.abs(plain[young]).min() > 0
+    np.testing.assert_allclose(boosted[young], 4 * plain[young], rtol=1e-5) # they start at 0
+    assert (boosted[~young] == plain[~young]).all()
+    model, opt, sparse = start(boost=4.0, boost_steps=3)
+    steps(model, opt, sparse, 0, 10)
+    sparse.mask_gradients(10)
+    assert sparse.before == [] # three steps and no more
+
+
+def test_a_gradient_that_is_not_finite_chooses_nothing():
+    model, opt, sparse = start()
+    steps(model, opt, sparse, 0, 7)
+    sparse.choose(7)
+    gradient(model, 7)
+    sparse.params[1].grad[0, 0] = float("nan")
+    left, due = sparse.active(), sparse.to_grow
+    sparse.mask_gradients(7)
+    assert sparse.active() == left and sparse.to_grow == due > 0
+    gradient(model, 8) # the step was skipped; the next batch decides
+    sparse.mask_gradients(8)
+    assert sparse.active() == left + due and sparse.to_grow == 0
+
+
+def test_density_one_is_dense_training():
+    model, opt, sparse = start(density=1.0)
+    steps(model, opt, sparse, 0, 30)
+    plain, adam = start()[:2]
+    for step in range(30):
+        gradient(plain, step)
+        adam.step()
+    assert sparse.active() == sparse.total and all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters()))
+
+
+def test_ties_do_not_grow_the_count():
+    _, _, sparse = start()
+    found = sparse.lowest([torch.zeros(5, 3), torch.zeros(4), torch.ones(2)], 7)
+    assert sum(len(i) for i in found) == 7 and [len(i) for i in found][2] == 0
+    found = sparse.lowest([torch.tensor([5.0, 1.0]), torch.tensor([[0.0], [7.0], [2.0]])], 3)
+    assert [i.tolist() for i in found] == [[1], [0, 2]]
+
+
+@pytest.mark.parametrize("knobs, said", [
+    ({"density": 0.0}, "must be above 0"), ({"density": 1.5}, "must be above 0"), ({"prune_rate": 1.0}, "between 0 and 1"),
+    ({"interval": 0}, "at least 1"), ({"boost": -1.0}, "not be negative"), ({"density": 0.01, "interval": 5}, "sparse_interval=3 or less")])
+def test_refusals(knobs, said):
+    with pytest.raises(ValueError, match=said):
+        start(**knobs)
+    with pytest.raises(ValueError, match="not one of: skeleton_flesh, magnitude"):
+        start("random")
