@@ -7,15 +7,19 @@ Every speed and size that the README reports, as named suites.
   train      forward, backward and optimizer step of each attention choice, against mha of the same widths
   decode     tokens/s of one sequence at full context: with the cache, against reading the context again for every token
   kv_cache   bytes of the cache per token, as the tensors report them
+  optimizers bytes of parameters, gradients and states as their storages report them, peak memory of a process that trains, time of
+             the update against torch's fused AdamW, loss after equal steps; --large times the update at 97.5M parameters too
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
-Without a name, the first three. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
+Without a name, all but the last. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
 call each per round; the figure is the median over the rounds, the ratio the median of the ratios within a round (a busy
 machine slows both sides).
 The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
 """
+import glob
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -35,6 +39,8 @@ batch_size = 8 # sequences per step (train)
 block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
+steps = 40 # optimizers: training steps before the loss is taken
+large = False # optimizers: also at 97.5M parameters; takes 4 GB
 save = True # write bench_results/<device>.json
 
 ARMS = {"mha": {}, "mla": {"attention": "mla"}, "diff v1": {"attention": "diff", "diff_form": "v1"}, "diff v2": {"attention": "diff"},
@@ -42,7 +48,13 @@ ARMS = {"mha": {}, "mla": {"attention": "mla"}, "diff v1": {"attention": "diff",
 SMALL = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=128, qk_norm=True) # train_shakespeare_*
 CHAR = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256) # nanoGPT's 10.65M character model
 
-SHAPES = {"train model": SMALL, "decode and kv_cache model": CHAR}
+LLAMA = dict(vocab_size=4096, n_layer=6, n_head=8, n_kv_head=4, n_embd=384, block_size=256, activation="silu", glu=True,
+             tie_embeddings=False)
+LARGE = dict(vocab_size=16384, n_layer=12, n_head=12, n_embd=768, block_size=256) # 97.5M
+RATES = {"adamw": (1e-3, 0.1), "fadam": (1e-3, 0.001), "adam_mini": (1e-3, 0.1), "muon": (4e-3, 0.1)} # tuned: README, Results
+
+SHAPES = {"train model": SMALL, "decode, kv_cache and optimizers model": CHAR, "optimizers, Llama-shaped": LLAMA,
+          "optimizers, large": LARGE}
 
 
 def hardware():
@@ -194,6 +206,103 @@ def against_nanogpt():
                       for name, (median, ratio, low, high) in in_turn(arms).items()]
 
 
+def optimizers():
+    results = []
+    for shape, config in (("ours", CHAR), ("Llama-shaped", LLAMA)):
+        print(f"optimizers: {shape}, {build(**config).num_params():,} parameters")
+        for name in RATES:
+            for what, size in storages(*training(config, name)).items():
+                results.append(row(f"{name} {what}", size / 1e6, "MB"))
+            results.append(row(f"{name} peak", in_new_process(peak_memory, config, name) / 1e6, "MB"))
+            results.append(row(f"{name} loss", loss_after(config, name), f"nats/byte, held out, after {steps} steps of 256"))
+        results += update_times(shape, config)
+    return results + (update_times("97.5M", LARGE) if large else [])
+
+
+def training(config, name):
+    """A model and its optimizer after one step, with the gradients still there."""
+    model = build(**config)
+    opt = build_optimizer(model, name, *RATES[name], (0.9, 0.95))
+    idx = torch.randint(65, (1, 64), device=device)
+    model(idx, idx)[1]["ce"].backward()
+    opt.step()
+    return model, opt
+
+
+def storages(model, opt):
+    """Bytes of the storages behind each kind of tensor."""
+    found = {"parameters": list(model.parameters()), "gradients": [p.grad for p in model.parameters()]}
+    for state in opt.state.values():
+        for key, value in state.items():
+            if torch.is_tensor(value) and key != "step":
+                found.setdefault(f"state {key}", []).append(value)
+    return {k: sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ts}.values()) for k, ts in found.items()}
+
+
+def update_times(shape, config):
+    """Each against torch's fused AdamW, two models at a time; and what FAdam costs as a loop."""
+    results = []
+    for name, form in (("fadam", "auto"), ("fadam", "loop"), ("adam_mini", "auto"), ("adam_mini", "loop"), ("muon", None)):
+        (_, base), (_, opt) = training(config, "adamw"), training(config, name)
+        opt.form = form
+        label = f"{name}, {opt.form_of(opt.param_groups[0]['params'])}" if form else name
+        median, ratio, low, high = in_turn({"adamw, fused": base.step, label: opt.step})[label]
+        results.append(row(f"{shape}: {label} update", 1e3 * median, "ms", "adamw, fused", ratio, low, high))
+    return results
+
+
+def loss_after(config, name):
+    """Loss on bytes that were not trained on; the text is this project's own Python files."""
+    text = b"".join(open(f, "rb").read() for f in sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "*.py"))))
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().to(device)
+    split, generator = int(0.9 * len(ids)), torch.Generator().manual_seed(0)
+    model = build(**{**config, "vocab_size": 256})
+    opt = build_optimizer(model, name, *RATES[name], (0.9, 0.95))
+
+    def batch(low, high, rows):
+        starts = torch.randint(low, high - 65, (rows,), generator=generator).tolist()
+        windows = torch.stack([ids[i : i + 65] for i in starts])
+        return model(windows[:, :-1], windows[:, 1:])[1]["ce"]
+
+    for step in range(steps):
+        for group in opt.param_groups:
+            group["lr"] = RATES[name][0] * min(1, (step + 1) / 10)
+        opt.zero_grad()
+        batch(0, split, 4).backward()
+        opt.step()
+    with torch.no_grad():
+        return batch(split, len(ids), 64).item()
+
+
+def peak_memory(config, name):
+    """Bytes that three training steps add to what a process with torch in it takes."""
+    import resource # here, because Windows has none
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = build(**config)
+    opt = build_optimizer(model, name, *RATES[name], (0.9, 0.95))
+    idx = torch.randint(65, (8, 128), device=device)
+    for _ in range(3):
+        opt.zero_grad()
+        model(idx, idx)[1]["ce"].backward()
+        opt.step()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_new_process(f, *args):
+    with multiprocessing.get_context("spawn").Pool(1, initializer=set_device, initargs=(device,)) as pool:
+        return pool.apply(f, args)
+
+
+def set_device(name):
+    global device
+    device = name
+
+
 def kv_cache():
     print("kv_cache: 6 layers, 6 heads of 64, latent 96 with a rotary key of 32, fp32")
     results = []
@@ -205,7 +314,7 @@ def kv_cache():
     return results
 
 
-SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "nanogpt": against_nanogpt}
+SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "nanogpt": against_nanogpt}
 
 
 def keep(file, name, description, commit, results):
@@ -228,8 +337,8 @@ if __name__ == "__main__":
         raise UserError(f"no suite {unknown[0]!r}; there is: {', '.join(SUITES)}")
     with user_errors():
         device, _ = choose_device(device)
-    if rounds < 1 or batch_size < 1 or block_size < 1:
-        raise UserError("rounds, batch_size and block_size must be at least 1")
+    if min(rounds, batch_size, block_size, steps) < 1:
+        raise UserError("rounds, batch_size, block_size and steps must be at least 1")
     (file, description), commit = hardware(), git_commit() # now: the results themselves will make the checkout dirty
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
     for name in words or [name for name in SUITES if name != "nanogpt"]:

@@ -3,6 +3,8 @@ Optimizers: AdamW (torch's fused one), FAdam, Adam-mini and Muon, and how a mode
 
 Each module of model.py declares what its parameters are; build_optimizer never looks at a name.
 
+  python optim.py config/train_shakespeare_diffmla.py --vocab_size=65      prints what each parameter is to each optimizer
+
   role        who                                 weight decay   with Muon
   matrix      Linear weights inside the blocks    yes            orthogonalised momentum
   embedding   Embedding rows (and a tied head)    yes            AdamW
@@ -18,6 +20,7 @@ import inspect
 import itertools
 import os
 import runpy
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -69,6 +72,28 @@ def build_optimizer(model, name, learning_rate, weight_decay, betas):
     if name != "adamw":
         return {"fadam": FAdam, "adam_mini": AdamMini, "muon": Muon}[name](groups, lr=learning_rate, betas=betas)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=has_fused(next(model.parameters())))
+
+
+def partition(model):
+    """Prints what each parameter is to each optimizer: the declarations, and the blocks that Adam-mini makes of them."""
+    names, total = {p: n for n, p in model.named_parameters()}, 0
+
+    def sums(counts):
+        return " + ".join(f"{n:,} x {what}" for what, n in counts.items())
+
+    print(f"{'parameter':<42}{'shape':<15}{'role':<11}{'decay':<7}{'Muon, matrices':<34}Adam-mini, blocks x weights")
+    for p, d in declarations(model).items():
+        layout = runs(d.blocks, len(p), p[:1].numel())
+        total += sum(count for _, _, count, _ in layout)
+        if names[p].startswith("blocks.") and not names[p].startswith("blocks.0."):
+            continue # the other blocks are like the first
+        matrices, blocks = Counter((n, p.size(1)) for n in d.fused) if d.role == "matrix" else {}, Counter()
+        for _, _, count, size in layout:
+            blocks[f"{size:,}"] += count
+        print(f"{names[p]:<42}{str(tuple(p.shape)):<15}{d.role:<11}{'no' if d.role == 'vector' else 'yes':<7}"
+              f"{sums(matrices) or 'AdamW':<34}{sums(blocks)}")
+    count = sum(p.numel() for p in names)
+    print(f"\n{count:,} parameters, {total:,} blocks: Adam-mini's second moments are {total / count:.2%} of AdamW's")
 
 
 def has_fused(p):
@@ -599,3 +624,12 @@ def watch(model, hooks, idx, targets):
         for handle in handles:
             handle.remove()
     return seen
+
+
+if __name__ == "__main__":
+    from configurator import configure, user_errors
+    from model import GPT, GPTConfig
+
+    given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
+    with user_errors(), torch.device("meta"):
+        partition(GPT(GPTConfig(**given)))

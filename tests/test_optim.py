@@ -8,7 +8,7 @@ import torch
 from model import GPT, GPTConfig
 from kernels import c_library
 from optim import (NEWTON_SCHULZ, POLAR_EXPRESS, AdamMini, FAdam, Muon, build_optimizer, declarations, find_hooks,
-                   orthogonalise, run_update_hooks, watch)
+                   orthogonalise, partition, run_update_hooks, watch)
 
 NAMES = ("adamw", "fadam", "adam_mini", "muon")
 ATTENTION = [("mha", {}), ("mha", {"n_kv_head": 2}), ("mla", {"q_rank": 8}), ("diff", {"diff_form": "v1"}), ("diff", {}),
@@ -310,6 +310,20 @@ def test_adam_mini_against_a_reference_per_block(attention, knobs):
                 p.data[rows] = p.data[rows] * (1 - 1e-2 * decay) - 1e-2 * (m[key] / (1 - 0.9**t)) / root
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("attention, knobs", ATTENTION, ids=str)
+def test_the_printed_partition_is_the_one_in_use(attention, knobs, capsys):
+    model = model_of(attention, **knobs)
+    opt = build_optimizer(model, "adam_mini", 1e-2, 0.1, (0.9, 0.95))
+    run(model, opt, 1)
+    partition(model)
+    said = capsys.readouterr().out
+    blocks = {n: opt.state[p]["v"].numel() for n, p in model.named_parameters()}
+    for line in said.splitlines()[1:-2]:
+        name, rest = line.split()[0], line.split("AdamW" if "AdamW" in line else ")")[-1] # the last column
+        assert sum(int(piece.split(" x ")[0].replace(",", "")) for piece in rest.split(" + ")) == blocks[name], line
+    assert f"{sum(blocks.values()):,} blocks" in said
 
 
 def test_adam_mini_keeps_half_the_state():
