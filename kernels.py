@@ -8,6 +8,7 @@ twice, recompute square roots, and take 15 to 35 s to compile for a model's list
 import ctypes
 import functools
 import os
+import shlex
 import subprocess
 import tempfile
 
@@ -23,14 +24,15 @@ def c_library(source):
             f.write(source)
         # errno and traps would keep sqrt and sums from being vectorised; the arithmetic stays IEEE's
         flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", text, "-o", library, "-lm"]
-        for more in (["-march=native", "-fopenmp"], ["-march=native"], []): # Apple's clang has no OpenMP, old ones no native
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        for more in (["-march=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], []): # Apple's clang has no OpenMP, some no native
             try:
-                done = subprocess.run([os.environ.get("CC", "cc"), *more, *flags], capture_output=True, text=True)
-            except OSError:
+                done = subprocess.run([*compiler, *more, *flags], capture_output=True)
+            except OSError: # there is none
                 break
             if done.returncode == 0:
                 return ctypes.CDLL(library)
-    print("NO C COMPILER FOUND (set CC): optimizer updates run as plain loops, several times slower", flush=True)
+    print(f"NO WORKING C COMPILER ({shlex.join(compiler)}; CC names another): what would be C runs as plain PyTorch, several times slower")
     return None
 
 

@@ -103,12 +103,14 @@ def has_fused(p):
 
 class Base(torch.optim.Optimizer):
     """
-    What the three share: the closure, a count of steps per parameter, and the form of the update.
+    What the three share: the closure, the loading of state, and the form of the update.
 
     form="loop" is one tensor after the other in plain PyTorch: it says what the others compute. "c" walks through memory once
     or twice, in C, for contiguous fp32 parameters on a CPU. "compile" is torch.compile of the loop. "auto" takes "c" or
     "compile" (on CUDA) where it can; a form that was named and cannot be had is an error.
     """
+
+    FP32 = set() # state that is fp32 whatever the parameter is
 
     def __init__(self, params, defaults, form):
         if form not in ("auto", "loop", "c", "compile"):
@@ -146,10 +148,16 @@ class Base(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]): # torch casts to the parameter's dtype; ours may be finer
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]): # torch casts all of it to the parameter's dtype
             for p, i in zip(group["params"], saved["params"]):
-                for key, value in state_dict["state"].get(i, {}).items():
-                    self.state[p][key] = value.to(p.device, copy=True) if torch.is_tensor(value) else value
+                for key in self.FP32 & state_dict["state"].get(i, {}).keys():
+                    self.state[p][key] = state_dict["state"][i][key].to(p.device, torch.float32, copy=True)
+
+
+def check_sizes(p, *numbers):
+    """C would write past the end of a state that was loaded from another model's."""
+    if any(n != p.numel() for n in numbers):
+        raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is that of another; load the state_dict of the same model")
 
 
 def rms(x):
@@ -163,6 +171,8 @@ class FAdam(Base):
     lr * weight_decay per weight of typical size whatever the weights' own scale, so 0.001 is much. fp32 state.
     """
 
+    FP32 = {"m", "f"}
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, eps2=0.01, p=0.5, clip=1.0, form="auto"):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, eps2=eps2, p=p, clip=clip), form)
 
@@ -171,6 +181,7 @@ class FAdam(Base):
         for p, s in zip(params, states):
             if "m" not in s:
                 s["step"], s["m"], s["f"] = 0, torch.zeros_like(p, dtype=torch.float32), torch.zeros_like(p, dtype=torch.float32)
+            check_sizes(p, s["m"].numel(), s["f"].numel())
             s["step"] += 1 # on the host: nothing waits for the device
         ms, fs, grads = [s["m"] for s in states], [s["f"] for s in states], [g.contiguous() for g in grads]
         beta2s = [beta2 * (1 - beta2 ** (s["step"] - 1)) / (1 - beta2 ** s["step"]) for s in states] # 6: 0 at first, whatever f was
@@ -204,7 +215,8 @@ class FAdam(Base):
     source = """
         #include <math.h>
         #include <stdint.h>
-        #define CHUNK 4096 /* weights summed in fp32 before they go into a double */
+        #include <stdlib.h>
+        #define CHUNK 4096 /* weights summed in fp32; the chunks' sums are added in their order, so threads do not change the result */
 
         void fadam(int threads, int64_t n, float **P, float **G, float **M, float **F, const int64_t *sizes, const float *news,
                    const float *s) {
@@ -213,10 +225,10 @@ class FAdam(Base):
                 float *restrict p = P[i], *restrict m = M[i], *restrict f = F[i], new2 = news[i], eps = s[3];
                 const float *restrict g = G[i];
                 int64_t size = sizes[i], chunks = (size + CHUNK - 1) / CHUNK;
+                float(*sums)[3] = malloc(chunks * sizeof *sums);
                 double gg, nn, ww; /* sums of squares: gradient, natural gradient, natural weights */
                 for (;;) {
-                    gg = nn = ww = 0;
-                    #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : gg, nn, ww)
+                    #pragma omp parallel for num_threads(threads) schedule(static)
                     for (int64_t c = 0; c < chunks; c++) {
                         int64_t end = (c + 1) * CHUNK < size ? (c + 1) * CHUNK : size;
                         float a = 0, x = 0, y = 0;
@@ -227,12 +239,15 @@ class FAdam(Base):
                             x += (g[j] * inverse) * (g[j] * inverse);
                             y += (p[j] * inverse) * (p[j] * inverse);
                         }
-                        gg += a, nn += x, ww += y;
+                        sums[c][0] = a, sums[c][1] = x, sums[c][2] = y;
                     }
+                    gg = nn = ww = 0;
+                    for (int64_t c = 0; c < chunks; c++) gg += sums[c][0], nn += sums[c][1], ww += sums[c][2];
                     float adaptive = eps2 * sqrt(gg / size); /* 8; no loop when it is NaN */
                     if (!(adaptive > 0 && adaptive < eps)) break;
                     eps = adaptive;
                 }
+                free(sums);
                 float fresh = new1 / fmax(1, sqrt(nn / size) / clip); /* 10 */
                 float decay = weight_decay / fmax(1, sqrt(ww / size) / clip); /* 13 */
                 #pragma omp parallel for simd num_threads(threads) schedule(static)
@@ -273,6 +288,8 @@ class AdamMini(Base):
     block). m in the parameter's dtype, v in fp32. Parameters must be contiguous.
     """
 
+    FP32 = {"v"}
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, blocks=None, form="auto"):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, blocks=blocks), form)
 
@@ -283,6 +300,7 @@ class AdamMini(Base):
             layout = runs(group["blocks"], len(p), width)
             if "m" not in state:
                 state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros(sum(r[2] for r in layout), device=p.device)
+            check_sizes(p, state["m"].numel(), p.numel() + len(state["v"]) - layout[-1][1] - layout[-1][2])
             t = state["step"] = state["step"] + 1
             for row, block, count, size in layout:
                 tensors.append((p, g.contiguous(), state["m"], state["v"]))

@@ -163,6 +163,54 @@ def test_state_of_bf16_parameters_stays_fp32_when_loaded(cls):
         assert not torch.is_tensor(value) or value.dtype == again.state[p][key].dtype
 
 
+@pytest.mark.parametrize("cls", [FAdam, AdamMini])
+def test_the_number_of_threads_changes_no_bit(cls):
+    if c_library(cls.source) is None:
+        pytest.skip("no C compiler")
+    ends, before = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            ends.append(both(cls, "c", (301, 173), [torch.randn(301, 173, generator=torch.Generator().manual_seed(i)) for i in range(3)], {})[1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in ends[1:] for a, b in zip(ends[0], other))
+
+
+@pytest.mark.parametrize("cls", [FAdam, AdamMini])
+def test_the_state_of_another_model_is_refused(cls):
+    """In C it would be written past its end."""
+    small, large = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(6, 4))
+    opt, other = cls([small]), cls([large])
+    small.grad, large.grad = torch.randn(3, 4), torch.randn(6, 4)
+    opt.step()
+    other.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match="of the same model"):
+        other.step()
+
+
+def test_adam_minis_state_with_other_blocks_is_refused():
+    a, b = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4, 4))
+    a.grad, b.grad = torch.randn(4, 4), torch.randn(4, 4)
+    opt, other = AdamMini([{"params": [a], "blocks": (2, 2)}]), AdamMini([{"params": [b], "blocks": None}])
+    opt.step()
+    state = opt.state_dict()
+    state["param_groups"][0]["blocks"] = None
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="of the same model"):
+        other.step()
+
+
+def test_without_a_compiler_the_loop_runs_and_says_so(monkeypatch, capsys):
+    for cc in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CC", cc)
+        source = f"/* {cc} */" + AdamMini.source
+        assert c_library(source) is None and f"NO WORKING C COMPILER ({cc};" in capsys.readouterr().out
+        monkeypatch.setattr(AdamMini, "source", source)
+        p = torch.nn.Parameter(torch.randn(3, 4))
+        assert AdamMini([p]).form_of([p]) == "loop"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cls, knobs", KINDS[:4], ids=str)
 def test_the_compiled_form_on_a_gpu(cls, knobs):
