@@ -54,6 +54,15 @@ def test_readme_commands(copy):
     assert {"train.py", "sample.py", "model.py", "data.py", "bench.py"} <= {shlex.split(c.split("&&")[-1])[1] for c in COMMANDS}
 
 
+def test_readmes_own_hook_runs(copy):
+    (copy / "mine.py").write_text(re.search(r"```python\n(def shrink.*?)```", TEXT, re.S).group(1), encoding="utf-8")
+    flag = re.search(r"--update_hooks=mine.py:shrink=4", TEXT).group(0)
+    small = "--dataset=pystdlib --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --warmup_iters=1 --log_interval=1"
+    done = run(["train.py", *small.split(), *SMALLER["train.py"].split(), flag, "--out_dir=out/mine"], copy, offline())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"mine.py:shrink=4": {"by": 4.0}' in (copy / "out/mine/metrics.jsonl").read_text(encoding="utf-8")
+
+
 def test_readme_names_what_exists():
     for link in re.findall(r"\]\(([^)]+)\)", TEXT):
         assert link.startswith("http") or (ROOT / link).exists(), link
