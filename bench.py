@@ -95,7 +95,7 @@ def in_turn(arms, warm=2):
 
 def row(name, value, unit, baseline=None, ratio=None, low=None, high=None):
     spread = f"   ({low:.2f} to {high:.2f})" if low is not None else ""
-    print(f"  {name:<28}{value:>12,.2f} {unit:<14}" + (f"{ratio:>8.2f} x {baseline}{spread}" if baseline else ""))
+    print(f"  {name:<34}{value:>12,.2f} {unit:<14}" + (f"{ratio:>8.2f} x {baseline}{spread}" if baseline else ""))
     return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
 
 
@@ -216,7 +216,7 @@ def optimizers():
             results.append(row(f"{name} peak", in_new_process(peak_memory, config, name) / 1e6, "MB"))
             results.append(row(f"{name} loss", loss_after(config, name), f"nats/byte, held out, after {steps} steps of 256"))
         results += update_times(shape, config)
-    return results + (update_times("97.5M", LARGE) if large else [])
+    return results + (update_times("97.5M", LARGE, with_muon=False) if large else []) # Muon's takes 9 s there
 
 
 def training(config, name):
@@ -239,16 +239,23 @@ def storages(model, opt):
     return {k: sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ts}.values()) for k, ts in found.items()}
 
 
-def update_times(shape, config):
-    """Each against torch's fused AdamW, two models at a time; and what FAdam costs as a loop."""
+def update_times(shape, config, with_muon=True):
+    """Each against torch's fused AdamW, two models at a time, and FAdam against an eager one by other hands."""
     results = []
-    for name, form in (("fadam", "auto"), ("fadam", "loop"), ("adam_mini", "auto"), ("adam_mini", "loop"), ("muon", None)):
+    for name, form in (("fadam", "auto"), ("fadam", "loop"), ("adam_mini", "auto"), ("adam_mini", "loop"), ("muon", None))[: 4 + with_muon]:
         (_, base), (_, opt) = training(config, "adamw"), training(config, name)
         opt.form = form
         label = f"{name}, {opt.form_of(opt.param_groups[0]['params'])}" if form else name
         median, ratio, low, high = in_turn({"adamw, fused": base.step, label: opt.step})[label]
         results.append(row(f"{shape}: {label} update", 1e3 * median, "ms", "adamw, fused", ratio, low, high))
-    return results
+    if importlib.util.find_spec("pytorch_optimizer") is None:
+        print("  (with pytorch-optimizer installed, its FAdam would stand here too)")
+        return results
+    from pytorch_optimizer import FAdam
+    (_, ours), (model, _) = training(config, "fadam"), training(config, "fadam")
+    theirs = FAdam(model.parameters(), lr=1e-3, weight_decay=0.001, betas=(0.9, 0.95))
+    median, ratio, low, high = in_turn({"fadam": ours.step, "pytorch-optimizer": theirs.step})["pytorch-optimizer"]
+    return results + [row(f"{shape}: pytorch-optimizer's FAdam", 1e3 * median, "ms", "fadam here", ratio, low, high)]
 
 
 def loss_after(config, name):
@@ -275,12 +282,10 @@ def loss_after(config, name):
 
 
 def peak_memory(config, name):
-    """Bytes that three training steps add to what a process with torch in it takes."""
-    import resource # here, because Windows has none
-
+    """Bytes that three training steps add to the peak of a process with torch in it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_of_process()
     model = build(**config)
     opt = build_optimizer(model, name, *RATES[name], (0.9, 0.95))
     idx = torch.randint(65, (8, 128), device=device)
@@ -290,7 +295,17 @@ def peak_memory(config, name):
         opt.step()
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+    return peak_of_process() - before
+
+
+def peak_of_process():
+    """Most bytes that lay in memory so far."""
+    if os.path.exists("/proc/self/status"): # getrusage would count the process that started this one
+        with open("/proc/self/status", encoding="utf-8") as f:
+            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
+    import resource # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def in_new_process(f, *args):
