@@ -15,6 +15,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.strip().splitlines()]
 SMALLER = {"train.py": "--max_iters=2 --batch_size=2 --eval_iters=1 --sample_tokens=4", "bench.py": "--rounds=1 --batch_size=1 --steps=1 --save=false",
            "sample.py": "--max_new_tokens=8"}
+ROOM_FOR_CHOICES = ["--sparse_interval=1", "--warmup_iters=1", "--max_iters=16"]
 CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.py"))
 
 
@@ -44,6 +45,8 @@ def test_readme_commands(copy):
         if words[1:3] == ["-m", "pytest"]:
             continue # this run is that command
         more = SMALLER.get(words[1], "").split()
+        if "config/skeleton_flesh.py" in words: # ten choices before the learning rate falls
+            more += ROOM_FOR_CHOICES
         if "--resume" in words: # two steps more than the run it goes on from, and its batch size must stay
             more = ["--max_iters=4"]
         done = run([*words[1:], *more], copy, offline())
@@ -81,5 +84,6 @@ def test_every_config_trains(name, copy):
     flags += " --rope_dim=4" if config.get("attention", "mha") in ("mla", "diff_mla") else ""
     flags += " --mlp_hidden=32" if "mlp_hidden" in config else ""
     env = offline(DATA_MIRROR=os.environ["DATA_MIRROR"]) if os.environ.get("DATA_MIRROR") else offline()
-    done = run(["train.py", *flags.split(), "--sample_tokens=4", f"--out_dir=out/small_{name}"], copy, env)
+    more = ROOM_FOR_CHOICES if "sparse" in config else []
+    done = run(["train.py", *flags.split(), *more, "--sample_tokens=4", f"--out_dir=out/small_{name}"], copy, env)
     assert done.returncode == 0, done.stdout + done.stderr
