@@ -3,8 +3,13 @@ Operations written close to the machine, each tested against the plain PyTorch t
 
 For the CPU they are C, compiled at first use by the system's compiler (CC, else cc; half a second) and called through
 ctypes. C because each is one walk through memory: the loops that torch.compile makes of the same formulas read the gradient
-twice, recompute square roots, and take 15 to 35 s to compile for a model's list of tensors.
+twice, recompute square roots, and take 15 to 35 s to compile for a model's list of tensors. For CUDA they are Triton.
+
+Read sinkhorn or activate: the formula, then X_reference (PyTorch), X_SOURCE (C), the Triton kernels, and the Function that
+ties a forward to its backward. Both save their inputs only; the backward computes the rest again.
+i_ index  p_ pointer  g_ gradient of the loss by what follows  eps a small number: in sinkhorn a constant, in crrelu learned
 """
+import collections
 import ctypes
 import functools
 import os
@@ -13,6 +18,46 @@ import subprocess
 import tempfile
 
 import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError: # macOS and Windows have none; CUDA tensors then take plain PyTorch
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" # Triton reads it where kernels are defined: set it before the import
+KERNEL = "auto" # see use_kernel
+launches = collections.Counter() # (operation, path) -> calls: the proof of which path ran
+
+
+def use_kernel(name):
+    """auto: Triton for CUDA tensors, C for what it takes on a CPU, else PyTorch. torch, triton: that, or an error."""
+    global KERNEL
+    if name not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernel={name!r} is none of auto, triton, torch")
+    if name == "triton" and triton is None:
+        raise RuntimeError("kernel=triton, but triton is not installed; install it or use kernel=auto")
+    if name == "triton" and not (torch.cuda.is_available() or INTERPRETED):
+        raise RuntimeError("kernel=triton needs a CUDA GPU (or TRITON_INTERPRET=1 from the start, slow); use kernel=auto")
+    KERNEL = name
+
+
+def path_for(tensor):
+    """Which code an operation on this tensor runs: "triton", "c" or "torch". Chosen beforehand: what then fails raises."""
+    if KERNEL == "triton":
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise RuntimeError(f"kernel=triton computes in fp32, which {tensor.dtype} does not fit; use kernel=auto")
+        if not (tensor.is_cuda or INTERPRETED):
+            raise RuntimeError(f"kernel=triton cannot run on a tensor on {tensor.device}; use kernel=auto")
+        return "triton"
+    if KERNEL == "torch":
+        return "torch"
+    if tensor.is_cuda:
+        return "triton" if triton is not None and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else "torch"
+    in_c = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    return "c" if in_c and c_library(C_MATH) is not None else "torch"
 
 
 @functools.cache
@@ -56,3 +101,551 @@ def floats(values):
 
 def threads():
     return ctypes.c_int(torch.get_num_threads())
+
+
+def address(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def like(tensor):
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+# e^x as 2^k e^r with |r| < ln(2) / 2: IEEE operations only, so that the compiler can do many at once, which it cannot with
+# libm's. Adding 1.5 * 2^23 rounds to an integer k and leaves it in the low bits. 2^k in two factors: it under- and overflows
+# as it should. The polynomials of this file are minimax fits to its fp64 formulas.
+C_MATH = """
+    #include <math.h>
+    #include <stdint.h>
+
+    static inline float exponential(float x) { /* within 1.1 units of the last place; NaN stays NaN */
+        union { float f; uint32_t i; } t, low, high;
+        x = x < -105 ? -105 : x;
+        x = x > 89 ? 89 : x;
+        t.f = x * 1.44269504f + 12582912.0f;
+        float k = t.f - 12582912.0f, r = x - k * 0.693359375f + k * 2.12194440e-4f; /* ln 2 in two parts, the first short: exact */
+        float p = 0.0013814222f;
+        p = p * r + 0.0083688991f, p = p * r + 0.041668404f, p = p * r + 0.1666652f, p = p * r + 0.49999994f;
+        p = p * (r * r) + r + 1;
+        int32_t n = (int32_t)(t.i - 0x4B400000u), half = n >> 1;
+        low.i = (uint32_t)(half + 127) << 23, high.i = (uint32_t)(n - half + 127) << 23;
+        return p * low.f * high.f;
+    }
+"""
+
+
+# --- Sinkhorn ---
+
+SINKHORN_EPS = 1e-6 # DeepSeek's: keeps every entry above 0 and every division finite
+
+
+@torch._disable_dynamo # torch.compile stops here and goes on after: unrolled it would be 80 reductions. This spelling loads nothing
+def sinkhorn(logits, iters=20):
+    """
+    logits (..., n, n) -> H (..., n, n), nearly doubly stochastic: the mixing of mHC's n streams, H[out, in].
+        M = softmax(logits over out) + eps;  M /= sum over in + eps;  then iters - 1 times:  M /= sum over out + eps, M /= sum over in + eps
+    Rows are normalised last, so each output is a convex mix at any iters; columns only when it has converged, which large
+    logits never do in 20. Sinkhorn & Knopp 1967; Xie et al. 2025, arXiv:2512.24880; order and eps are DeepSeek-V4's, with comb
+    = H^T. The gradient is that of the iterations done, not of the limit. fp32 inside, fp64 for fp64; n = 2, 4, 8 are fast.
+    """
+    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
+        raise ValueError(f"sinkhorn takes square matrices (..., n, n), not {tuple(logits.shape)}")
+    if iters < 1:
+        raise ValueError(f"sinkhorn needs iters >= 1, not {iters}")
+    path = path_for(logits) if logits.shape[-1] in (2, 4, 8) and logits.numel() else "torch"
+    if path == "torch":
+        launches["sinkhorn", path] += 1
+        return sinkhorn_reference(logits, iters)
+    return Sinkhorn.apply(logits, iters, path)
+
+
+def sinkhorn_reference(logits, iters=20):
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    m = x.softmax(-2) + SINKHORN_EPS # (..., out, in)
+    m = m / (m.sum(-1, keepdim=True) + SINKHORN_EPS)
+    for _ in range(iters - 1):
+        m = m / (m.sum(-2, keepdim=True) + SINKHORN_EPS)
+        m = m / (m.sum(-1, keepdim=True) + SINKHORN_EPS)
+    return m.to(logits.dtype)
+
+
+# 16 matrices at a time, turned so that entry k of all 16 lies together: every operation is then 16 wide whatever n is, and
+# sums need no shuffles. One division per row, not per entry. The backward keeps all iterates of its 16 (40 kB at n = 4 and 20
+# iterations: they stay in cache) and reverses y = x / s by g_x = (g_y - sum(g_y * y)) / s. Matrices do not meet: threads
+# change no bit.
+SINKHORN_SOURCE = C_MATH + """
+    #define LANES 16
+    typedef float block[N * N][LANES];
+
+    static void load(const float *x, int64_t count, float (*m)[LANES]) { /* the last block may be short: zeros, never stored */
+        for (int k = 0; k < N * N; k++)
+            for (int l = 0; l < LANES; l++) m[k][l] = l < count ? x[l * N * N + k] : 0;
+    }
+
+    static void store(float *x, int64_t count, float (*m)[LANES]) {
+        for (int l = 0; l < count; l++)
+            for (int k = 0; k < N * N; k++) x[l * N * N + k] = m[k][l];
+    }
+
+    static void softmax(float (*m)[LANES]) { /* over rows, for each column j */
+        for (int j = 0; j < N; j++) {
+            _Pragma("omp simd")
+            for (int l = 0; l < LANES; l++) {
+                float most = m[j][l], sum = 0;
+                _Pragma("GCC unroll 8")
+                for (int i = 1; i < N; i++) most = m[i * N + j][l] > most ? m[i * N + j][l] : most;
+                _Pragma("GCC unroll 8")
+                for (int i = 0; i < N; i++) sum += m[i * N + j][l] = exponential(m[i * N + j][l] - most);
+                float inverse = 1 / sum;
+                _Pragma("GCC unroll 8")
+                for (int i = 0; i < N; i++) m[i * N + j][l] *= inverse;
+            }
+        }
+    }
+
+    /* y = x / (sum of x + eps) over N entries, `step` apart, of each of N groups, `group` apart; inverse keeps the divisors */
+    static inline void normalise(float (*x)[LANES], float (*y)[LANES], float (*inverse)[LANES], int group, int step) {
+        _Pragma("GCC unroll 8")
+        for (int a = 0; a < N; a++) {
+            _Pragma("omp simd")
+            for (int l = 0; l < LANES; l++) {
+                float sum = 0;
+                _Pragma("GCC unroll 8")
+                for (int b = 0; b < N; b++) sum += x[a * group + b * step][l];
+                float by = inverse[a][l] = 1 / (sum + EPS);
+                _Pragma("GCC unroll 8")
+                for (int b = 0; b < N; b++) y[a * group + b * step][l] = x[a * group + b * step][l] * by;
+            }
+        }
+    }
+
+    static inline void reverse(float (*g)[LANES], float (*y)[LANES], float (*inverse)[LANES], int group, int step) {
+        _Pragma("GCC unroll 8")
+        for (int a = 0; a < N; a++) {
+            _Pragma("omp simd")
+            for (int l = 0; l < LANES; l++) {
+                float dot = 0;
+                _Pragma("GCC unroll 8")
+                for (int b = 0; b < N; b++) dot += g[a * group + b * step][l] * y[a * group + b * step][l];
+                _Pragma("GCC unroll 8")
+                for (int b = 0; b < N; b++) g[a * group + b * step][l] = (g[a * group + b * step][l] - dot) * inverse[a][l];
+            }
+        }
+    }
+
+    void forward(int threads, int64_t count, int64_t iters, const float *x, float *y) {
+        int64_t blocks = (count + LANES - 1) / LANES;
+        #pragma omp parallel for num_threads(threads) schedule(static) if (blocks > 8)
+        for (int64_t b = 0; b < blocks; b++) {
+            block m;
+            float inverse[N][LANES];
+            int64_t first = b * LANES, here = count - first < LANES ? count - first : LANES;
+            load(x + first * N * N, here, m);
+            softmax(m);
+            for (int k = 0; k < N * N; k++)
+                for (int l = 0; l < LANES; l++) m[k][l] += EPS;
+            normalise(m, m, inverse, N, 1);
+            for (int64_t i = 1; i < iters; i++) normalise(m, m, inverse, 1, N), normalise(m, m, inverse, N, 1);
+            store(y + first * N * N, here, m);
+        }
+    }
+
+    void backward(int threads, int64_t count, int64_t iters, const float *x, const float *g_y, float *g_x, float *scratch) {
+        int64_t blocks = (count + LANES - 1) / LANES, steps = 2 * iters - 1; /* even steps normalise rows, odd ones columns */
+        #pragma omp parallel for num_threads(threads) schedule(static, 1) if (blocks > 8)
+        for (int t = 0; t < threads; t++) {
+            block *ys = (block *)(scratch + t * steps * (N * N + N) * LANES), p, m, g;
+            float(*inverse)[N][LANES] = (float(*)[N][LANES])(ys + steps);
+            for (int64_t b = blocks * t / threads; b < blocks * (t + 1) / threads; b++) {
+                int64_t first = b * LANES, here = count - first < LANES ? count - first : LANES;
+                load(x + first * N * N, here, p);
+                load(g_y + first * N * N, here, g);
+                softmax(p);
+                for (int k = 0; k < N * N; k++)
+                    for (int l = 0; l < LANES; l++) m[k][l] = p[k][l] + EPS;
+                normalise(m, ys[0], inverse[0], N, 1);
+                for (int64_t i = 1; i < steps; i += 2) {
+                    normalise(ys[i - 1], ys[i], inverse[i], 1, N);
+                    normalise(ys[i], ys[i + 1], inverse[i + 1], N, 1);
+                }
+                for (int64_t i = steps - 1; i > 0; i -= 2) {
+                    reverse(g, ys[i], inverse[i], N, 1);
+                    reverse(g, ys[i - 1], inverse[i - 1], 1, N);
+                }
+                reverse(g, ys[0], inverse[0], N, 1);
+                for (int j = 0; j < N; j++) { /* softmax: g_x = p (g_p - sum(g_p * p)) */
+                    for (int l = 0; l < LANES; l++) {
+                        float dot = 0;
+                        for (int i = 0; i < N; i++) dot += g[i * N + j][l] * p[i * N + j][l];
+                        for (int i = 0; i < N; i++) g[i * N + j][l] = (g[i * N + j][l] - dot) * p[i * N + j][l];
+                    }
+                }
+                store(g_x + first * N * N, here, g);
+            }
+        }
+    }
+"""
+
+
+def sinkhorn_library(n):
+    return needed(f"#define N {n}\n#define EPS {SINKHORN_EPS}f\n" + SINKHORN_SOURCE)
+
+
+def needed(source):
+    """The library of a path that is already chosen: no compiler was worth a word, a source that fails is an error."""
+    library = c_library(source)
+    if library is None:
+        raise RuntimeError("the C compiler refused a kernel of kernels.py; kernel=torch does without")
+    return library
+
+
+def sinkhorn_forward_c(x, iters):
+    y, n = like(x), x.shape[-1]
+    sinkhorn_library(n).forward(threads(), ctypes.c_int64(x.numel() // n**2), ctypes.c_int64(iters), address(x), address(y))
+    return y
+
+
+def sinkhorn_backward_c(x, g_y, iters):
+    g_x, n = like(x), x.shape[-1]
+    scratch = torch.empty(torch.get_num_threads() * (2 * iters - 1) * (n * n + n) * 16) # iterates and divisors, 16 lanes
+    sinkhorn_library(n).backward(
+        threads(), ctypes.c_int64(x.numel() // n**2), ctypes.c_int64(iters), address(x), address(g_y), address(g_x), address(scratch))
+    return g_x
+
+
+# BLOCK matrices per program in a tile (BLOCK, N, N) without padding. The backward keeps the divisors only, and walks back
+# through the iterates by x = y * s: registers cannot be indexed by a loop, and iterates would be N times the memory traffic.
+if triton is not None:
+    @triton.jit
+    def sinkhorn_tile(p_x, i_matrix, count, N: tl.constexpr):
+        """Offsets and mask of a tile (BLOCK, N, N), and its softmax over out."""
+        i_n = tl.arange(0, N)
+        offsets = i_matrix[:, None, None] * (N * N) + i_n[None, :, None] * N + i_n[None, None, :]
+        inside = (i_matrix < count)[:, None, None] & (i_n >= 0)[None, :, None] & (i_n >= 0)[None, None, :]
+        x = tl.load(p_x + offsets, mask=inside, other=0.0).to(tl.float32)
+        e = tl.exp(x - tl.max(x, axis=1)[:, None, :])
+        return offsets, inside, e / tl.sum(e, axis=1)[:, None, :]
+
+    @triton.jit
+    def sinkhorn_forward_kernel(p_x, p_y, count, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+        i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offsets, inside, p = sinkhorn_tile(p_x, i_matrix, count, N)
+        m = p + EPS
+        m = m / (tl.sum(m, axis=2)[:, :, None] + EPS)
+        for _ in range(1, iters):
+            m = m / (tl.sum(m, axis=1)[:, None, :] + EPS)
+            m = m / (tl.sum(m, axis=2)[:, :, None] + EPS)
+        tl.store(p_y + offsets, m.to(p_y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def sinkhorn_backward_kernel(p_x, p_gy, p_gx, p_scratch, count, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+        i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offsets, inside, p = sinkhorn_tile(p_x, i_matrix, count, N)
+        # divisors (2 iters, BLOCK, N) of this program: of columns at 2 i, of rows at 2 i + 1
+        p_sums = p_scratch + tl.program_id(0).to(tl.int64) * (2 * iters * BLOCK * N)
+        p_sums += tl.arange(0, BLOCK)[:, None] * N + tl.arange(0, N)[None, :]
+        y = p + EPS
+        for i in range(iters):
+            if i > 0:
+                s = tl.sum(y, axis=1) + EPS
+                tl.store(p_sums + 2 * i * (BLOCK * N), s)
+                y = y / s[:, None, :]
+            s = tl.sum(y, axis=2) + EPS
+            tl.store(p_sums + (2 * i + 1) * (BLOCK * N), s)
+            y = y / s[:, :, None]
+        tl.debug_barrier() # what one thread stored another may load
+        g = tl.load(p_gy + offsets, mask=inside, other=0.0).to(tl.float32)
+        for j in range(iters):
+            i = iters - 1 - j
+            s = tl.load(p_sums + (2 * i + 1) * (BLOCK * N))[:, :, None]
+            g = (g - tl.sum(g * y, axis=2)[:, :, None]) / s
+            y = y * s
+            if i > 0:
+                s = tl.load(p_sums + 2 * i * (BLOCK * N))[:, None, :]
+                g = (g - tl.sum(g * y, axis=1)[:, None, :]) / s
+                y = y * s
+        g = p * (g - tl.sum(g * p, axis=1)[:, None, :])
+        tl.store(p_gx + offsets, g.to(p_gx.dtype.element_ty), mask=inside)
+
+
+def sinkhorn_forward_triton(x, iters):
+    y, n = like(x), x.shape[-1]
+    count, block = x.numel() // n**2, 1024 // n**2
+    with torch.cuda.device_of(x):
+        sinkhorn_forward_kernel[(triton.cdiv(count, block),)](x, y, count, iters, SINKHORN_EPS, n, block)
+    return y
+
+
+def sinkhorn_backward_triton(x, g_y, iters):
+    g_x, n = like(x), x.shape[-1]
+    count, block = x.numel() // n**2, 1024 // n**2
+    programs = triton.cdiv(count, block)
+    scratch = torch.empty(programs * 2 * iters * block * n, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        sinkhorn_backward_kernel[(programs,)](x, g_y, g_x, scratch, count, iters, SINKHORN_EPS, n, block)
+    return g_x
+
+
+SINKHORN = {"c": (sinkhorn_forward_c, sinkhorn_backward_c), "triton": (sinkhorn_forward_triton, sinkhorn_backward_triton)}
+
+
+class Sinkhorn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, iters, path):
+        launches["sinkhorn", path] += 1
+        x = logits.contiguous()
+        ctx.save_for_backward(x)
+        ctx.iters, ctx.path = iters, path
+        return SINKHORN[path][0](x, iters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_y):
+        launches["sinkhorn backward", ctx.path] += 1
+        (x,) = ctx.saved_tensors
+        return SINKHORN[ctx.path][1](x, g_y.contiguous(), ctx.iters), None, None
+
+
+# --- activations ---
+
+
+def activate(x, name, eps=None):
+    """
+    act(x), elementwise; any shape. Sources and formulas, with their derivatives, E = exp(-x^2 / 2):
+        gelu    x Phi(x)                  Phi + x E / sqrt(2 pi)         Hendrycks & Gimpel 2016, arXiv:1606.08415; exact, not tanh
+        relu2   max(0, x)^2               2 max(0, x)                    So et al. 2021, arXiv:2109.08668
+        silu    x s(x)                    s + x s (1 - s)                Elfwing et al. 2017, arXiv:1702.03118
+        telu    x tanh(e^x)               t + x e^x (1 - t^2)            Fernandez & Mali 2024, arXiv:2412.20269
+        crrelu  max(0, x) + eps x E       [x > 0] + eps (1 - x^2) E      Rong et al. 2024, arXiv:2405.12954; eps () is learned
+    """
+    return activation(x, None, name, eps)
+
+
+def gated(gate, up, name, eps=None):
+    """act(gate) * up in one pass, both of one shape and dtype. Shazeer 2020, arXiv:2002.05202."""
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} {gate.device} and up {tuple(up.shape)} {up.dtype} {up.device} differ")
+    return activation(gate, up, name, eps)
+
+
+def activation(x, up, name, eps):
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r} is none of {', '.join(ACTIVATIONS)}")
+    if (name == "crrelu") != (eps is not None):
+        raise ValueError(f"activation={name} " + ("needs its eps, a tensor ()" if eps is None else "has no eps; only crrelu does"))
+    if eps is not None and (eps.dim() != 0 or eps.device != x.device):
+        raise ValueError(f"crrelu's eps is one number on {x.device}: a tensor (), not {tuple(eps.shape)} on {eps.device}")
+    if not x.numel() or (KERNEL == "auto" and torch.compiler.is_compiling()): # the compiler fuses formulas with what is around them
+        paths = {"torch"}
+    else:
+        paths = {path_for(t) for t in (x, up) if t is not None}
+    path = paths.pop() if len(paths) == 1 else "torch"
+    if path == "torch":
+        launches[operation(name, up), "torch"] += 1
+        return activation_reference(x, up, name, eps)
+    return Activation.apply(x, up, eps, name, path)
+
+
+def operation(name, up):
+    return name if up is None else "gated " + name
+
+
+def telu_reference(x, eps):
+    # The textbook's derivative is inf * 0 from x = 88.8 on. Beyond the bounds nothing changes: tanh is 1 from 10 on in fp64
+    # too, and below -700 e^x is 0. clamp gives those x no gradient through it, whatever overflowed there.
+    return x * x.clamp(-700, 10).exp().tanh()
+
+
+def crrelu_reference(x, eps):
+    c = x.clamp(-40, 40) # beyond, E is 0 in fp64 too, and x^2 could be inf
+    return x.relu() + eps * c * (-c.square() / 2).exp()
+
+
+# torch's own gelu and silu, each one pass too, are no faster than the C: forward and backward of 3.1M numbers on one thread
+# take 3.5 and 1.9 ms, the C 2.6 and 1.6; relu2, telu and crrelu, of several passes in torch, are 3 to 10 times faster in C.
+ACTIVATIONS = {
+    "gelu": lambda x, eps: F.gelu(x),
+    "relu2": lambda x, eps: x.relu().square(),
+    "silu": lambda x, eps: F.silu(x),
+    "telu": telu_reference,
+    "crrelu": crrelu_reference,
+}
+
+
+def activation_reference(x, up, name, eps):
+    wide = (lambda t: t) if x.dtype == torch.float64 else (lambda t: t.float())
+    y = ACTIVATIONS[name](wide(x), eps)
+    return (y if up is None else y * wide(up)).to(x.dtype)
+
+
+# Each gives act(x), act'(x) and the derivative by eps; what a loop does not use the compiler drops. Written without branches
+# (?: selects). No finite x gives NaN: infinities are met by 1 / or by a factor e^-105 = 0, never by a 0 of another origin.
+ACTIVATION_SOURCES = {
+    # 1 - Phi(|x|) = E t P(t), t = 1 / (1 + 0.4 |x|): relative error 1.5e-8, so the tail has no cancellation, unlike 1 + erf
+    "gelu": """
+        float t = 1 / (1 + 0.4f * fabsf(x)), e = exponential(-0.5f * x * x), p = 0.03209848f;
+        p = p * t - 0.17617935f, p = p * t + 0.38079596f, p = p * t - 0.37198773f, p = p * t + 0.11775891f, p = p * t - 0.02589792f;
+        p = p * t + 0.09100629f, p = p * t + 0.13320985f, p = p * t + 0.15961923f, p = p * t + 0.1595763f;
+        float tail = e * (p * t), phi = x < 0 ? tail : 1 - tail;
+        *y = x * phi, *slope = phi + x * e * 0.39894228f;""",
+    "relu2": """
+        float r = x < 0 ? 0 : x; /* NaN stays NaN */
+        *y = r * r, *slope = 2 * r;""",
+    "silu": """
+        float s = 1 / (1 + exponential(-x));
+        *y = x * s, *slope = s + s * (1 - s) * x;""",
+    # u = e^x. By q = e^-2u tanh and 1 - tanh^2 have no overflow; a polynomial where 1 - q would cancel. From x = 3.7 on tanh is
+    # 1 and the rest of the slope below 1e-31: held there, nothing overflows, and q does not become denormal, which is slow.
+    "telu": """
+        float c = x > 3.7f ? 3.7f : x, u = exponential(c), q = exponential(-2 * u), z = u * u, p = -0.005590975f;
+        p = p * z + 0.020538783f, p = p * z - 0.053709645f, p = p * z + 0.13331091f, p = p * z - 0.3333327f;
+        float t = u < 0.625f ? u + u * (z * p) : (1 - q) / (1 + q);
+        *y = x * t, *slope = t + u * (4 * q / ((1 + q) * (1 + q))) * c;""",
+    "crrelu": """
+        float c = x > 20 ? 20 : x, positive = x > 0 ? 1 : 0;
+        c = c < -20 ? -20 : c; /* beyond, e is 0 and x^2 may be inf */
+        float e = exponential(-0.5f * c * c);
+        *bump = c * e, *y = (x < 0 ? 0 : x) + eps * *bump, *slope = positive + eps * (1 - c * c) * e;""",
+}
+
+ACTIVATION_LOOPS = """
+    #define CHUNK 1024 /* elements; sums within are fp32, the chunks' are added in their order: threads change no bit */
+    #define EACH_CHUNK(...) \\
+        _Pragma("omp parallel for num_threads(threads) schedule(static) if (n > 32 * CHUNK)") \\
+        for (int64_t start = 0; start < n; start += CHUNK) { \\
+            int64_t end = start + CHUNK < n ? start + CHUNK : n; \\
+            float sum = 0; \\
+            _Pragma("omp simd reduction(+ : sum)") \\
+            for (int64_t j = start; j < end; j++) { \\
+                float v, slope, bump = 0; \\
+                act(x[j], eps, &v, &slope, &bump); \\
+                __VA_ARGS__ \\
+            } \\
+            if (sums) sums[start / CHUNK] = sum; \\
+        }
+
+    void forward(int threads, int64_t n, float eps, const float *x, const float *up, float *y) {
+        float *sums = 0;
+        if (up) EACH_CHUNK(y[j] = v * up[j];)
+        else EACH_CHUNK(y[j] = v;)
+    }
+
+    void backward(int threads, int64_t n, float eps, const float *x, const float *up, const float *g, float *g_x, float *g_up,
+                  float *sums) {
+        if (up) EACH_CHUNK(float g_v = g[j] * up[j]; g_x[j] = g_v * slope; g_up[j] = g[j] * v; sum += g_v * bump;)
+        else EACH_CHUNK(g_x[j] = g[j] * slope; sum += g[j] * bump;)
+    }
+"""
+
+
+def activation_library(name):
+    act = "static inline void act(float x, float eps, float *y, float *slope, float *bump) {" + ACTIVATION_SOURCES[name] + "}"
+    return needed(C_MATH + act + ACTIVATION_LOOPS)
+
+
+def activation_forward_c(x, up, eps, name):
+    y, number = like(x), ctypes.c_float(0 if eps is None else eps.item())
+    activation_library(name).forward(threads(), ctypes.c_int64(x.numel()), number, address(x), address(up), address(y))
+    return y
+
+
+def activation_backward_c(x, up, eps, name, g):
+    g_x, g_up = like(x), None if up is None else like(up)
+    number = ctypes.c_float(0 if eps is None else eps.item())
+    sums = None if eps is None else torch.empty(-(-x.numel() // 1024))
+    activation_library(name).backward(
+        threads(), ctypes.c_int64(x.numel()), number, address(x), address(up), address(g), address(g_x), address(g_up), address(sums))
+    return g_x, g_up, sums
+
+
+if triton is not None:
+    @triton.jit
+    def act(x, eps, NAME: tl.constexpr):
+        """act(x), act'(x), and the derivative by eps; the formulas and guards of the C above."""
+        bump = x * 0.0
+        if NAME == "gelu":
+            phi = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+            y, slope = x * phi, phi + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        elif NAME == "relu2":
+            r = tl.where(x < 0, 0.0, x)
+            y, slope = r * r, 2 * r
+        elif NAME == "silu":
+            s = 1 / (1 + tl.exp(-x))
+            y, slope = x * s, s + s * (1 - s) * x
+        elif NAME == "telu":
+            c = tl.where(x > 3.7, 3.7, x)
+            u = tl.exp(c)
+            q, z = tl.exp(-2 * u), tl.where(u < 0.625, u * u, 0.0)
+            p = -0.33333269 + z * (0.13331091 + z * (-0.053709645 + z * (0.020538783 - z * 0.005590975)))
+            t = tl.where(u < 0.625, u + u * (z * p), (1 - q) / (1 + q))
+            y, slope = x * t, t + u * (4 * q / ((1 + q) * (1 + q))) * c
+        else:
+            c = tl.where(x > 20, 20.0, tl.where(x < -20, -20.0, x))
+            e = tl.exp(-0.5 * c * c)
+            bump = c * e
+            y, slope = tl.where(x < 0, 0.0, x) + eps * bump, tl.where(x > 0, 1.0, 0.0) + eps * (1 - c * c) * e
+        return y, slope, bump
+
+    # up and eps may be None, which Triton compiles as a constant: their branches are then not there
+    @triton.jit
+    def activation_forward_kernel(p_x, p_up, p_eps, p_y, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside, eps = i < n, 0.0
+        if p_eps is not None:
+            eps = tl.load(p_eps).to(tl.float32)
+        y, _, _ = act(tl.load(p_x + i, mask=inside, other=0.0).to(tl.float32), eps, NAME)
+        if p_up is not None:
+            y = y * tl.load(p_up + i, mask=inside, other=0.0).to(tl.float32)
+        tl.store(p_y + i, y.to(p_y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def activation_backward_kernel(p_x, p_up, p_eps, p_g, p_gx, p_gup, p_sums, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside, eps = i < n, 0.0
+        if p_eps is not None:
+            eps = tl.load(p_eps).to(tl.float32)
+        y, slope, bump = act(tl.load(p_x + i, mask=inside, other=0.0).to(tl.float32), eps, NAME)
+        g = tl.load(p_g + i, mask=inside, other=0.0).to(tl.float32)
+        if p_up is not None:
+            tl.store(p_gup + i, (g * y).to(p_gup.dtype.element_ty), mask=inside)
+            g = g * tl.load(p_up + i, mask=inside, other=0.0).to(tl.float32)
+        tl.store(p_gx + i, (g * slope).to(p_gx.dtype.element_ty), mask=inside)
+        if p_eps is not None: # each program its own sum, added up in one order: atomics would differ from run to run
+            tl.store(p_sums + tl.program_id(0), tl.sum(g * bump, axis=0))
+
+
+def activation_forward_triton(x, up, eps, name):
+    y, n = like(x), x.numel()
+    with torch.cuda.device_of(x):
+        activation_forward_kernel[(triton.cdiv(n, 1024),)](x, up, eps, y, n, name, 1024)
+    return y
+
+
+def activation_backward_triton(x, up, eps, name, g):
+    n, g_x, g_up = x.numel(), like(x), None if up is None else like(up)
+    programs = triton.cdiv(n, 1024)
+    sums = None if eps is None else torch.empty(programs, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        activation_backward_kernel[(programs,)](x, up, eps, g, g_x, g_up, sums, n, name, 1024)
+    return g_x, g_up, sums
+
+
+ACTIVATION = {"c": (activation_forward_c, activation_backward_c), "triton": (activation_forward_triton, activation_backward_triton)}
+
+
+class Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, up, eps, name, path):
+        launches[operation(name, up), path] += 1
+        x, up = x.contiguous(), None if up is None else up.contiguous()
+        ctx.save_for_backward(x, up, eps)
+        ctx.name, ctx.path = name, path
+        return ACTIVATION[path][0](x, up, eps, name)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, up, eps = ctx.saved_tensors
+        launches[operation(ctx.name, up) + " backward", ctx.path] += 1
+        g_x, g_up, sums = ACTIVATION[ctx.path][1](x, up, eps, ctx.name, g.contiguous())
+        return g_x, g_up, None if sums is None else sums.double().sum().to(eps.dtype), None, None

@@ -1,0 +1,352 @@
+"""
+Each kernel against its own PyTorch reference in fp64. What is allowed is twice the error of that reference in fp32, never a
+number found by trying. Upstream gradients are random: those of a sum are 0 through rows that sum to 1, right or wrong.
+
+The tests of Triton run here in a second process, under TRITON_INTERPRET=1 (Triton reads it where kernels are defined), and
+with `pytest -m gpu` on the GPU.
+"""
+import itertools
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+from conftest import ROOT
+from kernels import ACTIVATIONS, C_MATH, activate, c_library, gated, launches, path_for, sinkhorn, sinkhorn_reference, use_kernel
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NAMES = tuple(ACTIVATIONS)
+COUNTS = (1, 5, 63, 100, 1000)
+needs_c = pytest.mark.skipif(c_library(C_MATH) is None, reason="no C compiler")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_interpreted in a process with TRITON_INTERPRET=1")
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    use_kernel("auto")
+    launches.clear()
+    yield
+    use_kernel("auto")
+
+
+def gradients(f, tensors, dtype, g):
+    """f's output, and its gradients for upstream g, computed in dtype."""
+    tensors = [t.detach().to(t.dtype if t.dim() == 0 and dtype != torch.float64 else dtype).requires_grad_() for t in tensors]
+    y = f(*tensors)
+    return [y.detach(), *torch.autograd.grad(y, tensors, g.to(y.dtype))]
+
+
+def no_worse(ours, torchs, exact, what):
+    """
+    Largest error of ours at most twice torch's. Ours may be the first few of what torch was measured on: on one number
+    torch's error is 0 by luck. Triton's interpreter cuts fp32 off to bf16, where torch and a GPU round: then, each within a
+    unit of bf16's last place.
+    """
+    for i, (a, b, c) in enumerate(zip(ours, torchs, exact, strict=True)):
+        allowed = 2 * (b.double() - c).abs().max() + 1e-9 * c.abs().max()
+        if INTERPRETED and a.dtype == torch.bfloat16:
+            allowed = 2**-7 * c[:len(a)].abs() + 2**-20 * c.abs().max()
+        b, c = b[:len(a)], c[:len(a)]
+        assert a.shape == b.shape and a.dtype == b.dtype
+        error = (a.double() - c).abs() # NaN compares false: one fails
+        assert (error <= allowed).all(), f"{what}, result {i}: off by {error.max():.2e}, {allowed.max():.2e} allowed"
+
+
+# --- which path ---
+
+
+def test_paths():
+    x = torch.randn(4, 4)
+    assert path_for(x.double()) == path_for(x.bfloat16()) == "torch"
+    assert path_for(x.t()) == "torch" # not contiguous
+    if c_library(C_MATH) is not None:
+        assert path_for(x) == "c"
+    use_kernel("torch")
+    assert path_for(x) == "torch"
+    sinkhorn(x), activate(x, "silu"), gated(x, x, "telu")
+    assert launches == {("sinkhorn", "torch"): 1, ("silu", "torch"): 1, ("gated telu", "torch"): 1}
+
+
+def test_refusals(monkeypatch):
+    x = torch.randn(3, 4)
+    for call, words in (
+        (lambda: use_kernel("cuda"), "auto, triton, torch"),
+        (lambda: activate(x, "relu"), "gelu, relu2"),
+        (lambda: activate(x, "crrelu"), "needs its eps"),
+        (lambda: activate(x, "silu", torch.tensor(0.1)), "no eps"),
+        (lambda: activate(x, "crrelu", torch.tensor([0.1, 0.2])), "one number"),
+        (lambda: gated(x, x[:2], "silu"), "differ"),
+        (lambda: gated(x, x.double(), "silu"), "differ"),
+        (lambda: sinkhorn(x), "square"),
+        (lambda: sinkhorn(x[0]), "square"),
+        (lambda: sinkhorn(torch.randn(2, 2), 0), "iters >= 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(RuntimeError, match="not installed"):
+        use_kernel("triton")
+    assert kernels.KERNEL == "auto" # a refusal leaves the setting alone
+
+
+@pytest.mark.skipif(INTERPRETED, reason="with the interpreter it can run")
+def test_triton_asked_for_on_a_cpu_is_refused(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="needs a CUDA GPU|not installed"):
+            use_kernel("triton")
+    monkeypatch.setattr(kernels, "KERNEL", "triton")
+    with pytest.raises(RuntimeError, match="cannot run on a tensor on cpu"):
+        sinkhorn(torch.randn(2, 2))
+    with pytest.raises(RuntimeError, match="float64"):
+        activate(torch.randn(2).double(), "gelu")
+
+
+@needs_c
+def test_a_kernel_that_fails_raises(monkeypatch):
+    """Never a silent fallback: the source is broken, the result must not come from elsewhere."""
+    monkeypatch.setitem(kernels.ACTIVATION_SOURCES, "silu", "this is no C")
+    with pytest.raises(RuntimeError, match="refused"):
+        activate(torch.randn(3), "silu")
+
+
+# --- Sinkhorn: the reference ---
+
+
+def test_sinkhorn_reference_gradient():
+    for n, iters in itertools.product((2, 3, 4), (1, 3)):
+        x = (2 * torch.randn(3, n, n, dtype=torch.float64)).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: sinkhorn(x, iters), x)
+    assert launches["sinkhorn", "torch"] > 0
+
+
+@pytest.mark.parametrize("iters", [1, 2, 20])
+def test_sinkhorn_is_deepseek_s(iters):
+    """transformers' hyper-connection, for a matrix that is not symmetric: its comb is our H transposed."""
+    v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    config = SimpleNamespace(hc_mult=4, hc_sinkhorn_iters=iters, hc_eps=1e-6, rms_norm_eps=1e-6, hidden_size=8)
+    theirs = v4.DeepseekV4HyperConnection(config)
+    with torch.no_grad():
+        theirs.fn.zero_(), theirs.scale.fill_(1), theirs.base.copy_(torch.randn(24))
+        _, comb, _ = theirs(torch.randn(1, 1, 4, 8))
+        logits = theirs.base[8:].view(4, 4).t().contiguous()
+        torch.testing.assert_close(sinkhorn(logits, iters), comb[0, 0].t(), rtol=0, atol=3e-7)
+        torch.testing.assert_close(sinkhorn_reference(logits, iters), comb[0, 0].t(), rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+def test_sinkhorn_properties(n):
+    x = torch.randn(50, n, n)
+    y = sinkhorn(x, 100)
+    assert ((y.sum(-1) - 1).abs() < 1e-5).all() and ((y.sum(-2) - 1).abs() < 1e-4).all()
+    y = sinkhorn(3 * x, 1)
+    sums = (3 * x).softmax(-2).sum(-1) + n * 1e-6 # what eps leaves of a row depends on how small it was
+    torch.testing.assert_close(y.sum(-1), sums / (sums + 1e-6), rtol=0, atol=1e-6) # rows, from the first iteration on
+    assert (y.sum(-2) - 1).abs().max() > 0.1
+    # a constant along `out`, the first softmax's axis, changes nothing; permuted streams give a permuted matrix
+    torch.testing.assert_close(sinkhorn(x + 5 * torch.randn(50, 1, n), 2), sinkhorn(x, 2), rtol=0, atol=2e-6)
+    p, q = torch.randperm(n), torch.randperm(n)
+    torch.testing.assert_close(sinkhorn(x[:, p][:, :, q].contiguous(), 3), sinkhorn(x, 3)[:, p][:, :, q], rtol=0, atol=1e-6)
+    # mixes of permutations are doubly stochastic already, so nearly (eps) fixed points
+    some = torch.stack([torch.eye(n)[torch.randperm(n)] for _ in range(30)])
+    mixes = torch.einsum("bp,pij->bij", torch.randn(50, 30).softmax(-1), some)
+    torch.testing.assert_close(sinkhorn(mixes.clamp(min=1e-12).log(), 20), mixes, rtol=0, atol=5e-5)
+
+
+# --- Sinkhorn: the kernels ---
+
+
+def check_sinkhorn(path, device, n, counts, iterations, stds, dtype=torch.float32):
+    for iters, std in itertools.product(iterations, stds):
+        x, g = (std * torch.randn(1000, n, n)).to(device, dtype), torch.randn(1000, n, n).to(device, dtype)
+        torchs = gradients(lambda x: sinkhorn_reference(x, iters), [x], dtype, g)
+        exact = gradients(lambda x: sinkhorn_reference(x, iters), [x], torch.float64, g)
+        for count in counts:
+            launches.clear()
+            ours = gradients(lambda x: sinkhorn(x, iters), [x[:count]], dtype, g[:count])
+            assert launches == {("sinkhorn", path): 1, ("sinkhorn backward", path): 1}
+            no_worse(ours, torchs, exact, f"{count} matrices of {n}, {iters} iterations, std {std}")
+
+
+@needs_c
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_sinkhorn_c(n, poisoned):
+    """Few iterations and large logits are where a backward that assumes convergence is wrong."""
+    check_sinkhorn("c", "cpu", n, COUNTS, (1, 3, 20), (1, 3, 8))
+    x = torch.randn(2, 1, 3, n, n) # leading axes, and an upstream gradient that is expanded
+    a, b = (torch.autograd.grad((f(x.requires_grad_())[..., 0, :]).sum(), x)[0] for f in (sinkhorn, sinkhorn_reference))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@needs_c
+def test_threads_change_no_bit():
+    logits, x, up = torch.randn(1000, 4, 4), torch.randn(100_001), torch.randn(100_001)
+    g_l, g_x, eps = torch.randn(1000, 4, 4), torch.randn(100_001), torch.tensor(0.3)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(gradients(sinkhorn, [logits], torch.float32, g_l)
+                           + gradients(lambda x, up, eps: gated(x, up, "crrelu", eps), [x, up, eps], torch.float32, g_x))
+    finally:
+        torch.set_num_threads(before)
+    for more in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], more))
+
+
+# --- activations: the references ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_reference_gradient(name):
+    x = torch.tensor([-120, -88.8, -20, -5, -1, -0.3, 1e-3, 0.3, 1, 5, 20, 88.8, 120], dtype=torch.float64).requires_grad_()
+    up, eps = torch.randn_like(x).requires_grad_(), [torch.tensor(0.3, dtype=torch.float64).requires_grad_()] * (name == "crrelu")
+    assert torch.autograd.gradcheck(lambda x, *e: activate(x, name, *e), (x, *eps))
+    assert torch.autograd.gradcheck(lambda x, up, *e: gated(x, up, name, *e), (x, up, *eps))
+
+
+def test_formulas():
+    """The references against the formulas as the papers print them."""
+    x, eps = torch.linspace(-6, 6, 1001, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
+    bump = x * torch.exp(-x**2 / 2)
+    for name, want in (("gelu", x * (1 + torch.erf(x / 2**0.5)) / 2), ("relu2", torch.where(x > 0, x**2, 0 * x)),
+                       ("silu", x / (1 + torch.exp(-x))), ("telu", x * torch.tanh(torch.exp(x))), ("crrelu", x.clamp(min=0) + eps * bump)):
+        torch.testing.assert_close(activate(x, name, eps if name == "crrelu" else None), want, rtol=1e-14, atol=1e-14)
+
+
+# --- activations: the kernels ---
+
+
+def check_activation(path, device, name, counts, dtype=torch.float32):
+    for gating, std in itertools.product((False, True), (1, 4)):
+        x, up, g = (t.to(device, dtype) for t in (std * torch.randn(max(counts)), torch.randn(max(counts)), torch.randn(max(counts))))
+        eps, what = [torch.tensor(0.3, device=device)] * (name == "crrelu"), "gated " * gating + name
+
+        def ours_of(x, *rest):
+            return gated(x, rest[0], name, *rest[1:]) if gating else activate(x, name, *rest)
+
+        def reference(x, *rest):
+            return kernels.activation_reference(x, rest[0] if gating else None, name, rest[-1] if eps else None)
+
+        torchs, exact = (gradients(reference, [x] + [up] * gating + eps, d, g) for d in (dtype, torch.float64))
+        # eps has one gradient, a sum: rounding its terms and adding them up costs about this much of them
+        terms = g.double() * (up.double() if gating else 1) * x.double() * (-x.double().square() / 2).exp()
+        for count in counts:
+            launches.clear()
+            ours = gradients(ours_of, [x[:count]] + [up[:count]] * gating + eps, dtype, g[:count])
+            assert launches == {(what, path): 1, (what + " backward", path): 1}
+            if eps:
+                assert abs(ours.pop() - terms[:count].sum()) <= 2**-22 * terms[:count].square().sum().sqrt() * count**0.5
+            k = len(ours)
+            no_worse(ours, torchs[:k], exact[:k], f"{count} of {what}, std {std}, {dtype}")
+        if eps: # the formula of `terms` is autograd's
+            torch.testing.assert_close(terms.sum(), exact[-1], rtol=0, atol=1e-9)
+
+
+@needs_c
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_c(name, poisoned):
+    check_activation("c", "cpu", name, (*COUNTS, 40_001))
+    eps = [torch.tensor(0.3)] * (name == "crrelu")
+    assert activate(torch.randn(2, 3, 4), name, *eps).shape == (2, 3, 4)
+    assert activate(torch.randn(0, 4), name, *eps).shape == (0, 4)
+
+
+def check_finite(path, device, dtype, names=("gelu", "silu", "telu", "crrelu")):
+    """Over all finite bf16 values, as dtype; relu2 really overflows. Upstream 3: a product may not overflow on its way to 0."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()].to(device, dtype)
+    for name in names:
+        eps = [torch.tensor(0.3, device=device)] * (name == "crrelu")
+        a = x.clone().requires_grad_()
+        y = activate(a, name, *eps)
+        (g_x,) = torch.autograd.grad(y, a, torch.full_like(y, 3))
+        assert launches[name, path] == 1 and y.isfinite().all() and g_x.isfinite().all(), name
+        assert torch.equal(y[x > 30], x[x > 30]) and (g_x[x > 30] == 3).all() # the identity there
+        assert (y[x < -150] == 0).all() and (g_x[x < -150] == 0).all()
+        launches.clear()
+
+
+@needs_c
+def test_finite_everywhere_c():
+    check_finite("c", "cpu", torch.float32)
+
+
+def test_finite_everywhere_torch():
+    use_kernel("torch")
+    check_finite("torch", "cpu", torch.float32, ("telu", "crrelu"))
+    check_finite("torch", "cpu", torch.bfloat16, ("telu", "crrelu"))
+
+
+@needs_c
+def test_nan_stays_nan():
+    x = torch.tensor([1.0, float("nan"), -1.0])
+    for name in NAMES:
+        assert activate(x, name, *[torch.tensor(0.3)] * (name == "crrelu")).isnan().tolist() == [False, True, False], name
+    logits = torch.zeros(3, 2, 2)
+    logits[1] = float("nan")
+    assert sinkhorn(logits).isnan().flatten(1).any(1).tolist() == [False, True, False] # and goes to no neighbour
+
+
+# --- Triton ---
+
+
+def test_triton_interpreted():
+    """The tests below that carry the mark `interpreted`, in a process whose kernels are interpreted."""
+    if INTERPRETED or kernels.triton is None:
+        pytest.skip("inside, or no triton")
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__], cwd=ROOT, capture_output=True, text=True,
+                         env=dict(os.environ, TRITON_INTERPRET="1"))
+    assert run.returncode == 0 and "7 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@interpreted
+def test_sinkhorn_by_interpreter(poisoned):
+    use_kernel("triton")
+    for n in (2, 4, 8):
+        check_sinkhorn("triton", "cpu", n, (1, 5, 63, 100), (1, 3), (1, 8))
+        check_sinkhorn("triton", "cpu", n, (100,), (20,), (1, 3, 8))
+    check_sinkhorn("triton", "cpu", 4, (1000,), (3,), (3,))
+    check_sinkhorn("triton", "cpu", 4, (100,), (3,), (1,), torch.bfloat16)
+
+
+@interpreted
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_by_interpreter(name, poisoned):
+    use_kernel("triton")
+    check_activation("triton", "cpu", name, (*COUNTS, 3001))
+    check_activation("triton", "cpu", name, (63, 1000), torch.bfloat16)
+    check_activation("triton", "cpu", name, (63, 1000), torch.float16)
+
+
+@interpreted
+def test_finite_everywhere_by_interpreter():
+    use_kernel("triton")
+    check_finite("triton", "cpu", torch.float32)
+    check_finite("triton", "cpu", torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_sinkhorn_gpu(n, poisoned):
+    check_sinkhorn("triton", "cuda", n, COUNTS, (1, 3, 20), (1, 3, 8))
+    check_sinkhorn("triton", "cuda", n, (1000,), (20,), (1,), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_gpu(name, dtype, poisoned):
+    check_activation("triton", "cuda", name, (*COUNTS, 100_001), dtype)
+    if dtype != torch.float16: # which has no place for bf16's largest
+        check_finite("triton", "cuda", dtype)
+
+
+@pytest.mark.gpu
+def test_gpu_sums_are_the_same_every_time():
+    x, g, eps = torch.randn(1_000_001, device="cuda"), torch.randn(1_000_001, device="cuda"), torch.tensor(0.3, device="cuda")
+    runs = [gradients(lambda x, eps: activate(x, "crrelu", eps), [x, eps], torch.float32, g)[2] for _ in range(5)]
+    assert all(torch.equal(runs[0], r) for r in runs)
