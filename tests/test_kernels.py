@@ -303,6 +303,28 @@ def test_triton_interpreted():
     assert run.returncode == 0 and "7 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
+@pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
+def test_triton_compiles(monkeypatch, tmp_path):
+    """To a binary for an H100, which takes no GPU: the interpreter runs what the compiler refuses, such as a name of two shapes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def binary(kernel, *args): # "*fp32" and "i32" are types, all else constants
+        types = {k: v if v in ("*fp32", "*bf16", "i32") else "constexpr" for k, v in zip(kernel.arg_names, args, strict=True)}
+        constants = {(i,): v for i, v in enumerate(args) if types[kernel.arg_names[i]] == "constexpr"}
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+        return kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+    for n in (2, 4, 8):
+        assert binary(kernels.sinkhorn_forward_kernel, *["*bf16"] * 2, *["i32"] * 2, 1e-6, n, 1024 // n**2)
+        assert binary(kernels.sinkhorn_backward_kernel, *["*fp32"] * 4, *["i32"] * 2, 1e-6, n, 1024 // n**2)
+    for name, (up, x) in itertools.product(NAMES, ((None, "*fp32"), ("*bf16", "*bf16"))):
+        eps = "*fp32" if name == "crrelu" else None
+        assert binary(kernels.activation_forward_kernel, x, up, eps, x, "i32", name, 1024)
+        assert binary(kernels.activation_backward_kernel, x, up, eps, x, x, up, eps, "i32", name, 1024)
+
+
 @interpreted
 def test_sinkhorn_by_interpreter(poisoned):
     use_kernel("triton")
