@@ -649,3 +649,244 @@ class Activation(torch.autograd.Function):
         launches[operation(ctx.name, up) + " backward", ctx.path] += 1
         g_x, g_up, sums = ACTIVATION[ctx.path][1](x, up, eps, ctx.name, g.contiguous())
         return g_x, g_up, None if sums is None else sums.double().sum().to(eps.dtype), None, None
+
+
+# --- residual streams: reading a sublayer's input from N of them, and writing its output back ---
+
+
+def read_streams(x, pre):
+    """u = sum_i pre_i x_i. x (..., N, C), pre (..., N) -> (..., C). Zhu et al. 2024, arXiv:2409.19606; mHC, arXiv:2512.24880."""
+    path = streams_path(x, pre)
+    if path == "torch":
+        launches["read_streams", path] += 1
+        return read_streams_reference(x, pre)
+    return ReadStreams.apply(x, pre, path)
+
+
+def read_streams_reference(x, pre):
+    return (pre.type_as(x).unsqueeze(-2) @ x).squeeze(-2)
+
+
+def write_streams(x, y, post, res):
+    """x'_o = sum_i res_oi x_i + post_o y. x (..., N, C), y (..., C), post (..., N), res (..., N, N) [out, in] -> (..., N, C)."""
+    path = streams_path(x, y, post, res)
+    if path == "torch":
+        launches["write_streams", path] += 1
+        return write_streams_reference(x, y, post, res)
+    return WriteStreams.apply(x, y, post, res, path)
+
+
+def write_streams_reference(x, y, post, res):
+    return res.type_as(x) @ x + post.type_as(x).unsqueeze(-1) * y.unsqueeze(-2)
+
+
+def streams_path(x, *others):
+    """The tensors after x may lie in memory as they like, they are small or fresh; all have to be of one kind."""
+    if x.size(-2) not in (2, 4, 8) or not x.numel() or (KERNEL == "auto" and torch.compiler.is_compiling()):
+        return "torch"
+    path = path_for(x)
+    return path if path != "c" or all(t.dtype == torch.float32 for t in others) else "torch"
+
+
+# One token at a time: its N C numbers stay in the first cache while each is used N times. The dot products of the backward
+# are taken one after the other over those; that is N^2 walks through the first cache instead of one through memory each.
+STREAMS_SOURCE = """
+    #include <stdint.h>
+    #define EACH_TOKEN _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t t = 0; t < tokens; t++)
+    #define EACH_CHANNEL _Pragma("omp simd") for (int64_t c = 0; c < C; c++)
+
+    static inline float dot(int64_t C, const float *restrict a, const float *restrict b) {
+        float sum = 0;
+        _Pragma("omp simd reduction(+ : sum)")
+        for (int64_t c = 0; c < C; c++) sum += a[c] * b[c];
+        return sum;
+    }
+
+    void read_forward(int threads, int64_t tokens, int64_t C, const float *X, const float *pre, float *u) {
+        EACH_TOKEN {
+            const float *x = X + t * N * C, *p = pre + t * N;
+            float *restrict out = u + t * C;
+            EACH_CHANNEL {
+                float sum = 0;
+                _Pragma("GCC unroll 8")
+                for (int i = 0; i < N; i++) sum += p[i] * x[i * C + c];
+                out[c] = sum;
+            }
+        }
+    }
+
+    void read_backward(int threads, int64_t tokens, int64_t C, const float *X, const float *pre, const float *G, float *g_x, float *g_pre) {
+        EACH_TOKEN {
+            const float *x = X + t * N * C, *g = G + t * C;
+            for (int i = 0; i < N; i++) {
+                float p = pre[t * N + i], *restrict to = g_x + (t * N + i) * C;
+                EACH_CHANNEL to[c] = p * g[c];
+                g_pre[t * N + i] = dot(C, g, x + i * C);
+            }
+        }
+    }
+
+    void write_forward(int threads, int64_t tokens, int64_t C, const float *X, const float *Y, const float *post, const float *res,
+                       float *out) {
+        EACH_TOKEN {
+            const float *x = X + t * N * C, *y = Y + t * C;
+            for (int o = 0; o < N; o++) {
+                const float *r = res + (t * N + o) * N;
+                float p = post[t * N + o], *restrict to = out + (t * N + o) * C;
+                EACH_CHANNEL {
+                    float sum = p * y[c];
+                    _Pragma("GCC unroll 8")
+                    for (int i = 0; i < N; i++) sum += r[i] * x[i * C + c];
+                    to[c] = sum;
+                }
+            }
+        }
+    }
+
+    void write_backward(int threads, int64_t tokens, int64_t C, const float *X, const float *Y, const float *post, const float *res,
+                        const float *G, float *g_x, float *g_y, float *g_post, float *g_res) {
+        EACH_TOKEN {
+            const float *x = X + t * N * C, *y = Y + t * C, *g = G + t * N * C, *r = res + t * N * N, *p = post + t * N;
+            float *restrict to_y = g_y + t * C;
+            for (int i = 0; i < N; i++) {
+                float *restrict to = g_x + (t * N + i) * C;
+                EACH_CHANNEL {
+                    float sum = 0;
+                    _Pragma("GCC unroll 8")
+                    for (int o = 0; o < N; o++) sum += r[o * N + i] * g[o * C + c];
+                    to[c] = sum;
+                }
+            }
+            EACH_CHANNEL {
+                float sum = 0;
+                _Pragma("GCC unroll 8")
+                for (int o = 0; o < N; o++) sum += p[o] * g[o * C + c];
+                to_y[c] = sum;
+            }
+            for (int o = 0; o < N; o++) {
+                g_post[t * N + o] = dot(C, g + o * C, y);
+                for (int i = 0; i < N; i++) g_res[(t * N + o) * N + i] = dot(C, g + o * C, x + i * C);
+            }
+        }
+    }
+"""
+
+
+def streams_c(function, x, *tensors):
+    N, C = x.shape[-2:]
+    call = getattr(needed(f"#define N {N}\n" + STREAMS_SOURCE), function)
+    call(threads(), ctypes.c_int64(x.numel() // (N * C)), ctypes.c_int64(C), *map(address, (x, *tensors)))
+
+
+if triton is not None:
+    # A program per token, which walks through the channels in blocks; the sums over them stay in registers.
+    @triton.jit
+    def read_forward_kernel(p_x, p_pre, p_u, C, N: tl.constexpr, BLOCK: tl.constexpr):
+        t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+        pre = tl.load(p_pre + t * N + i_n).to(tl.float32)
+        for start in range(0, C, BLOCK):
+            i_c = start + tl.arange(0, BLOCK)
+            x = tl.load(p_x + t * N * C + i_n[:, None] * C + i_c[None, :], mask=(i_n >= 0)[:, None] & (i_c < C)[None, :], other=0.0)
+            u = tl.sum(pre[:, None] * x.to(tl.float32), axis=0)
+            tl.store(p_u + t * C + i_c, u.to(p_u.dtype.element_ty), mask=i_c < C)
+
+    @triton.jit
+    def read_backward_kernel(p_x, p_pre, p_g, p_gx, p_gpre, C, N: tl.constexpr, BLOCK: tl.constexpr):
+        t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+        pre = tl.load(p_pre + t * N + i_n).to(tl.float32)
+        g_pre = tl.zeros((N,), tl.float32)
+        for start in range(0, C, BLOCK):
+            i_c = start + tl.arange(0, BLOCK)
+            at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
+            x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(p_g + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
+            g_pre += tl.sum(x * g[None, :], axis=1)
+            tl.store(p_gx + at, (pre[:, None] * g[None, :]).to(p_gx.dtype.element_ty), mask=inside)
+        tl.store(p_gpre + t * N + i_n, g_pre.to(p_gpre.dtype.element_ty))
+
+    @triton.jit
+    def write_forward_kernel(p_x, p_y, p_post, p_res, p_out, C, N: tl.constexpr, BLOCK: tl.constexpr):
+        t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+        post = tl.load(p_post + t * N + i_n).to(tl.float32)
+        for start in range(0, C, BLOCK):
+            i_c = start + tl.arange(0, BLOCK)
+            y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
+            out = post[:, None] * y[None, :]
+            for i in range(N): # column i of res times stream i
+                column = tl.load(p_res + t * N * N + i_n * N + i).to(tl.float32)
+                x = tl.load(p_x + t * N * C + i * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
+                out += column[:, None] * x[None, :]
+            at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
+            tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def write_backward_kernel(p_x, p_y, p_post, p_res, p_g, p_gx, p_gy, p_gpost, p_gres, C, N: tl.constexpr, BLOCK: tl.constexpr):
+        t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+        post = tl.load(p_post + t * N + i_n).to(tl.float32)
+        res = tl.load(p_res + t * N * N + i_n[:, None] * N + i_n[None, :]).to(tl.float32) # [out, in]
+        g_post, g_res = tl.zeros((N,), tl.float32), tl.zeros((N, N), tl.float32)
+        for start in range(0, C, BLOCK):
+            i_c = start + tl.arange(0, BLOCK)
+            at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
+            g = tl.load(p_g + at, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
+            g_post += tl.sum(g * y[None, :], axis=1)
+            g_res += tl.sum(g[:, None, :] * x[None, :, :], axis=2)
+            g_x = tl.sum(res[:, :, None] * g[:, None, :], axis=0)
+            tl.store(p_gx + at, g_x.to(p_gx.dtype.element_ty), mask=inside)
+            tl.store(p_gy + t * C + i_c, tl.sum(post[:, None] * g, axis=0).to(p_gy.dtype.element_ty), mask=i_c < C)
+        tl.store(p_gpost + t * N + i_n, g_post.to(p_gpost.dtype.element_ty))
+        tl.store(p_gres + t * N * N + i_n[:, None] * N + i_n[None, :], g_res.to(p_gres.dtype.element_ty))
+
+    STREAMS_KERNELS = {"read_forward": read_forward_kernel, "read_backward": read_backward_kernel,
+                       "write_forward": write_forward_kernel, "write_backward": write_backward_kernel}
+
+
+def streams_triton(function, x, *tensors):
+    N, C = x.shape[-2:]
+    with torch.cuda.device_of(x):
+        STREAMS_KERNELS[function][(x.numel() // (N * C),)](x, *tensors, C, N, min(512, triton.next_power_of_2(C)))
+
+
+STREAMS = {"c": streams_c, "triton": streams_triton}
+
+
+class ReadStreams(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pre, path):
+        launches["read_streams", path] += 1
+        x, pre, ctx.path = x.contiguous(), pre.contiguous(), path
+        ctx.save_for_backward(x, pre)
+        u = torch.empty((*x.shape[:-2], x.shape[-1]), dtype=x.dtype, device=x.device)
+        STREAMS[path]("read_forward", x, pre, u)
+        return u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        launches["read_streams backward", ctx.path] += 1
+        x, pre = ctx.saved_tensors
+        g_x, g_pre = like(x), like(pre)
+        STREAMS[ctx.path]("read_backward", x, pre, g.contiguous(), g_x, g_pre)
+        return g_x, g_pre, None
+
+
+class WriteStreams(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, post, res, path):
+        launches["write_streams", path] += 1
+        inputs, ctx.path = [t.contiguous() for t in (x, y, post, res)], path
+        ctx.save_for_backward(*inputs)
+        out = like(inputs[0])
+        STREAMS[path]("write_forward", *inputs, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        launches["write_streams backward", ctx.path] += 1
+        inputs = ctx.saved_tensors
+        gradients = [like(t) for t in inputs]
+        STREAMS[ctx.path]("write_backward", *inputs, g.contiguous(), *gradients)
+        return *gradients, None

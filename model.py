@@ -7,6 +7,7 @@ Block puts one choice of each slot together, GPT stacks Blocks. No forward reads
 
 B batch   T new tokens   S tokens attended to (cached + new)   C channels (n_embd)   V vocabulary
 H heads (n_head)   K key/value heads (n_kv_head)   D head width (head_dim)   R latent rank (kv_rank)   P rotary width (rope_dim)
+N residual streams (n_stream)
 
   slot        choice      class                          from
   norm        layernorm   LayerNorm                      Ba et al. 2016, arXiv:1607.06450
@@ -21,8 +22,11 @@ H heads (n_head)   K key/value heads (n_kv_head)   D head width (head_dim)   R l
   activation  gelu, silu, relu2                          1606.08415; 1702.03118; So et al. 2021, arXiv:2109.08668
   glu         False, True MLP, GatedMLP                  Shazeer 2020, arXiv:2002.05202
   residual    plain       Plain                          He et al. 2015
+              hyper       Hyper                          Zhu et al. 2024, arXiv:2409.19606
+              mhc         Manifold                       Xie et al. 2025, arXiv:2512.24880; permutations: arXiv:2601.05732
 """
 import hashlib
+import itertools
 import math
 import os
 import struct
@@ -33,6 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from kernels import read_streams, sinkhorn, write_streams
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +66,10 @@ class GPTConfig:
     activation: str = "relu2" # gelu | silu | relu2
     glu: bool = False # gate the MLP: down(act(gate x) * up x)
     mlp_hidden: int = 0 # MLP width: 0 = 4 C, or with glu 8/3 C rounded up to a multiple of 32 (equal parameters)
-    residual: str = "plain" # plain
+    residual: str = "plain" # plain | hyper | mhc
+    n_stream: int = 0 # residual streams N of hyper and mhc: 0 = 4, as in both papers
+    h_res: str = "sinkhorn" # how mhc makes its mixing matrix doubly stochastic: sinkhorn | permutations (a convex mix of all N!)
+    sinkhorn_iters: int = 20 # of h_res=sinkhorn
     init_std: float = 0.0 # of initial weights: 0 = 1 / sqrt(n_in) in the blocks, a quarter of that outside; GPT-2 has 0.02
     zero_init: bool = False # start the residual projections at 0 (every block is the identity), not init_std / sqrt(2 n_layer)
     dropout: float = 0.0 # after the embedding and after each sublayer; never on attention weights
@@ -101,6 +110,10 @@ class GPTConfig:
         return (self.rope_dim or self.head_width // 2) if self.is_latent else self.head_width
 
     @property
+    def streams(self):
+        return (self.n_stream or 4) if self.residual != "plain" else 1
+
+    @property
     def hidden(self):
         return self.mlp_hidden or (math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.glu else 4 * self.n_embd)
 
@@ -114,7 +127,7 @@ def complaints(c):
     for knob in ("block_size", "vocab_size", "n_layer", "n_embd", "n_head"):
         if getattr(c, knob) < 1:
             yield f"{knob}={getattr(c, knob)} must be at least 1"
-    for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap"):
+    for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream"):
         if getattr(c, knob) < 0:
             yield f"{knob}={getattr(c, knob)} must not be negative; 0 takes the usual value"
     if not 0 <= c.dropout < 1:
@@ -137,12 +150,20 @@ def complaints(c):
         yield f"rope_dim={c.rotary_width} must leave at least 2 of head_dim={c.head_width} unrotated; lower rope_dim"
     if c.is_latent and (c.latent_rank % 2 or c.head_width % 2):
         yield f"kv_rank={c.latent_rank} and head_dim={c.head_width} must be even with attention={c.attention}: rotary pairs lie after them"
+    if c.sinkhorn_iters < 1:
+        yield f"sinkhorn_iters={c.sinkhorn_iters} must be at least 1; 20 is usual"
+    if c.h_res == "permutations" and c.streams > 4:
+        yield f"h_res=permutations has {c.streams}! terms with n_stream={c.streams}; use at most 4, or h_res=sinkhorn"
+    if c.h_res == "permutations" and c.sinkhorn_iters != 20:
+        yield f"sinkhorn_iters={c.sinkhorn_iters} needs h_res=sinkhorn; drop it or change that"
     # a knob whose owner is off would be ignored, which poisons comparisons
     usual = {f.name: f.default for f in fields(c)}
     for owned, owner, knobs in (
         (c.is_latent, "attention=mla or diff_mla", ("kv_rank", "q_rank", "rope_dim")),
         (c.is_diff, "attention=diff or diff_mla", ("diff_form",)),
         (c.position == "rope", "position=rope", ("rope_base", "rope_dim")),
+        (c.residual != "plain", "residual=hyper or mhc", ("n_stream",)),
+        (c.residual == "mhc", "residual=mhc", ("h_res", "sinkhorn_iters")),
     ):
         for knob in knobs:
             if getattr(c, knob) != usual[knob] and not owned:
@@ -579,6 +600,9 @@ GLU = {False: MLP, True: GatedMLP}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # residual: what carries h from sublayer to sublayer. read gives a sublayer its input and `mix`, whatever write will need.
+# Plain carries h (B, T, C); the others N streams (B, T, N, C), mixed anew around each sublayer. They start as the plain
+# network: all streams are equal, each sublayer reads mostly one of them and writes to all. Which one it reads goes round
+# with the layers: were all read alike, their gradients would be equal and the streams would stay copies for ever.
 
 
 class Plain(nn.Module):
@@ -588,7 +612,7 @@ class Plain(nn.Module):
         super().__init__()
 
     @staticmethod
-    def expand(h): # before the first block: (B, T, C) -> the stream(s)
+    def expand(h, N): # before the first block: (B, T, C) -> the stream(s)
         return h
 
     @staticmethod
@@ -602,10 +626,104 @@ class Plain(nn.Module):
         return h + y
 
 
-RESIDUAL = {"plain": Plain}
+class Streams(nn.Module):
+    """
+    X (B, T, N, C) -> X' = H_res X + H_post y, where the sublayer read sum_i H_pre[i] X_i. A class below makes the three
+    coefficients of each token from X, in fp32: pre (B, T, N), post (B, T, N), res (B, T, N, N), indexed [out, in].
+    """
+
+    role = "vector"
+
+    @staticmethod
+    def expand(h, N):
+        return h.unsqueeze(2).expand(-1, -1, N, -1).contiguous() # (B, T, N, C)
+
+    @staticmethod
+    def reduce(h):
+        return h.mean(2) # the papers sum; the norm that follows does not see the difference
+
+    def read(self, h):
+        with torch.autocast(h.device.type, enabled=False):
+            pre, post, res = self.coefficients(widen(h))
+            return read_streams(h, pre), (post, res)
+
+    def write(self, h, y, mix):
+        with torch.autocast(h.device.type, enabled=False): # a product of matrices, which autocast would round to half precision
+            return write_streams(h, y, *mix)
+
+
+class Hyper(Streams):
+    """Hyper-connections: static coefficients, and for each stream a part tanh(norm(X) W) s of the token's own. Section 2.2."""
+
+    def __init__(self, c, sublayer):
+        super().__init__()
+        N = c.streams
+        self.norm = NORM[c.norm](c.n_embd)
+        self.dynamic = Linear(c.n_embd, N + 2, False, std=0.0, role="gate") # of each stream: to pre, to post, to the N outputs
+        self.pre, self.post, self.res = nn.Parameter(torch.eye(N)[sublayer % N]), nn.Parameter(torch.ones(N)), nn.Parameter(torch.eye(N))
+        self.scale = nn.Parameter(torch.full((3,), 0.01))
+
+    def coefficients(self, h):
+        pre, post, res = self.dynamic(self.norm(h)).tanh().split([1, 1, h.size(2)], dim=-1) # (B, T, N, 1 | 1 | N)
+        s = self.scale
+        return self.pre + s[0] * pre.squeeze(-1), self.post + s[1] * post.squeeze(-1), self.res + s[2] * res.mT # [out, in]
+
+
+class Manifold(Streams):
+    """
+    Manifold-constrained hyper-connections, section 4: H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic, each of
+    alpha * (norm(flat X) Phi) + b. alpha scales the token's own part alone. H_res neither grows nor shrinks what it mixes,
+    through any number of layers.
+    """
+
+    def __init__(self, c, sublayer):
+        super().__init__()
+        N = c.streams
+        self.mixing = H_RES[c.h_res](c)
+        self.widths = [N, N, len(self.mixing.start)]
+        self.phi = Linear(N * c.n_embd, sum(self.widths), False, std=0.0, role="gate")
+        self.alpha = nn.Parameter(torch.full((3,), 0.01))
+        read = torch.full((N,), 0.3 / max(1, N - 1)).index_fill(0, torch.tensor(sublayer % N), 0.7) # of equal streams: all of one
+        self.b = nn.Parameter(torch.cat([read.logit(), torch.zeros(N), self.mixing.start]))
+
+    def coefficients(self, h):
+        h = h.flatten(2) # (B, T, N C)
+        square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.size(-1)
+        z = self.phi(h) * torch.rsqrt(square + 1e-6) # the norm after the product: it is one number per token
+        pre, post, res = (a * x + b for a, x, b in zip(self.alpha, z.split(self.widths, dim=-1), self.b.split(self.widths)))
+        return pre.sigmoid(), 2 * post.sigmoid(), self.mixing(res)
+
+
+class BySinkhorn(nn.Module):
+    """Logits (..., N N) -> doubly stochastic (..., N, N), rows exactly, columns as far as the iterations get. Starts near I."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.N, self.iters, self.start = c.streams, c.sinkhorn_iters, 3.0 * torch.eye(c.streams).flatten()
+
+    def forward(self, z):
+        return sinkhorn(z.unflatten(-1, (self.N, self.N)), self.iters)
+
+
+class ByPermutations(nn.Module):
+    """Without iterations and exact: the mean of all N! permutation matrices under softmax weights. (..., N!) -> (..., N, N)."""
+
+    def __init__(self, c):
+        super().__init__()
+        orders = torch.tensor(list(itertools.permutations(range(c.streams)))) # (N!, N); the first is the identity
+        self.register_buffer("matrices", torch.eye(c.streams)[orders], persistent=False)
+        self.start = torch.zeros(len(orders))
+        self.start[0] = 3.0 + math.log(len(orders) / c.streams) # as near to I as the other
+
+    def forward(self, z):
+        return (z.softmax(-1) @ self.matrices.flatten(1).type_as(z)).unflatten(-1, self.matrices.shape[1:])
+
+
+H_RES = {"sinkhorn": BySinkhorn, "permutations": ByPermutations}
+RESIDUAL = {"plain": Plain, "hyper": Hyper, "mhc": Manifold}
 
 SLOTS = {"norm": NORM, "position": POSITION, "attention": ATTENTION, "diff_form": DIFF_FORM,
-         "activation": ACTIVATION, "glu": GLU, "residual": RESIDUAL}
+         "activation": ACTIVATION, "glu": GLU, "residual": RESIDUAL, "h_res": H_RES}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -696,7 +814,7 @@ class GPT(nn.Module):
         self.embed = Embedding(c.vocab_size, c.n_embd, outer_std(c))
         self.position = POSITION[c.position](c)
         self.dropout = nn.Dropout(c.dropout)
-        self.streams = RESIDUAL[c.residual]
+        self.streams, self.n_stream = RESIDUAL[c.residual], c.streams
         self.blocks = nn.ModuleList((CheckpointedBlock if c.gradient_checkpointing else Block)(c, i) for i in range(c.n_layer))
         self.norm = NORM[c.norm](c.n_embd, c.bias)
         self.head = Linear(c.n_embd, c.vocab_size, False, outer_std(c), role="head")
@@ -708,7 +826,7 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         self.check_length(start + idx.size(1), cache)
         h, turn = self.position(self.embed(idx), start)
-        h, pass_ = self.streams.expand(self.dropout(h)), Pass(turn, cache)
+        h, pass_ = self.streams.expand(self.dropout(h), self.n_stream), Pass(turn, cache)
         for block in self.blocks:
             h = block(h, pass_)
         h = self.norm(self.streams.reduce(h)) # (B, T, C)

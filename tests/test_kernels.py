@@ -197,6 +197,37 @@ def test_threads_change_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], more))
 
 
+# --- residual streams ---
+
+
+def check_streams(path, device, N, sizes, dtype=torch.float32):
+    for tokens, C in sizes:
+        x, y, pre, post, res = (torch.randn(s, device=device).to(dtype) for s in (
+            (2, tokens, N, C), (2, tokens, C), (2, tokens, N), (2, tokens, N), (2, tokens, N, N)))
+        for name, inputs, g in (("read_streams", [x, pre], torch.randn_like(y)), ("write_streams", [x, y, post, res], torch.randn_like(x))):
+            reference = getattr(kernels, name + "_reference")
+            torchs, exact = (gradients(reference, inputs, d, g) for d in (dtype, torch.float64))
+            launches.clear()
+            ours = gradients(getattr(kernels, name), inputs, dtype, g)
+            assert launches == {(name, path): 1, (name + " backward", path): 1}
+            for a, b, c in zip(ours, torchs, exact, strict=True): # sums of N and of C terms: torch may have been lucky with few
+                slack = 2 * (b.double() - c).abs().max() + 4 * torch.finfo(dtype).eps * c.abs().max()
+                assert a.shape == b.shape and a.dtype == b.dtype and ((a.double() - c).abs() <= slack).all(), (name, tokens, C)
+
+
+@needs_c
+@pytest.mark.parametrize("N", [2, 4, 8])
+def test_streams_c(N, poisoned):
+    check_streams("c", "cpu", N, ((1, 1), (5, 63), (63, 100), (3, 1000)))
+
+
+def test_streams_references_against_einsum():
+    x, y, pre, post, res = (torch.randn(s, dtype=torch.float64) for s in ((3, 5, 4, 7), (3, 5, 7), (3, 5, 4), (3, 5, 4), (3, 5, 4, 4)))
+    torch.testing.assert_close(kernels.read_streams(x, pre), torch.einsum("btn,btnc->btc", pre, x))
+    torch.testing.assert_close(kernels.write_streams(x, y, post, res),
+                               torch.einsum("btoi,btic->btoc", res, x) + torch.einsum("bto,btc->btoc", post, y))
+
+
 # --- activations: the references ---
 
 
@@ -300,7 +331,7 @@ def test_triton_interpreted():
         pytest.skip("inside, or no triton")
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__], cwd=ROOT, capture_output=True, text=True,
                          env=dict(os.environ, TRITON_INTERPRET="1"))
-    assert run.returncode == 0 and "7 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and "10 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
@@ -319,6 +350,8 @@ def test_triton_compiles(monkeypatch, tmp_path):
     for n in (2, 4, 8):
         assert binary(kernels.sinkhorn_forward_kernel, *["*bf16"] * 2, *["i32"] * 2, 1e-6, n, 1024 // n**2)
         assert binary(kernels.sinkhorn_backward_kernel, *["*fp32"] * 4, *["i32"] * 2, 1e-6, n, 1024 // n**2)
+        for name, many in (("read_forward", 3), ("read_backward", 5), ("write_forward", 5), ("write_backward", 9)):
+            assert binary(kernels.STREAMS_KERNELS[name], *["*bf16"] * many, "i32", n, 512)
     for name, (up, x) in itertools.product(NAMES, ((None, "*fp32"), ("*bf16", "*bf16"))):
         eps = "*fp32" if name == "crrelu" else None
         assert binary(kernels.activation_forward_kernel, x, up, eps, x, "i32", name, 1024)
@@ -349,6 +382,21 @@ def test_finite_everywhere_by_interpreter():
     use_kernel("triton")
     check_finite("triton", "cpu", torch.float32)
     check_finite("triton", "cpu", torch.bfloat16)
+
+
+@interpreted
+@pytest.mark.parametrize("N", [2, 4, 8])
+def test_streams_by_interpreter(N, poisoned):
+    use_kernel("triton")
+    check_streams("triton", "cpu", N, ((1, 1), (5, 63), (3, 1000)))
+    check_streams("triton", "cpu", N, ((5, 63),), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_streams_gpu(N, dtype, poisoned):
+    check_streams("triton", "cuda", N, ((1, 1), (5, 63), (63, 100), (3, 1000)), dtype)
 
 
 @pytest.mark.gpu

@@ -25,6 +25,10 @@ CHOICES = {
     "qk_norm": (False, True),
     "activation": ("gelu", "silu", "relu2"),
     "glu": (False, True),
+    "residual": ("plain", "hyper", "mhc"),
+    "n_stream": (0, 2),
+    "h_res": ("sinkhorn", "permutations"),
+    "sinkhorn_iters": (20, 3),
     "zero_init": (False, True),
     "dropout": (0.0, 0.1),
     "bias": (False, True),
@@ -204,7 +208,8 @@ def test_start(row):
     for name, p in first.items():
         assert declared[p].role == "vector" or (p == 0).all() or not torch.equal(p, second[name]), name
     opt = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95))
-    for _ in range(2):
+    # with zero_init nothing is written to the streams at first: they come apart, and alpha hears of it, a step later
+    for _ in range(3 if row["zero_init"] and row["residual"] != "plain" else 2):
         opt.zero_grad()
         model(idx, targets)[1]["ce"].backward()
         opt.step()
@@ -333,13 +338,14 @@ def test_gradient_checkpointing_changes_memory_not_numbers():
 OTHER = dict(block_size=8, vocab_size=31, n_layer=3, n_embd=64, norm="layernorm", position="none", rope_base=100.0, attention="mla",
              n_head=2, n_kv_head=1, head_dim=4, qk_norm=True, kv_rank=4, q_rank=4, rope_dim=2, diff_form="v1", activation="silu",
              glu=True, mlp_hidden=8, init_std=0.1, zero_init=True, dropout=0.5, bias=True, tie_embeddings=False,
-             logit_softcap=1.0, gradient_checkpointing=True)
+             logit_softcap=1.0, gradient_checkpointing=True, residual="mhc", n_stream=2, h_res="permutations", sinkhorn_iters=3)
 
 
-@pytest.mark.parametrize("knob", [f.name for f in fields(GPTConfig) if f.name != "residual"])
+@pytest.mark.parametrize("knob", [f.name for f in fields(GPTConfig)])
 def test_every_knob_has_an_effect(knob):
     owner = {"kv_rank": "mla", "q_rank": "mla", "rope_dim": "mla", "diff_form": "diff"}.get(knob, "mha")
-    base = GPTConfig(**SMALL, attention=owner, tie_embeddings=knob != "zero_init")
+    residual = "mhc" if knob in ("n_stream", "h_res", "sinkhorn_iters") else "plain"
+    base = GPTConfig(**SMALL, attention=owner, residual=residual, tie_embeddings=knob != "zero_init")
     changed = replace(base, **{knob: OTHER[knob]})
 
     def fingerprint(config):
@@ -348,6 +354,8 @@ def test_every_knob_has_an_effect(knob):
         for name, p in model.named_parameters():
             if name.endswith("bias"): # they start at 0
                 p.data.fill_(0.1)
+            if "residual" in name: # streams start equal: how they are mixed makes no difference yet
+                p.data.normal_()
         idx = torch.arange(8).view(1, 8)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -365,7 +373,15 @@ REFUSED = [
     (dict(norm="batchnorm"), "choose one of: layernorm, rmsnorm"),
     (dict(position="alibi"), "choose one of: learned, rope, none"),
     (dict(activation="swish"), "choose one of: gelu, silu, relu2"),
-    (dict(residual="hyper"), "choose one of: plain"),
+    (dict(residual="dense"), "choose one of: plain, hyper, mhc"),
+    (dict(residual="mhc", h_res="softmax"), "choose one of: sinkhorn, permutations"),
+    (dict(residual="mhc", sinkhorn_iters=0), "sinkhorn_iters=0 must be at least 1"),
+    (dict(residual="mhc", h_res="permutations", n_stream=5), "use at most 4"),
+    (dict(residual="mhc", h_res="permutations", sinkhorn_iters=3), "sinkhorn_iters=3 needs h_res=sinkhorn"),
+    (dict(n_stream=2), "n_stream=2 needs residual=hyper or mhc"),
+    (dict(residual="hyper", h_res="permutations"), "h_res=permutations needs residual=mhc"),
+    (dict(residual="hyper", sinkhorn_iters=3), "sinkhorn_iters=3 needs residual=mhc"),
+    (dict(residual="mhc", n_stream=-1), "n_stream=-1 must not be negative"),
     (dict(attention="diff", diff_form="v3"), "choose one of: v1, v2"),
     (dict(vocab_size=0), "vocab_size=0 must be at least 1"),
     (dict(block_size=0), "block_size=0 must be at least 1"),
