@@ -9,6 +9,9 @@ Every speed and size that the README reports, as named suites.
   kv_cache   bytes of the cache per token, as the tensors report them
   optimizers bytes of parameters, gradients and states as their storages report them, peak memory of a process that trains, time of
              the update against torch's fused AdamW, loss after equal steps; --large times the update at 97.5M parameters too
+  sinkhorn   32,768 matrices of 4 x 4, 20 iterations, forward and backward: kernel, PyTorch's loop, torch.compile of it
+  activations  forward and backward of each name, plain and gated: kernel, eager PyTorch, torch.compile; GB/s beside those of a copy
+  residual   forward and backward of plain, hyper and mhc at width 384, 6 layers, and the memory that the graph keeps
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
 Without a name, all but the last. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
@@ -30,6 +33,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+import kernels
 from configurator import UserError, configure, git_commit, user_errors
 from model import GPT, GPTConfig, Linear, choose_device
 from optim import build_optimizer
@@ -318,6 +322,72 @@ def set_device(name):
     device = name
 
 
+def upstream(f, *inputs):
+    """A function that runs f forward and backward with a gradient drawn once; without it, in torch.compile, sums would be fused away."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    g = torch.randn_like(f(*inputs))
+    return lambda: torch.autograd.grad(f(*inputs), inputs, g)
+
+
+def three(eager, kernel, *inputs):
+    """Eager PyTorch, torch.compile of it and the kernel, each with forward and backward, in turn."""
+    return in_turn({"eager": upstream(eager, *inputs), "torch.compile": upstream(torch.compile(eager), *inputs),
+                    kernels.path_for(inputs[0]): upstream(kernel, *inputs)})
+
+
+def sinkhorn():
+    print("sinkhorn: 32,768 matrices of 4 x 4, 20 iterations, forward and backward, fp32")
+    logits = torch.randn(32768, 4, 4, device=device)
+    return [row(f"sinkhorn, {name}", 1e3 * median, "ms", "eager", ratio, low, high)
+            for name, (median, ratio, low, high) in three(kernels.sinkhorn_reference, kernels.sinkhorn, logits).items()]
+
+
+def activations():
+    """Bytes: what has to be read and written once, 5 tensors forward and backward of a plain one (x, y; x, g, g_x), 8 of a gated one."""
+    n = 2048 * 1536
+    x, eps, results = torch.randn(2048, 1536, device=device), torch.tensor(0.01, device=device), []
+    y = torch.empty_like(x)
+    speed = 8 * n / in_turn({"copy": lambda: y.copy_(x)})["copy"][0] / 1e9
+    print(f"activations: {n:,} numbers, forward and backward, fp32; a copy of as many moves {speed:.0f} GB/s")
+    for name in kernels.ACTIVATIONS:
+        more = [eps] * (name == "crrelu")
+        for gating in (False, True):
+            reference = (lambda x, *e: kernels.activation_reference(*x.chunk(2, dim=-1), name, *e or [None])) if gating else (
+                lambda x, *e: kernels.activation_reference(x, None, name, *e or [None]))
+            kernel = (lambda x, *e: kernels.gated_pair(x, name, *e)) if gating else (lambda x, *e: kernels.activate(x, name, *e))
+            data = torch.cat([x, x.flip(0)], dim=-1) if gating else x
+            for path, (median, ratio, low, high) in three(reference, kernel, data, *more).items():
+                label = f"{'gated ' * gating}{name}, {path}, {4 * n * (8 if gating else 5) / median / 1e9:.0f} GB/s"
+                results.append(row(label, 1e3 * median, "ms", "eager", ratio, low, high))
+    return results
+
+
+def residual():
+    print(f"residual: 6 layers of 384, 4 streams, batch {batch_size // 2} x 256, forward and backward, fp32, eager")
+    idx, arms, kept = torch.randint(65, (max(1, batch_size // 2), 256), device=device), {}, {}
+    for name, choice in {"plain": {}, "hyper": {"residual": "hyper"}, "mhc": {"residual": "mhc"},
+                         "mhc, permutations": {"residual": "mhc", "h_res": "permutations"}}.items():
+        model, seen = build(**CHAR, **choice), {}
+
+        def note(t, seen=seen):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            graph = model(idx, idx)[1]["ce"] # alive until measured, or storages would be counted at one address
+        kept[name] = sum(seen.values()) - sum(p.nbytes for p in model.parameters())
+        del graph
+
+        def step(model=model):
+            model.zero_grad()
+            model(idx, idx)[1]["ce"].backward()
+
+        arms[name] = step
+    results = [row(f"{name} step", 1e3 * median, "ms", "plain", ratio, low, high)
+               for name, (median, ratio, low, high) in in_turn(arms).items()]
+    return results + [row(f"{name} kept for backward", size / 1e6, "MB", "plain", size / kept["plain"]) for name, size in kept.items()]
+
+
 def kv_cache():
     print("kv_cache: 6 layers, 6 heads of 64, latent 96 with a rotary key of 32, fp32")
     results = []
@@ -329,7 +399,8 @@ def kv_cache():
     return results
 
 
-SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "nanogpt": against_nanogpt}
+SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn,
+          "activations": activations, "residual": residual, "nanogpt": against_nanogpt}
 
 
 def keep(file, name, description, commit, results):

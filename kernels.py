@@ -38,9 +38,9 @@ def use_kernel(name):
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"kernel={name!r} is none of auto, triton, torch")
     if name == "triton" and triton is None:
-        raise RuntimeError("kernel=triton, but triton is not installed; install it or use kernel=auto")
+        raise ValueError("kernel=triton, but triton is not installed; install it or use kernel=auto")
     if name == "triton" and not (torch.cuda.is_available() or INTERPRETED):
-        raise RuntimeError("kernel=triton needs a CUDA GPU (or TRITON_INTERPRET=1 from the start, slow); use kernel=auto")
+        raise ValueError("kernel=triton needs a CUDA GPU (or TRITON_INTERPRET=1 from the start, slow); use kernel=auto")
     KERNEL = name
 
 
@@ -428,6 +428,16 @@ def gated(gate, up, name, eps=None):
     return activation(gate, up, name, eps)
 
 
+def gated_pair(x, name, eps=None):
+    """The same for gate and up side by side, as one matrix makes them: (..., 2 F) -> (..., F), and one gradient (..., 2 F)."""
+    if x.size(-1) % 2:
+        raise ValueError(f"gate and up are the halves of the last axis, which is {x.size(-1)} wide")
+    return activation(x, PAIR, name, eps)
+
+
+PAIR = object() # in place of up: x holds both
+
+
 def activation(x, up, name, eps):
     if name not in ACTIVATIONS:
         raise ValueError(f"activation={name!r} is none of {', '.join(ACTIVATIONS)}")
@@ -438,16 +448,16 @@ def activation(x, up, name, eps):
     if not x.numel() or (KERNEL == "auto" and torch.compiler.is_compiling()): # the compiler fuses formulas with what is around them
         paths = {"torch"}
     else:
-        paths = {path_for(t) for t in (x, up) if t is not None}
+        paths = {path_for(t) for t in (x, up) if torch.is_tensor(t)}
     path = paths.pop() if len(paths) == 1 else "torch"
     if path == "torch":
-        launches[operation(name, up), "torch"] += 1
-        return activation_reference(x, up, name, eps)
-    return Activation.apply(x, up, eps, name, path)
+        launches[operation(name, up is not None), "torch"] += 1
+        return activation_reference(*(x.chunk(2, dim=-1) if up is PAIR else (x, up)), name, eps)
+    return Activation.apply(x, None if up is PAIR else up, eps, name, path, up is PAIR)
 
 
-def operation(name, up):
-    return name if up is None else "gated " + name
+def operation(name, gating):
+    return "gated " + name if gating else name
 
 
 def telu_reference(x, eps):
@@ -510,30 +520,34 @@ ACTIVATION_SOURCES = {
 
 ACTIVATION_LOOPS = """
     #define CHUNK 1024 /* elements; sums within are fp32, the chunks' are added in their order: threads change no bit */
-    #define EACH_CHUNK(...) \\
-        _Pragma("omp parallel for num_threads(threads) schedule(static) if (n > 32 * CHUNK)") \\
-        for (int64_t start = 0; start < n; start += CHUNK) { \\
-            int64_t end = start + CHUNK < n ? start + CHUNK : n; \\
+    /* rows of `width` results; x, up and their gradients have a row every `step` numbers, so that both may lie in one tensor */
+    #define EACH_CHUNK(...) { \\
+        int64_t each = (width + CHUNK - 1) / CHUNK; \\
+        _Pragma("omp parallel for num_threads(threads) schedule(static) if (rows * width > 32 * CHUNK)") \\
+        for (int64_t c = 0; c < rows * each; c++) { \\
+            int64_t row = c / each, start = c % each * CHUNK, end = start + CHUNK < width ? start + CHUNK : width; \\
+            int64_t a = row * step, b = row * width; \\
             float sum = 0; \\
             _Pragma("omp simd reduction(+ : sum)") \\
             for (int64_t j = start; j < end; j++) { \\
                 float v, slope, bump = 0; \\
-                act(x[j], eps, &v, &slope, &bump); \\
+                act(x[a + j], eps, &v, &slope, &bump); \\
                 __VA_ARGS__ \\
             } \\
-            if (sums) sums[start / CHUNK] = sum; \\
-        }
-
-    void forward(int threads, int64_t n, float eps, const float *x, const float *up, float *y) {
-        float *sums = 0;
-        if (up) EACH_CHUNK(y[j] = v * up[j];)
-        else EACH_CHUNK(y[j] = v;)
+            if (sums) sums[c] = sum; \\
+        } \\
     }
 
-    void backward(int threads, int64_t n, float eps, const float *x, const float *up, const float *g, float *g_x, float *g_up,
-                  float *sums) {
-        if (up) EACH_CHUNK(float g_v = g[j] * up[j]; g_x[j] = g_v * slope; g_up[j] = g[j] * v; sum += g_v * bump;)
-        else EACH_CHUNK(g_x[j] = g[j] * slope; sum += g[j] * bump;)
+    void forward(int threads, int64_t rows, int64_t width, int64_t step, float eps, const float *x, const float *up, float *y) {
+        float *sums = 0;
+        if (up) EACH_CHUNK(y[b + j] = v * up[a + j];)
+        else EACH_CHUNK(y[b + j] = v;)
+    }
+
+    void backward(int threads, int64_t rows, int64_t width, int64_t step, float eps, const float *x, const float *up, const float *g,
+                  float *g_x, float *g_up, float *sums) {
+        if (up) EACH_CHUNK(float g_v = g[b + j] * up[a + j]; g_x[a + j] = g_v * slope; g_up[a + j] = g[b + j] * v; sum += g_v * bump;)
+        else EACH_CHUNK(g_x[a + j] = g[b + j] * slope; sum += g[b + j] * bump;)
     }
 """
 
@@ -543,19 +557,30 @@ def activation_library(name):
     return needed(C_MATH + act + ACTIVATION_LOOPS)
 
 
-def activation_forward_c(x, up, eps, name):
-    y, number = like(x), ctypes.c_float(0 if eps is None else eps.item())
-    activation_library(name).forward(threads(), ctypes.c_int64(x.numel()), number, address(x), address(up), address(y))
-    return y
+def rows_of(x, paired):
+    """(rows, width, step): of a pair the rows are those of the tensor, else all of it is one."""
+    return (x.numel() // x.size(-1), x.size(-1) // 2, x.size(-1)) if paired else (1, x.numel(), x.numel())
 
 
-def activation_backward_c(x, up, eps, name, g):
-    g_x, g_up = like(x), None if up is None else like(up)
-    number = ctypes.c_float(0 if eps is None else eps.item())
-    sums = None if eps is None else torch.empty(-(-x.numel() // 1024), dtype=torch.float32, device="cpu")
+def activation_forward_c(x, up, y, eps, name, paired):
+    shape, number = map(ctypes.c_int64, rows_of(x, paired)), ctypes.c_float(0 if eps is None else eps.item())
+    up = second_half(x) if paired else address(up)
+    activation_library(name).forward(threads(), *shape, number, address(x), up, address(y))
+
+
+def activation_backward_c(x, up, g, g_x, g_up, eps, name, paired):
+    rows, width, step = rows_of(x, paired)
+    up, g_up = (second_half(x), second_half(g_x)) if paired else (address(up), address(g_up))
+    sums = None if eps is None else torch.empty(rows * -(-width // 1024), dtype=torch.float32, device="cpu")
+    shape, number = map(ctypes.c_int64, (rows, width, step)), ctypes.c_float(0 if eps is None else eps.item())
     activation_library(name).backward(
-        threads(), ctypes.c_int64(x.numel()), number, address(x), address(up), address(g), address(g_x), address(g_up), address(sums))
-    return g_x, g_up, sums
+        threads(), *shape, number, address(x), up, address(g), address(g_x), g_up, address(sums))
+    return sums
+
+
+def second_half(x):
+    """Address of the second half of the first row."""
+    return ctypes.c_void_p(x.data_ptr() + x.element_size() * (x.size(-1) // 2))
 
 
 if triton is not None:
@@ -586,48 +611,56 @@ if triton is not None:
             y, slope = tl.where(x < 0, 0.0, x) + eps * bump, tl.where(x > 0, 1.0, 0.0) + eps * (1 - c * c) * e
         return y, slope, bump
 
-    # up and eps may be None, which Triton compiles as a constant: their branches are then not there
+    # up and eps may be None, which Triton compiles as a constant: their branches are then not there. F > 0: gate and up are the
+    # halves, F wide, of the rows of x; element i of the result has its gate at j and its up at j + F.
     @triton.jit
-    def activation_forward_kernel(p_x, p_up, p_eps, p_y, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+    def activation_forward_kernel(p_x, p_up, p_eps, p_y, n, F: tl.constexpr, NAME: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        j = i + i // F * F if F > 0 else i
         inside, eps = i < n, 0.0
         if p_eps is not None:
             eps = tl.load(p_eps).to(tl.float32)
-        y, _, _ = act(tl.load(p_x + i, mask=inside, other=0.0).to(tl.float32), eps, NAME)
-        if p_up is not None:
+        y, _, _ = act(tl.load(p_x + j, mask=inside, other=0.0).to(tl.float32), eps, NAME)
+        if F > 0:
+            y = y * tl.load(p_x + F + j, mask=inside, other=0.0).to(tl.float32)
+        elif p_up is not None:
             y = y * tl.load(p_up + i, mask=inside, other=0.0).to(tl.float32)
         tl.store(p_y + i, y.to(p_y.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def activation_backward_kernel(p_x, p_up, p_eps, p_g, p_gx, p_gup, p_sums, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+    def activation_backward_kernel(p_x, p_up, p_eps, p_g, p_gx, p_gup, p_sums, n, F: tl.constexpr, NAME: tl.constexpr,
+                                   BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        j = i + i // F * F if F > 0 else i
         inside, eps = i < n, 0.0
         if p_eps is not None:
             eps = tl.load(p_eps).to(tl.float32)
-        y, slope, bump = act(tl.load(p_x + i, mask=inside, other=0.0).to(tl.float32), eps, NAME)
+        y, slope, bump = act(tl.load(p_x + j, mask=inside, other=0.0).to(tl.float32), eps, NAME)
         g = tl.load(p_g + i, mask=inside, other=0.0).to(tl.float32)
-        if p_up is not None:
+        if F > 0:
+            tl.store(p_gx + F + j, (g * y).to(p_gx.dtype.element_ty), mask=inside)
+            g = g * tl.load(p_x + F + j, mask=inside, other=0.0).to(tl.float32)
+        elif p_up is not None:
             tl.store(p_gup + i, (g * y).to(p_gup.dtype.element_ty), mask=inside)
             g = g * tl.load(p_up + i, mask=inside, other=0.0).to(tl.float32)
-        tl.store(p_gx + i, (g * slope).to(p_gx.dtype.element_ty), mask=inside)
+        tl.store(p_gx + j, (g * slope).to(p_gx.dtype.element_ty), mask=inside)
         if p_eps is not None: # each program its own sum, added up in one order: atomics would differ from run to run
             tl.store(p_sums + tl.program_id(0), tl.sum(g * bump, axis=0))
 
 
-def activation_forward_triton(x, up, eps, name):
-    y, n = like(x), x.numel()
+def activation_forward_triton(x, up, y, eps, name, paired):
+    n, F = y.numel(), x.size(-1) // 2 if paired else 0
     with torch.cuda.device_of(x):
-        activation_forward_kernel[(triton.cdiv(n, 1024),)](x, up, eps, y, n, name, 1024)
-    return y
+        activation_forward_kernel[(triton.cdiv(n, 1024),)](x, up, eps, y, n, F, name, 1024)
 
 
-def activation_backward_triton(x, up, eps, name, g):
-    n, g_x, g_up = x.numel(), like(x), None if up is None else like(up)
+def activation_backward_triton(x, up, g, g_x, g_up, eps, name, paired):
+    n, F = g.numel(), x.size(-1) // 2 if paired else 0
     programs = triton.cdiv(n, 1024)
     sums = None if eps is None else torch.empty(programs, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        activation_backward_kernel[(programs,)](x, up, eps, g, g_x, g_up, sums, n, name, 1024)
-    return g_x, g_up, sums
+        activation_backward_kernel[(programs,)](x, up, eps, g, g_x, g_up, sums, n, F, name, 1024)
+    return sums
 
 
 ACTIVATION = {"c": (activation_forward_c, activation_backward_c), "triton": (activation_forward_triton, activation_backward_triton)}
@@ -635,20 +668,23 @@ ACTIVATION = {"c": (activation_forward_c, activation_backward_c), "triton": (act
 
 class Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, up, eps, name, path):
-        launches[operation(name, up), path] += 1
+    def forward(ctx, x, up, eps, name, path, paired):
+        ctx.name, ctx.path, ctx.paired, ctx.operation = name, path, paired, operation(name, paired or up is not None)
+        launches[ctx.operation, path] += 1
         x, up = x.contiguous(), None if up is None else up.contiguous()
         ctx.save_for_backward(x, up, eps)
-        ctx.name, ctx.path = name, path
-        return ACTIVATION[path][0](x, up, eps, name)
+        y = torch.empty((*x.shape[:-1], x.size(-1) // 2) if paired else x.shape, dtype=x.dtype, device=x.device)
+        ACTIVATION[path][0](x, up, y, eps, name, paired)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, up, eps = ctx.saved_tensors
-        launches[operation(ctx.name, up) + " backward", ctx.path] += 1
-        g_x, g_up, sums = ACTIVATION[ctx.path][1](x, up, eps, ctx.name, g.contiguous())
-        return g_x, g_up, None if sums is None else sums.double().sum().to(eps.dtype), None, None
+        launches[ctx.operation + " backward", ctx.path] += 1
+        g_x, g_up = like(x), None if up is None else like(up)
+        sums = ACTIVATION[ctx.path][1](x, up, g.contiguous(), g_x, g_up, eps, ctx.name, ctx.paired)
+        return g_x, g_up, None if sums is None else sums.double().sum().to(eps.dtype), None, None, None
 
 
 # --- residual streams: reading a sublayer's input from N of them, and writing its output back ---

@@ -19,7 +19,7 @@ N residual streams (n_stream)
               diff        DenseHeads  x DiffV1 | DiffV2  Ye et al. 2024, arXiv:2410.05258; V2: Microsoft, January 2026
               mla         LatentHeads x OneMap           DeepSeek-V2 2024, arXiv:2405.04434
               diff_mla    LatentHeads x DiffV1 | DiffV2  the two together; both of its halves are the papers'
-  activation  gelu, silu, relu2                          1606.08415; 1702.03118; So et al. 2021, arXiv:2109.08668
+  activation  gelu, relu2, silu, telu, crrelu            each named in kernels.py, activate
   glu         False, True MLP, GatedMLP                  Shazeer 2020, arXiv:2002.05202
   residual    plain       Plain                          He et al. 2015
               hyper       Hyper                          Zhu et al. 2024, arXiv:2409.19606
@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import read_streams, sinkhorn, write_streams
+from kernels import ACTIVATIONS, activate, gated_pair, read_streams, sinkhorn, write_streams
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ class GPTConfig:
     q_rank: int = 0 # rank of the query projection of mla and diff_mla: 0 = direct
     rope_dim: int = 0 # rotary width P of mla and diff_mla, part of head_dim: 0 = head_dim // 2
     diff_form: str = "v2" # v1: lambda per layer, per-head norm (paper) | v2: lambda per token and head, doubled queries
-    activation: str = "relu2" # gelu | silu | relu2
+    activation: str = "relu2" # gelu | relu2 | silu | telu | crrelu
     glu: bool = False # gate the MLP: down(act(gate x) * up x)
     mlp_hidden: int = 0 # MLP width: 0 = 4 C, or with glu 8/3 C rounded up to a multiple of 32 (equal parameters)
     residual: str = "plain" # plain | hyper | mhc
@@ -565,7 +565,23 @@ ATTENTION = {
 # ----------------------------------------------------------------------------------------------------------------------
 # activation and MLP: (B, T, C) -> (B, T, C)
 
-ACTIVATION = {"gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()} # gelu: the exact one, x Phi(x)
+
+class Activation(nn.Module):
+    """A name of kernels.ACTIVATIONS, which has the formulas. crrelu learns one epsilon per layer from 0.01, as its paper."""
+
+    role = "vector"
+
+    def __init__(self, c):
+        super().__init__()
+        self.name = c.activation
+        self.eps = nn.Parameter(torch.tensor([0.01])) if c.activation == "crrelu" else None
+
+    def forward(self, x):
+        return activate(x, self.name, self.eps if self.eps is None else self.eps[0])
+
+    def pair(self, x):
+        """act(gate) * up of gate and up side by side, (..., 2 F) -> (..., F)."""
+        return gated_pair(x, self.name, self.eps if self.eps is None else self.eps[0])
 
 
 class MLP(nn.Module):
@@ -574,7 +590,7 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.up = linear(c, c.n_embd, c.hidden, c.bias)
-        self.activation = ACTIVATION[c.activation]
+        self.activation = Activation(c)
         self.down = residual_out(c, c.hidden)
 
     def forward(self, x):
@@ -587,12 +603,11 @@ class GatedMLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.gate_up = linear(c, c.n_embd, 2 * c.hidden, c.bias, fused=(c.hidden, c.hidden))
-        self.activation = ACTIVATION[c.activation]
+        self.activation = Activation(c)
         self.down = residual_out(c, c.hidden)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.activation.pair(self.gate_up(x)))
 
 
 GLU = {False: MLP, True: GatedMLP}
@@ -723,7 +738,7 @@ H_RES = {"sinkhorn": BySinkhorn, "permutations": ByPermutations}
 RESIDUAL = {"plain": Plain, "hyper": Hyper, "mhc": Manifold}
 
 SLOTS = {"norm": NORM, "position": POSITION, "attention": ATTENTION, "diff_form": DIFF_FORM,
-         "activation": ACTIVATION, "glu": GLU, "residual": RESIDUAL, "h_res": H_RES}
+         "activation": ACTIVATIONS, "glu": GLU, "residual": RESIDUAL, "h_res": H_RES}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -586,16 +586,39 @@ def gradient_noise(step, params, eta=0.01):
 
 
 def activation_stats(model):
-    """Mean and standard deviation of each block's output; share of its MLP's units that are zero for every token of the batch."""
+    """Mean and deviation of each block's output; of its MLP the share of units that no token of the batch switches on, and eps."""
     found = {}
     for block in model.blocks:
         found[block] = lambda inputs, output: {"mean": output.float().mean(), "std": output.float().std()}
-        found[block.mlp.down] = lambda inputs, output: {"dead": (inputs[0].flatten(0, -2).abs().amax(0) < 1e-6).float().mean()}
+        eps = {} if block.mlp.activation.eps is None else {"eps": block.mlp.activation.eps}
+        found[block.mlp.down] = lambda inputs, output, eps=eps: {
+            "dead": (inputs[0].flatten(0, -2).abs().amax(0) < 1e-6).float().mean(), **eps}
+    return found
+
+
+def stream_stats(model):
+    """
+    Of residual=hyper or mhc: how far each block's streams are apart, against their size; of mhc, for each mixing matrix, the
+    largest error of its row and column sums, and the composite gain ("Amax"): the largest row or column sum of the product of
+    all mixing matrices so far. arXiv:2512.24880, section 5.
+    """
+    found, product = {}, []
+
+    def mixing(inputs, res): # (B, T, N, N), sublayer after sublayer
+        product[:] = [res @ product[0] if product else res]
+        return {"row_error": (res.sum(-1) - 1).abs().max(), "column_error": (res.sum(-2) - 1).abs().max(),
+                "gain": torch.maximum(product[0].abs().sum(-1).max(), product[0].abs().sum(-2).max())}
+
+    for block in model.blocks:
+        found[block] = lambda inputs, x: {"apart": (x - x.mean(-2, keepdim=True)).norm() / x.norm()} if x.dim() == 4 else {}
+        for residual in (block.residual1, block.residual2):
+            if hasattr(residual, "mixing"):
+                found[residual.mixing] = mixing
     return found
 
 
 HOOKS = {"update": {"identity": identity, "clip_by_layer": clip_by_layer, "gradient_noise": gradient_noise},
-         "forward": {"activation_stats": activation_stats}}
+         "forward": {"activation_stats": activation_stats, "stream_stats": stream_stats}}
 
 
 def find_hooks(kind, text):

@@ -35,6 +35,7 @@ except ImportError:
 
 import data
 from configurator import UserError, configure, git_commit, user_errors
+from kernels import path_for, use_kernel
 from model import GPT, GPTConfig, choose_device, load_checkpoint, previous_checkpoint, save_checkpoint
 from optim import Sparse, build_optimizer, find_hooks, run_update_hooks, watch
 
@@ -71,7 +72,7 @@ sparse_boost = 1.0 # factor on the updates of weights that grew back
 sparse_boost_steps = 50 # for so many steps
 # --- hooks (optim.py); names with commas between them, each NAME, NAME=NUMBER or path/to/file.py:function ---
 update_hooks = "" # identity | clip_by_layer | gradient_noise: on the gradients, before the step
-forward_hooks = "" # activation_stats: numbers for the log, from a forward of their own
+forward_hooks = "" # activation_stats | stream_stats: numbers for the log, from a forward of their own
 # --- evaluation and logging ---
 eval_interval = 250 # steps between evaluations
 eval_iters = 0 # random batches per evaluation; 0 = the whole validation split
@@ -83,12 +84,13 @@ sample_tokens = 100 # length of that continuation; 0 = none
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | cuda:1 | mps
 dtype = "auto" # auto | float32 | bfloat16 | float16
 compile = "auto" # torch.compile: auto (where it pays back within the run) | true | false
+kernel = "auto" # of kernels.py: auto (Triton on CUDA, C on a CPU, else PyTorch) | triton | torch
 
 given = configure(globals(), GPTConfig)
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
 # what a resumed run cannot change, besides the model
-FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype", "update_hooks",
-         "sparse", "sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps"}
+FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype", "kernel",
+         "update_hooks", "sparse", "sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps"}
 LOCAL = {"out_dir", "resume", "device"} # these are the command line's, not the checkpoint's
 MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
 
@@ -219,6 +221,7 @@ PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A
 
 with user_errors():
     device, device_reason = choose_device(device)
+    use_kernel(kernel)
 kind = torch.device(device).type
 dtype, dtype_reason = choose_dtype()
 device_name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
@@ -227,7 +230,8 @@ autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, getattr
 scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
 if kind == "cuda":
     torch.set_float32_matmul_precision("high") # TF32: 10 bits of mantissa in matrix products, several times the speed
-print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})")
+print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})   "
+      f"kernels {path_for(torch.empty(1, dtype=getattr(torch, dtype), device=device))} ({kernel})")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data

@@ -81,6 +81,7 @@ def test_refusals(monkeypatch):
         (lambda: activate(x, "crrelu", torch.tensor([0.1, 0.2])), "one number"),
         (lambda: gated(x, x[:2], "silu"), "differ"),
         (lambda: gated(x, x.double(), "silu"), "differ"),
+        (lambda: kernels.gated_pair(x[:, :3], "silu"), "halves"),
         (lambda: sinkhorn(x), "square"),
         (lambda: sinkhorn(x[0]), "square"),
         (lambda: sinkhorn(torch.randn(2, 2), 0), "iters >= 1"),
@@ -88,7 +89,7 @@ def test_refusals(monkeypatch):
         with pytest.raises(ValueError, match=words):
             call()
     monkeypatch.setattr(kernels, "triton", None)
-    with pytest.raises(RuntimeError, match="not installed"):
+    with pytest.raises(ValueError, match="not installed"):
         use_kernel("triton")
     assert kernels.KERNEL == "auto" # a refusal leaves the setting alone
 
@@ -96,7 +97,7 @@ def test_refusals(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="with the interpreter it can run")
 def test_triton_asked_for_on_a_cpu_is_refused(monkeypatch):
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="needs a CUDA GPU|not installed"):
+        with pytest.raises(ValueError, match="needs a CUDA GPU|not installed"):
             use_kernel("triton")
     monkeypatch.setattr(kernels, "KERNEL", "triton")
     with pytest.raises(RuntimeError, match="cannot run on a tensor on cpu"):
@@ -273,6 +274,17 @@ def check_activation(path, device, name, counts, dtype=torch.float32):
                 assert abs(ours.pop() - terms[:count].sum()) <= 2**-22 * terms[:count].square().sum().sqrt() * count**0.5
             k = len(ours)
             no_worse(ours, torchs[:k], exact[:k], f"{count} of {what}, std {std}, {dtype}")
+        if gating: # side by side in one tensor: the same numbers
+            F = max(k for k in (1, 7, 100) if k <= max(counts))
+            rows = max(counts) // F
+            gate, value, h = (t[: rows * F].view(rows, F) for t in (x, up, g))
+            launches.clear()
+            pair = gradients(lambda x, *e: kernels.gated_pair(x, name, *e), [torch.cat([gate, value], dim=1)] + eps, dtype, h)
+            assert launches == {(what, path): 1, (what + " backward", path): 1}
+            apart = gradients(ours_of, [gate, value] + eps, dtype, h)
+            assert torch.equal(pair[0], apart[0]) and torch.equal(pair[1], torch.cat(apart[1:3], dim=1))
+            if eps:
+                torch.testing.assert_close(pair[2], apart[3], rtol=1e-4, atol=1e-5)
         if eps: # the formula of `terms` is autograd's
             torch.testing.assert_close(terms.sum(), exact[-1], rtol=0, atol=1e-9)
 
@@ -354,8 +366,10 @@ def test_triton_compiles(monkeypatch, tmp_path):
             assert binary(kernels.STREAMS_KERNELS[name], *["*bf16"] * many, "i32", n, 512)
     for name, (up, x) in itertools.product(NAMES, ((None, "*fp32"), ("*bf16", "*bf16"))):
         eps = "*fp32" if name == "crrelu" else None
-        assert binary(kernels.activation_forward_kernel, x, up, eps, x, "i32", name, 1024)
-        assert binary(kernels.activation_backward_kernel, x, up, eps, x, x, up, eps, "i32", name, 1024)
+        assert binary(kernels.activation_forward_kernel, x, up, eps, x, "i32", 0, name, 1024)
+        assert binary(kernels.activation_forward_kernel, x, None, eps, x, "i32", 96, name, 1024)
+        assert binary(kernels.activation_backward_kernel, x, up, eps, x, x, up, eps, "i32", 0, name, 1024)
+        assert binary(kernels.activation_backward_kernel, x, None, eps, x, x, None, eps, "i32", 96, name, 1024)
 
 
 @interpreted

@@ -23,7 +23,7 @@ CHOICES = {
     "q_rank": (0, 12),
     "rope_dim": (0, 4),
     "qk_norm": (False, True),
-    "activation": ("gelu", "silu", "relu2"),
+    "activation": ("gelu", "silu", "relu2", "telu", "crrelu"),
     "glu": (False, True),
     "residual": ("plain", "hyper", "mhc"),
     "n_stream": (0, 2),
@@ -86,8 +86,9 @@ def build(row, scale=0.0, **extra):
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**SMALL, **row, **extra}))
     if scale:
-        for p in model.parameters():
-            p.data.normal_(std=scale)
+        for name, p in model.named_parameters():
+            old = p.data.clone() if "residual" in name else 0 # coefficients near 0 would silence what they carry
+            p.data.normal_(std=scale).add_(old)
     return model
 
 
@@ -372,7 +373,7 @@ REFUSED = [
     (dict(attention="flash"), "choose one of: mha, mla, diff, diff_mla"),
     (dict(norm="batchnorm"), "choose one of: layernorm, rmsnorm"),
     (dict(position="alibi"), "choose one of: learned, rope, none"),
-    (dict(activation="swish"), "choose one of: gelu, silu, relu2"),
+    (dict(activation="swish"), "choose one of: gelu, relu2, silu, telu, crrelu"),
     (dict(residual="dense"), "choose one of: plain, hyper, mhc"),
     (dict(residual="mhc", h_res="softmax"), "choose one of: sinkhorn, permutations"),
     (dict(residual="mhc", sinkhorn_iters=0), "sinkhorn_iters=0 must be at least 1"),

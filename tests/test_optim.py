@@ -526,7 +526,7 @@ def test_activation_stats_are_those_of_the_blocks(knobs):
 
 @pytest.mark.parametrize("kind, text, said", [
     ("update", "clip", "no update hook 'clip'; there is: identity, clip_by_layer, gradient_noise"), ("update", "clip_by_layer=x", "must be a number"),
-    ("forward", "identity", "no forward hook 'identity'; there is: activation_stats"), ("update", "no/file.py:f", "there is no file 'no/file.py'"),
+    ("forward", "identity", "no forward hook 'identity'; there is: activation_stats, stream_stats"), ("update", "no/file.py:f", "there is no file 'no/file.py'"),
     ("update", "{d}/h.py:missing", "there is: present")])
 def test_a_hook_that_is_not_there_is_refused(kind, text, said, tmp_path):
     (tmp_path / "h.py").write_text("def present(step, params): pass\n", encoding="utf-8")

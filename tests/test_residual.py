@@ -2,7 +2,9 @@
 import pytest
 import torch
 
-from model import GPT, GPTConfig, Manifold, Streams, sinkhorn
+from kernels import sinkhorn
+from model import GPT, BySinkhorn, GPTConfig, Manifold, Streams
+from optim import find_hooks, watch
 
 SMALL = dict(vocab_size=29, block_size=16, n_layer=3, n_head=4, n_embd=32, tie_embeddings=False)
 FORMS = [{"residual": "hyper"}, {"residual": "mhc"}, {"residual": "mhc", "h_res": "permutations"}, {"residual": "mhc", "n_stream": 2},
@@ -154,6 +156,32 @@ def test_against_deepseeks_hyper_connection():
     torch.testing.assert_close(ours.phi.weight.grad[order], theirs.fn.grad, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(ours.b.grad[order], theirs.base.grad, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(ours.alpha.grad, theirs.scale.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_stream_stats_are_what_they_say():
+    model = model_of(residual="mhc", sinkhorn_iters=2)
+    train(model, 10)
+    for n, p in model.named_parameters():
+        if "residual" in n:
+            p.data += torch.randn_like(p)
+    idx = torch.randint(29, (2, 16))
+    seen = watch(model, find_hooks("forward", "stream_stats"), idx, idx)["stream_stats"]
+    mixed, X = [], streams_of(model, idx)
+    handles = [m.register_forward_hook(lambda m, i, o: mixed.append(o.detach())) for m in model.modules() if isinstance(m, BySinkhorn)]
+    model(idx)
+    for handle in handles:
+        handle.remove()
+    assert len(mixed) == 6
+    product = torch.eye(4)
+    for i, res in enumerate(mixed):
+        product = res @ product
+        gain = max(product.sum(-1).max(), product.sum(-2).max())
+        name = f"blocks.{i // 2}.residual{i % 2 + 1}.mixing"
+        assert float(seen[f"{name}.gain"]) == pytest.approx(gain.item(), rel=1e-5)
+        assert float(seen[f"{name}.column_error"]) == pytest.approx((res.sum(-2) - 1).abs().max().item(), rel=1e-3)
+        assert float(seen[f"{name}.row_error"]) < 1e-3 < float(seen[f"{name}.column_error"])
+    for i, x in enumerate(X):
+        assert float(seen[f"blocks.{i}.apart"]) == pytest.approx(((x - x.mean(2, keepdim=True)).norm() / x.norm()).item(), rel=1e-5)
 
 
 def test_one_stream_is_a_gated_residual():
