@@ -926,3 +926,137 @@ class WriteStreams(torch.autograd.Function):
         gradients = [like(t) for t in inputs]
         STREAMS[ctx.path]("write_backward", *inputs, g.contiguous(), *gradients)
         return *gradients, None
+
+
+# --- RMSNorm ---
+
+
+def rmsnorm(x, weight=None, eps=1e-6):
+    """
+    y = x r w with r = 1 / sqrt(mean(x^2) + eps) over the last axis; weight (width,) or None for 1. Zhang & Sennrich 2019,
+    arXiv:1910.07467. g_x = r (w g - x r^2 mean(w g x)); g_w = sum over rows of g x r.
+    """
+    path = path_for(x) if x.numel() and not (KERNEL == "auto" and torch.compiler.is_compiling()) else "torch"
+    if path == "torch" or (weight is not None and weight.dtype != x.dtype):
+        launches["rmsnorm", "torch"] += 1
+        return rmsnorm_reference(x, weight, eps)
+    return RMSNormFunction.apply(x, weight, eps, path)
+
+
+def rmsnorm_reference(x, weight=None, eps=1e-6):
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.type_as(x), eps)
+
+
+# One walk forward, one backward; r is computed again, from numbers that are in the cache anyway. g_w is summed over ROWS rows
+# at a time, and those sums in their order: threads change no bit.
+RMSNORM_SOURCE = """
+    #include <math.h>
+    #include <stdint.h>
+    #define EACH_CHANNEL _Pragma("omp simd") for (int64_t c = 0; c < C; c++)
+
+    void forward(int threads, int64_t rows, int64_t C, float eps, const float *X, const float *w, float *Y) {
+        #pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            const float *x = X + i * C;
+            float *restrict y = Y + i * C, square = 0;
+            #pragma omp simd reduction(+ : square)
+            for (int64_t c = 0; c < C; c++) square += x[c] * x[c];
+            float r = 1 / sqrtf(square / C + eps);
+            if (w) EACH_CHANNEL y[c] = x[c] * r * w[c];
+            else EACH_CHANNEL y[c] = x[c] * r;
+        }
+    }
+
+    void backward(int threads, int64_t rows, int64_t C, float eps, const float *X, const float *w, const float *G, float *g_x, float *g_w) {
+        #pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t block = 0; block < (rows + ROWS - 1) / ROWS; block++) {
+            float *restrict sums = g_w + block * C;
+            if (w) EACH_CHANNEL sums[c] = 0;
+            for (int64_t i = block * ROWS; i < (block + 1) * ROWS && i < rows; i++) {
+                const float *x = X + i * C, *g = G + i * C;
+                float *restrict to = g_x + i * C, square = 0, dot = 0;
+                if (w) {
+                    #pragma omp simd reduction(+ : square, dot)
+                    for (int64_t c = 0; c < C; c++) square += x[c] * x[c], dot += w[c] * g[c] * x[c];
+                } else {
+                    #pragma omp simd reduction(+ : square, dot)
+                    for (int64_t c = 0; c < C; c++) square += x[c] * x[c], dot += g[c] * x[c];
+                }
+                float r = 1 / sqrtf(square / C + eps), back = dot / C * r * r;
+                if (w) EACH_CHANNEL to[c] = r * (w[c] * g[c] - x[c] * back), sums[c] += g[c] * x[c] * r;
+                else EACH_CHANNEL to[c] = r * (g[c] - x[c] * back);
+            }
+        }
+    }
+"""
+ROWS = 64
+
+
+def rmsnorm_c(function, x, weight, eps, *tensors):
+    call = getattr(needed(f"#define ROWS {ROWS}\n" + RMSNORM_SOURCE), function)
+    C = x.size(-1)
+    sizes = ctypes.c_int64(x.numel() // C), ctypes.c_int64(C)
+    call(threads(), *sizes, ctypes.c_float(eps), address(x), address(weight), *map(address, tensors))
+
+
+if triton is not None:
+    @triton.jit
+    def rmsnorm_forward_kernel(p_x, p_w, p_y, C, eps, BLOCK: tl.constexpr):
+        i, i_c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        x = tl.load(p_x + i * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
+        y = x / tl.sqrt(tl.sum(x * x, axis=0) / C + eps)
+        if p_w is not None:
+            y = y * tl.load(p_w + i_c, mask=i_c < C, other=0.0).to(tl.float32)
+        tl.store(p_y + i * C + i_c, y.to(p_y.dtype.element_ty), mask=i_c < C)
+
+    @triton.jit
+    def rmsnorm_backward_kernel(p_x, p_w, p_g, p_gx, p_sums, rows, C, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        block, i_c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        inside = i_c < C
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for k in range(ROWS):
+            i = block * ROWS + k
+            x = tl.load(p_x + i * C + i_c, mask=inside & (i < rows), other=0.0).to(tl.float32)
+            g = tl.load(p_g + i * C + i_c, mask=inside & (i < rows), other=0.0).to(tl.float32)
+            r = 1 / tl.sqrt(tl.sum(x * x, axis=0) / C + eps)
+            sums += g * x * r
+            if p_w is not None:
+                g = g * tl.load(p_w + i_c, mask=inside, other=0.0).to(tl.float32)
+            g_x = r * (g - x * (r * r * tl.sum(g * x, axis=0) / C))
+            tl.store(p_gx + i * C + i_c, g_x.to(p_gx.dtype.element_ty), mask=inside & (i < rows))
+        if p_w is not None:
+            tl.store(p_sums + block * C + i_c, sums, mask=inside)
+
+
+def rmsnorm_triton(function, x, weight, eps, *tensors):
+    C = x.size(-1)
+    rows, block = x.numel() // C, triton.next_power_of_2(C)
+    with torch.cuda.device_of(x):
+        if function == "forward":
+            rmsnorm_forward_kernel[(rows,)](x, weight, *tensors, C, eps, block)
+        else:
+            rmsnorm_backward_kernel[(triton.cdiv(rows, ROWS),)](x, weight, *tensors, rows, C, eps, ROWS, block)
+
+
+RMSNORM = {"c": rmsnorm_c, "triton": rmsnorm_triton}
+
+
+class RMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, path):
+        launches["rmsnorm", path] += 1
+        x, ctx.eps, ctx.path = x.contiguous(), eps, path
+        ctx.save_for_backward(x, weight)
+        y = like(x)
+        RMSNORM[path]("forward", x, weight, eps, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        launches["rmsnorm backward", ctx.path] += 1
+        x, weight = ctx.saved_tensors
+        rows, C = x.numel() // x.size(-1), x.size(-1)
+        g_x, sums = like(x), None if weight is None else torch.empty(-(-rows // ROWS), C, dtype=torch.float32, device=x.device)
+        RMSNORM[ctx.path]("backward", x, weight, ctx.eps, g.contiguous(), g_x, sums)
+        return g_x, None if sums is None else sums.sum(0).to(weight.dtype), None, None

@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import ACTIVATIONS, activate, gated_pair, read_streams, sinkhorn, write_streams
+from kernels import ACTIVATIONS, activate, gated_pair, read_streams, rmsnorm, sinkhorn, write_streams
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps) # one dtype, or autocast loses the fused kernel
+        return rmsnorm(x, self.weight.type_as(x), self.eps)
 
 
 class HeadNorm(nn.Module):
@@ -293,7 +293,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x):
         gain = torch.cat([w.expand(n, 1, -1) for w, n in zip(self.weight, self.heads)]) # (heads, 1, D)
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * gain.type_as(x)
+        return rmsnorm(x.contiguous(), eps=self.eps) * gain.type_as(x)
 
 
 NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}

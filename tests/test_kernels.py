@@ -229,6 +229,30 @@ def test_streams_references_against_einsum():
                                torch.einsum("btoi,btic->btoc", res, x) + torch.einsum("bto,btc->btoc", post, y))
 
 
+# --- RMSNorm ---
+
+
+def check_rmsnorm(path, device, shapes, dtype=torch.float32):
+    for shape in shapes:
+        x, w, g = (torch.randn(s, device=device).to(dtype) for s in (shape, shape[-1:], shape))
+        for inputs in ([x], [x, w]):
+            torchs, exact = (gradients(kernels.rmsnorm_reference, inputs, d, g) for d in (dtype, torch.float64))
+            launches.clear()
+            ours = gradients(kernels.rmsnorm, inputs, dtype, g)
+            assert launches == {("rmsnorm", path): 1, ("rmsnorm backward", path): 1}
+            for a, b, c in zip(ours, torchs, exact, strict=True): # torch may have been lucky with few numbers
+                slack = 2 * (b.double() - c).abs().max() + 8 * torch.finfo(dtype).eps * c.abs().max()
+                assert a.shape == b.shape and a.dtype == b.dtype and ((a.double() - c).abs() <= slack).all(), (shape, len(inputs))
+
+
+SHAPES = ((1, 1), (5, 63), (3, 100, 100), (129, 1000))
+
+
+@needs_c
+def test_rmsnorm_c(poisoned):
+    check_rmsnorm("c", "cpu", SHAPES)
+
+
 # --- activations: the references ---
 
 
@@ -343,7 +367,7 @@ def test_triton_interpreted():
         pytest.skip("inside, or no triton")
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__], cwd=ROOT, capture_output=True, text=True,
                          env=dict(os.environ, TRITON_INTERPRET="1"))
-    assert run.returncode == 0 and "10 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and "11 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
@@ -354,11 +378,14 @@ def test_triton_compiles(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def binary(kernel, *args): # "*fp32" and "i32" are types, all else constants
-        types = {k: v if v in ("*fp32", "*bf16", "i32") else "constexpr" for k, v in zip(kernel.arg_names, args, strict=True)}
+        types = {k: v if v in ("*fp32", "*bf16", "i32", "fp32") else "constexpr" for k, v in zip(kernel.arg_names, args, strict=True)}
         constants = {(i,): v for i, v in enumerate(args) if types[kernel.arg_names[i]] == "constexpr"}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         return kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
+    for w in (None, "*bf16"):
+        assert binary(kernels.rmsnorm_forward_kernel, "*bf16", w, "*bf16", "i32", "fp32", 512)
+        assert binary(kernels.rmsnorm_backward_kernel, "*bf16", w, "*bf16", "*bf16", w and "*fp32", *["i32"] * 2, "fp32", 64, 512)
     for n in (2, 4, 8):
         assert binary(kernels.sinkhorn_forward_kernel, *["*bf16"] * 2, *["i32"] * 2, 1e-6, n, 1024 // n**2)
         assert binary(kernels.sinkhorn_backward_kernel, *["*fp32"] * 4, *["i32"] * 2, 1e-6, n, 1024 // n**2)
@@ -404,6 +431,19 @@ def test_streams_by_interpreter(N, poisoned):
     use_kernel("triton")
     check_streams("triton", "cpu", N, ((1, 1), (5, 63), (3, 1000)))
     check_streams("triton", "cpu", N, ((5, 63),), torch.float16)
+
+
+@interpreted
+def test_rmsnorm_by_interpreter(poisoned):
+    use_kernel("triton")
+    check_rmsnorm("triton", "cpu", ((1, 1), (5, 63), (70, 100)))
+    check_rmsnorm("triton", "cpu", ((70, 63),), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rmsnorm_gpu(dtype, poisoned):
+    check_rmsnorm("triton", "cuda", SHAPES, dtype)
 
 
 @pytest.mark.gpu
