@@ -56,7 +56,9 @@ def path_for(tensor):
         return "torch"
     if tensor.is_cuda:
         return "triton" if triton is not None and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else "torch"
-    in_c = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    # a call of C through ctypes takes about 10 us: for the few numbers of decoding a token, PyTorch is done by then
+    worth_it = torch.is_grad_enabled() or tensor.numel() > 8192
+    in_c = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous() and worth_it
     return "c" if in_c and c_library(C_MATH) is not None else "torch"
 
 

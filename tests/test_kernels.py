@@ -65,6 +65,8 @@ def test_paths():
     assert path_for(x.t()) == "torch" # not contiguous
     if c_library(C_MATH) is not None:
         assert path_for(x) == "c"
+        with torch.no_grad(): # decoding a token
+            assert path_for(x) == "torch" and path_for(torch.randn(100, 100)) == "c"
     use_kernel("torch")
     assert path_for(x) == "torch"
     sinkhorn(x), activate(x, "silu"), gated(x, x, "telu")
