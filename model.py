@@ -30,6 +30,7 @@ import itertools
 import math
 import os
 import struct
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
@@ -658,13 +659,21 @@ class Streams(nn.Module):
         return h.mean(2) # the papers sum; the norm that follows does not see the difference
 
     def read(self, h):
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
             pre, post, res = self.coefficients(widen(h))
             return read_streams(h, pre), (post, res)
 
     def write(self, h, y, mix):
-        with torch.autocast(h.device.type, enabled=False): # a product of matrices, which autocast would round to half precision
+        with without_autocast(h): # a product of matrices, which would be rounded to half precision
             return write_streams(h, y, *mix)
+
+    def flops(self, T):
+        return 2 * self.N * (self.N + 1) * self.C # H_pre X and H_res X
+
+
+def without_autocast(x):
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type) # the meta device has none
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 class Hyper(Streams):
@@ -672,9 +681,9 @@ class Hyper(Streams):
 
     def __init__(self, c, sublayer):
         super().__init__()
-        N = c.streams
-        self.norm = NORM[c.norm](c.n_embd)
-        self.dynamic = Linear(c.n_embd, N + 2, False, std=0.0, role="gate") # of each stream: to pre, to post, to the N outputs
+        self.N, self.C = N, C = c.streams, c.n_embd
+        self.norm = NORM[c.norm](C)
+        self.dynamic = Linear(C, N + 2, False, std=0.0, role="gate") # of each stream: to pre, to post, to the N outputs
         self.pre, self.post, self.res = nn.Parameter(torch.eye(N)[sublayer % N]), nn.Parameter(torch.ones(N)), nn.Parameter(torch.eye(N))
         self.scale = nn.Parameter(torch.full((3,), 0.01))
 
@@ -682,6 +691,9 @@ class Hyper(Streams):
         pre, post, res = self.dynamic(self.norm(h)).tanh().split([1, 1, h.size(2)], dim=-1) # (B, T, N, 1 | 1 | N)
         s = self.scale
         return self.pre + s[0] * pre.squeeze(-1), self.post + s[1] * post.squeeze(-1), self.res + s[2] * res.mT # [out, in]
+
+    def flops(self, T):
+        return super().flops(T) + (self.N - 1) * self.dynamic.flops(T) # of each stream; one is counted with the Linear
 
 
 class Manifold(Streams):
@@ -693,10 +705,10 @@ class Manifold(Streams):
 
     def __init__(self, c, sublayer):
         super().__init__()
-        N = c.streams
+        self.N, self.C = N, C = c.streams, c.n_embd
         self.mixing = H_RES[c.h_res](c)
         self.widths = [N, N, len(self.mixing.start)]
-        self.phi = Linear(N * c.n_embd, sum(self.widths), False, std=0.0, role="gate")
+        self.phi = Linear(N * C, sum(self.widths), False, std=0.0, role="gate")
         self.alpha = nn.Parameter(torch.full((3,), 0.01))
         read = torch.full((N,), 0.3 / max(1, N - 1)).index_fill(0, torch.tensor(sublayer % N), 0.7) # of equal streams: all of one
         self.b = nn.Parameter(torch.cat([read.logit(), torch.zeros(N), self.mixing.start]))
@@ -732,6 +744,9 @@ class ByPermutations(nn.Module):
 
     def forward(self, z):
         return (z.softmax(-1) @ self.matrices.flatten(1).type_as(z)).unflatten(-1, self.matrices.shape[1:])
+
+    def flops(self, T):
+        return 2 * self.matrices.numel()
 
 
 H_RES = {"sinkhorn": BySinkhorn, "permutations": ByPermutations}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
+from kernels import use_kernel
 from model import GPT, GPTConfig, distribution, window_start
 from optim import build_optimizer, declarations
 
@@ -446,12 +447,15 @@ def test_parameter_counts():
 
 def test_flops_are_the_matrix_multiplications():
     from torch.utils.flop_counter import FlopCounterMode
-    for attention in ("mha", "mla", "diff", "diff_mla"):
-        model = build({"attention": attention})
+    use_kernel("torch") # whose products the counter sees
+    forms = {"residual": "hyper"}, {"residual": "mhc"}, {"residual": "mhc", "h_res": "permutations", "n_stream": 3}
+    for attention in (*({"attention": a} for a in ("mha", "mla", "diff", "diff_mla")), *forms):
+        model = build(attention)
         idx = tokens(model, 1, 16)
         with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(idx, idx)
         assert model.flops_per_token(16) == 3 * counter.get_total_flops() / 16, attention
+    use_kernel("auto")
 
 
 def test_cache_bytes():
@@ -542,6 +546,9 @@ def test_softcap():
 
 
 def test_describe_prints_every_part(capsys):
+    for residual in ("hyper", "mhc"):
+        M.describe(GPTConfig(**SMALL, residual=residual), 16)
+    capsys.readouterr()
     M.describe(GPTConfig(**SMALL, attention="diff_mla"), 16)
     text = capsys.readouterr().out
     for part in ("attention.kv_down", "attention.kv_up", "maps.gate", "mlp.up", "head", "(1, 16, 29)", "bytes per token"):

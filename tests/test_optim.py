@@ -115,7 +115,7 @@ KINDS = [(FAdam, {}), (FAdam, {"clip": 0.5}), (AdamMini, {}), (AdamMini, {"block
 @pytest.mark.parametrize("cls, knobs", KINDS, ids=str)
 def test_every_form_is_the_loop(cls, knobs, shape, form):
     """Odd shapes; gradients of every size, so that both branches of the adaptive epsilon and of the clipping are taken."""
-    if form == "c" and c_library(cls.source) is None:
+    if c_library(cls.source) is None: # torch.compile needs one too
         pytest.skip("no C compiler")
     if knobs.get("blocks") == "uneven":
         knobs = {"blocks": (2, 2, 1, *[1] * (shape[0] - 5))}
