@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kernels import sinkhorn
+from kernels import C_MATH, c_library, sinkhorn
 from model import GPT, BySinkhorn, GPTConfig, Manifold, Streams
 from optim import find_hooks, watch
 
@@ -182,6 +182,23 @@ def test_stream_stats_are_what_they_say():
         assert float(seen[f"{name}.row_error"]) < 1e-3 < float(seen[f"{name}.column_error"])
     for i, x in enumerate(X):
         assert float(seen[f"blocks.{i}.apart"]) == pytest.approx(((x - x.mean(2, keepdim=True)).norm() / x.norm()).item(), rel=1e-5)
+
+
+@pytest.mark.skipif(c_library(C_MATH) is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("knobs", [{"residual": "hyper"}, {"residual": "mhc", "activation": "crrelu", "glu": True}], ids=str)
+def test_compiled_gradients_are_the_eager_ones(knobs):
+    """The compiler, given the whole of hyper-connections, made others."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=17, block_size=16, n_layer=2, n_head=2, n_embd=32, qk_norm=True, **knobs))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    idx, found = torch.randint(17, (2, 16)), []
+    for forward in (model, torch.compile(model)):
+        model.zero_grad()
+        forward(idx, idx)[1]["ce"].backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for n, g in found[0].items():
+        torch.testing.assert_close(found[1][n], g, atol=1e-4, rtol=1e-2, msg=n)
 
 
 def test_one_stream_is_a_gated_residual():
