@@ -44,6 +44,7 @@ block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
+compiled = True # sinkhorn, activations: time torch.compile of the formulas too
 large = False # optimizers: also at 97.5M parameters; takes 4 GB
 save = True # write bench_results/<device>.json
 
@@ -333,7 +334,7 @@ def three(eager, kernel, *inputs):
     """Eager PyTorch, torch.compile of it and the kernel, each with forward and backward, in turn."""
     arms = {"eager": upstream(eager, *inputs)}
     try:
-        arms["torch.compile"] = upstream(torch.compile(eager), *inputs)
+        arms |= {"torch.compile": upstream(torch.compile(eager), *inputs)} if compiled else {}
     except Exception as error: # whatever a compiler that is not there raises
         print(f"  (torch.compile fails here: {str(error).splitlines()[0][:100]})")
     return in_turn({**arms, kernels.path_for(inputs[0]): upstream(kernel, *inputs)})

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.strip().splitlines()]
-SMALLER = {"train.py": "--max_iters=2 --batch_size=2 --eval_iters=1 --sample_tokens=4", "bench.py": "--rounds=1 --batch_size=1 --steps=1 --save=false",
+SMALLER = {"train.py": "--max_iters=2 --batch_size=2 --eval_iters=1 --sample_tokens=4", "bench.py": "--rounds=1 --batch_size=1 --steps=1 --compiled=false --save=false",
            "sample.py": "--max_new_tokens=8"}
 ROOM_FOR_CHOICES = ["--sparse_interval=1", "--warmup_iters=1", "--max_iters=16"]
 CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.py"))
