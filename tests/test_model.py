@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 import model as M
-from kernels import use_kernel
 from model import GPT, GPTConfig, distribution, window_start
 from optim import build_optimizer, declarations
 
@@ -445,9 +445,9 @@ def test_parameter_counts():
     assert len(model.state_dict()) == len(list(model.named_parameters())) + 1 # the tied head, and no module twice
 
 
-def test_flops_are_the_matrix_multiplications():
+def test_flops_are_the_matrix_multiplications(monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
-    use_kernel("torch") # whose products the counter sees
+    monkeypatch.setattr(kernels, "KERNEL", "torch") # whose products the counter sees
     forms = {"residual": "hyper"}, {"residual": "mhc"}, {"residual": "mhc", "h_res": "permutations", "n_stream": 3}
     for attention in (*({"attention": a} for a in ("mha", "mla", "diff", "diff_mla")), *forms):
         model = build(attention)
@@ -455,7 +455,6 @@ def test_flops_are_the_matrix_multiplications():
         with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(idx, idx)
         assert model.flops_per_token(16) == 3 * counter.get_total_flops() / 16, attention
-    use_kernel("auto")
 
 
 def test_cache_bytes():
