@@ -738,10 +738,15 @@ STREAMS_SOURCE = """
     #define EACH_CHANNEL _Pragma("omp simd") for (int64_t c = 0; c < C; c++)
 
     static inline float dot(int64_t C, const float *restrict a, const float *restrict b) {
-        float sum = 0;
-        _Pragma("omp simd reduction(+ : sum)")
-        for (int64_t c = 0; c < C; c++) sum += a[c] * b[c];
-        return sum;
+        float total = 0;
+        for (int64_t start = 0; start < C; start += 128) { /* short chains of additions round less */
+            int64_t end = start + 128 < C ? start + 128 : C;
+            float sum = 0;
+            _Pragma("omp simd reduction(+ : sum)")
+            for (int64_t c = start; c < end; c++) sum += a[c] * b[c];
+            total += sum;
+        }
+        return total;
     }
 
     void read_forward(int threads, int64_t tokens, int64_t C, const float *X, const float *pre, float *u) {
@@ -995,7 +1000,7 @@ RMSNORM_SOURCE = """
         }
     }
 """
-ROWS = 64
+ROWS = 16
 
 
 def rmsnorm_c(function, x, weight, eps, *tensors):

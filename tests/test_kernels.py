@@ -205,17 +205,14 @@ def test_threads_change_no_bit():
 
 def check_streams(path, device, N, sizes, dtype=torch.float32):
     for tokens, C in sizes:
-        x, y, pre, post, res = (torch.randn(s, device=device).to(dtype) for s in (
-            (2, tokens, N, C), (2, tokens, C), (2, tokens, N), (2, tokens, N), (2, tokens, N, N)))
+        x, y, pre, post, res = (torch.randn(500, *s, device=device).to(dtype) for s in ((N, C), (C,), (N,), (N,), (N, N)))
         for name, inputs, g in (("read_streams", [x, pre], torch.randn_like(y)), ("write_streams", [x, y, post, res], torch.randn_like(x))):
             reference = getattr(kernels, name + "_reference")
             torchs, exact = (gradients(reference, inputs, d, g) for d in (dtype, torch.float64))
             launches.clear()
-            ours = gradients(getattr(kernels, name), inputs, dtype, g)
+            ours = gradients(getattr(kernels, name), [t[:tokens] for t in inputs], dtype, g[:tokens])
             assert launches == {(name, path): 1, (name + " backward", path): 1}
-            for a, b, c in zip(ours, torchs, exact, strict=True): # sums of N and of C terms: torch may have been lucky with few
-                slack = 2 * (b.double() - c).abs().max() + 4 * torch.finfo(dtype).eps * c.abs().max()
-                assert a.shape == b.shape and a.dtype == b.dtype and ((a.double() - c).abs() <= slack).all(), (name, tokens, C)
+            no_worse(ours, torchs, exact, f"{name}, {tokens} tokens, {C} channels")
 
 
 @needs_c
@@ -235,19 +232,22 @@ def test_streams_references_against_einsum():
 
 
 def check_rmsnorm(path, device, shapes, dtype=torch.float32):
-    for shape in shapes:
-        x, w, g = (torch.randn(s, device=device).to(dtype) for s in (shape, shape[-1:], shape))
-        for inputs in ([x], [x, w]):
-            torchs, exact = (gradients(kernels.rmsnorm_reference, inputs, d, g) for d in (dtype, torch.float64))
-            launches.clear()
-            ours = gradients(kernels.rmsnorm, inputs, dtype, g)
-            assert launches == {("rmsnorm", path): 1, ("rmsnorm backward", path): 1}
-            for a, b, c in zip(ours, torchs, exact, strict=True): # torch may have been lucky with few numbers
-                slack = 2 * (b.double() - c).abs().max() + 8 * torch.finfo(dtype).eps * c.abs().max()
-                assert a.shape == b.shape and a.dtype == b.dtype and ((a.double() - c).abs() <= slack).all(), (shape, len(inputs))
+    """Of many draws: the largest error of a few sums alone is luck, on both sides; their mean square is the same in ours and torch's."""
+    for shape, weighted in itertools.product(shapes, (False, True)):
+        count = 20 if path == "c" and len(shape) == 2 else 5
+        draws = [[torch.randn(s, device=device).to(dtype) for s in (shape, shape[-1:], shape)] for _ in range(count)]
+
+        def of_all(f, d):
+            return [torch.stack(t) for t in zip(*(gradients(f, [x, w] if weighted else [x], d, g) for x, w, g in draws))]
+
+        torchs, exact = (of_all(kernels.rmsnorm_reference, d) for d in (dtype, torch.float64))
+        launches.clear()
+        ours = of_all(kernels.rmsnorm, dtype)
+        assert launches == {("rmsnorm", path): count, ("rmsnorm backward", path): count}
+        no_worse(ours, torchs, exact, f"rmsnorm of {shape}, {'' if weighted else 'not '}weighted")
 
 
-SHAPES = ((1, 1), (5, 63), (3, 100, 100), (129, 1000))
+SHAPES = ((100, 5), (50, 63), (3, 100, 100), (129, 1000))
 
 
 @needs_c
@@ -387,7 +387,7 @@ def test_triton_compiles(monkeypatch, tmp_path):
 
     for w in (None, "*bf16"):
         assert binary(kernels.rmsnorm_forward_kernel, "*bf16", w, "*bf16", "i32", "fp32", 512)
-        assert binary(kernels.rmsnorm_backward_kernel, "*bf16", w, "*bf16", "*bf16", w and "*fp32", *["i32"] * 2, "fp32", 64, 512)
+        assert binary(kernels.rmsnorm_backward_kernel, "*bf16", w, "*bf16", "*bf16", w and "*fp32", *["i32"] * 2, "fp32", 16, 512)
     for n in (2, 4, 8):
         assert binary(kernels.sinkhorn_forward_kernel, *["*bf16"] * 2, *["i32"] * 2, 1e-6, n, 1024 // n**2)
         assert binary(kernels.sinkhorn_backward_kernel, *["*fp32"] * 4, *["i32"] * 2, 1e-6, n, 1024 // n**2)
@@ -438,7 +438,7 @@ def test_streams_by_interpreter(N, poisoned):
 @interpreted
 def test_rmsnorm_by_interpreter(poisoned):
     use_kernel("triton")
-    check_rmsnorm("triton", "cpu", ((1, 1), (5, 63), (70, 100)))
+    check_rmsnorm("triton", "cpu", ((100, 5), (50, 63), (70, 100)))
     check_rmsnorm("triton", "cpu", ((70, 63),), torch.float16)
 
 
