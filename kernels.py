@@ -44,8 +44,11 @@ def use_kernel(name):
     KERNEL = name
 
 
-def path_for(tensor):
-    """Which code an operation on this tensor runs: "triton", "c" or "torch". Chosen beforehand: what then fails raises."""
+def path_for(tensor, few=8192):
+    """
+    Which code an operation on this tensor runs: "triton", "c" or "torch". Chosen beforehand: what then fails raises. few: up to
+    as many numbers without a gradient, PyTorch is faster than a call of C.
+    """
     if KERNEL == "triton":
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise RuntimeError(f"kernel=triton computes in fp32, which {tensor.dtype} does not fit; use kernel=auto")
@@ -57,7 +60,7 @@ def path_for(tensor):
     if tensor.is_cuda:
         return "triton" if triton is not None and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else "torch"
     # a call of C through ctypes takes about 10 us: for the few numbers of decoding a token, PyTorch is done by then
-    worth_it = torch.is_grad_enabled() or tensor.numel() > 8192
+    worth_it = torch.is_grad_enabled() or tensor.numel() > few
     in_c = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous() and worth_it
     return "c" if in_c and c_library(C_MATH) is not None else "torch"
 
@@ -162,7 +165,7 @@ def sinkhorn(logits, iters=20):
         raise ValueError(f"sinkhorn takes square matrices (..., n, n), not {tuple(logits.shape)}")
     if iters < 1:
         raise ValueError(f"sinkhorn needs iters >= 1, not {iters}")
-    path = path_for(logits) if logits.shape[-1] in (2, 4, 8) and logits.numel() else "torch"
+    path = path_for(logits, few=0) if logits.shape[-1] in (2, 4, 8) and logits.numel() else "torch" # never few: 80 calls of PyTorch
     if path == "torch":
         launches["sinkhorn", path] += 1
         return sinkhorn_reference(logits, iters)
@@ -183,18 +186,19 @@ def sinkhorn_reference(logits, iters=20):
 # sums need no shuffles. One division per row, not per entry. The backward keeps all iterates of its 16 (40 kB at n = 4 and 20
 # iterations: they stay in cache) and reverses y = x / s by g_x = (g_y - sum(g_y * y)) / s. Matrices do not meet: threads
 # change no bit. 32,768 matrices, n = 4, 20 iterations, forward and backward: 3.4 ms on one thread; the reference takes 165.
+LANES = 16
 SINKHORN_SOURCE = C_MATH + """
-    #define LANES 16
     typedef float block[N * N][LANES];
 
-    static void load(const float *x, int64_t count, float (*m)[LANES]) { /* the last block may be short: zeros, never stored */
-        for (int k = 0; k < N * N; k++)
-            for (int l = 0; l < LANES; l++) m[k][l] = l < count ? x[l * N * N + k] : 0;
+    /* rows of `width` numbers, `apart` from each other; the last block may be short: zeros, never stored */
+    static void load(const float *x, int64_t apart, int64_t count, int width, float (*m)[LANES]) {
+        for (int k = 0; k < width; k++)
+            for (int l = 0; l < LANES; l++) m[k][l] = l < count ? x[l * apart + k] : 0;
     }
 
-    static void store(float *x, int64_t count, float (*m)[LANES]) {
+    static void store(float *x, int64_t apart, int64_t count, int width, float (*m)[LANES]) {
         for (int l = 0; l < count; l++)
-            for (int k = 0; k < N * N; k++) x[l * N * N + k] = m[k][l];
+            for (int k = 0; k < width; k++) x[l * apart + k] = m[k][l];
     }
 
     static void softmax(float (*m)[LANES]) { /* over rows, for each column j */
@@ -243,62 +247,79 @@ SINKHORN_SOURCE = C_MATH + """
         }
     }
 
+    static void iterate(float (*m)[LANES], int64_t iters) { /* logits -> H, in place */
+        float inverse[N][LANES];
+        softmax(m);
+        for (int k = 0; k < N * N; k++)
+            for (int l = 0; l < LANES; l++) m[k][l] += EPS;
+        normalise(m, m, inverse, N, 1);
+        for (int64_t i = 1; i < iters; i++) normalise(m, m, inverse, 1, N), normalise(m, m, inverse, N, 1);
+    }
+
+    static void iterate_back(float (*p)[LANES], float (*g)[LANES], int64_t iters, float *scratch) { /* p: logits; g of H -> g of p */
+        int64_t steps = 2 * iters - 1; /* even steps normalise rows, odd ones columns */
+        block *ys = (block *)scratch, m;
+        float(*inverse)[N][LANES] = (float(*)[N][LANES])(ys + steps);
+        softmax(p);
+        for (int k = 0; k < N * N; k++)
+            for (int l = 0; l < LANES; l++) m[k][l] = p[k][l] + EPS;
+        normalise(m, ys[0], inverse[0], N, 1);
+        for (int64_t i = 1; i < steps; i += 2) {
+            normalise(ys[i - 1], ys[i], inverse[i], 1, N);
+            normalise(ys[i], ys[i + 1], inverse[i + 1], N, 1);
+        }
+        for (int64_t i = steps - 1; i > 0; i -= 2) {
+            reverse(g, ys[i], inverse[i], N, 1);
+            reverse(g, ys[i - 1], inverse[i - 1], 1, N);
+        }
+        reverse(g, ys[0], inverse[0], N, 1);
+        for (int j = 0; j < N; j++) { /* softmax: g_x = p (g_p - sum(g_p * p)) */
+            for (int l = 0; l < LANES; l++) {
+                float dot = 0;
+                for (int i = 0; i < N; i++) dot += g[i * N + j][l] * p[i * N + j][l];
+                for (int i = 0; i < N; i++) g[i * N + j][l] = (g[i * N + j][l] - dot) * p[i * N + j][l];
+            }
+        }
+    }
+
+    #define SCRATCH(iters) ((2 * (iters) - 1) * (N * N + N) * LANES) /* floats per thread: iterates and divisors */
+    #define EACH_BLOCK(t) for (int64_t b = blocks * (t) / threads; b < blocks * ((t) + 1) / threads; b++)
+
     void forward(int threads, int64_t count, int64_t iters, const float *x, float *y) {
         int64_t blocks = (count + LANES - 1) / LANES;
         #pragma omp parallel for num_threads(threads) schedule(static) if (blocks > 8)
         for (int64_t b = 0; b < blocks; b++) {
             block m;
-            float inverse[N][LANES];
-            int64_t first = b * LANES, here = count - first < LANES ? count - first : LANES;
-            load(x + first * N * N, here, m);
-            softmax(m);
-            for (int k = 0; k < N * N; k++)
-                for (int l = 0; l < LANES; l++) m[k][l] += EPS;
-            normalise(m, m, inverse, N, 1);
-            for (int64_t i = 1; i < iters; i++) normalise(m, m, inverse, 1, N), normalise(m, m, inverse, N, 1);
-            store(y + first * N * N, here, m);
+            int64_t first = b * LANES * N * N, here = count - b * LANES < LANES ? count - b * LANES : LANES;
+            load(x + first, N * N, here, N * N, m);
+            iterate(m, iters);
+            store(y + first, N * N, here, N * N, m);
         }
     }
 
     void backward(int threads, int64_t count, int64_t iters, const float *x, const float *g_y, float *g_x, float *scratch) {
-        int64_t blocks = (count + LANES - 1) / LANES, steps = 2 * iters - 1; /* even steps normalise rows, odd ones columns */
+        int64_t blocks = (count + LANES - 1) / LANES;
         #pragma omp parallel for num_threads(threads) schedule(static, 1) if (blocks > 8)
         for (int t = 0; t < threads; t++) {
-            block *ys = (block *)(scratch + t * steps * (N * N + N) * LANES), p, m, g;
-            float(*inverse)[N][LANES] = (float(*)[N][LANES])(ys + steps);
-            for (int64_t b = blocks * t / threads; b < blocks * (t + 1) / threads; b++) {
-                int64_t first = b * LANES, here = count - first < LANES ? count - first : LANES;
-                load(x + first * N * N, here, p);
-                load(g_y + first * N * N, here, g);
-                softmax(p);
-                for (int k = 0; k < N * N; k++)
-                    for (int l = 0; l < LANES; l++) m[k][l] = p[k][l] + EPS;
-                normalise(m, ys[0], inverse[0], N, 1);
-                for (int64_t i = 1; i < steps; i += 2) {
-                    normalise(ys[i - 1], ys[i], inverse[i], 1, N);
-                    normalise(ys[i], ys[i + 1], inverse[i + 1], N, 1);
-                }
-                for (int64_t i = steps - 1; i > 0; i -= 2) {
-                    reverse(g, ys[i], inverse[i], N, 1);
-                    reverse(g, ys[i - 1], inverse[i - 1], 1, N);
-                }
-                reverse(g, ys[0], inverse[0], N, 1);
-                for (int j = 0; j < N; j++) { /* softmax: g_x = p (g_p - sum(g_p * p)) */
-                    for (int l = 0; l < LANES; l++) {
-                        float dot = 0;
-                        for (int i = 0; i < N; i++) dot += g[i * N + j][l] * p[i * N + j][l];
-                        for (int i = 0; i < N; i++) g[i * N + j][l] = (g[i * N + j][l] - dot) * p[i * N + j][l];
-                    }
-                }
-                store(g_x + first * N * N, here, g);
+            EACH_BLOCK(t) {
+                block p, g;
+                int64_t first = b * LANES * N * N, here = count - b * LANES < LANES ? count - b * LANES : LANES;
+                load(x + first, N * N, here, N * N, p);
+                load(g_y + first, N * N, here, N * N, g);
+                iterate_back(p, g, iters, scratch + t * SCRATCH(iters));
+                store(g_x + first, N * N, here, N * N, g);
             }
         }
     }
 """
 
 
-def sinkhorn_library(n):
-    return needed(f"#define N {n}\n#define EPS {SINKHORN_EPS}f\n" + SINKHORN_SOURCE)
+def sinkhorn_library(n, source=SINKHORN_SOURCE):
+    return needed(f"#define N {n}\n#define LANES {LANES}\n#define EPS {SINKHORN_EPS}f\n" + source)
+
+
+def sinkhorn_scratch(n, iters):
+    return torch.empty(torch.get_num_threads() * (2 * iters - 1) * (n * n + n) * LANES, dtype=torch.float32, device="cpu")
 
 
 def sinkhorn_forward_c(x, iters):
@@ -309,9 +330,8 @@ def sinkhorn_forward_c(x, iters):
 
 def sinkhorn_backward_c(x, g_y, iters):
     g_x, n = like(x), x.shape[-1]
-    scratch = torch.empty(torch.get_num_threads() * (2 * iters - 1) * (n * n + n) * 16, dtype=torch.float32, device="cpu") # of 16 lanes
-    sinkhorn_library(n).backward(
-        threads(), ctypes.c_int64(x.numel() // n**2), ctypes.c_int64(iters), address(x), address(g_y), address(g_x), address(scratch))
+    tensors, sizes = (x, g_y, g_x, sinkhorn_scratch(n, iters)), (ctypes.c_int64(x.numel() // n**2), ctypes.c_int64(iters))
+    sinkhorn_library(n).backward(threads(), *sizes, *map(address, tensors))
     return g_x
 
 
@@ -319,30 +339,30 @@ def sinkhorn_backward_c(x, g_y, iters):
 # through the iterates by x = y * s: registers cannot be indexed by a loop, and iterates would be N times the memory traffic.
 if triton is not None:
     @triton.jit
-    def sinkhorn_tile(p_x, i_matrix, count, N: tl.constexpr):
-        """Offsets and mask of a tile (BLOCK, N, N), and its softmax over out."""
+    def matrices(i_matrix, count, apart, N: tl.constexpr):
+        """Offsets and mask of a tile (BLOCK, N, N), whose matrices begin `apart` from each other."""
         i_n = tl.arange(0, N)
-        offsets = i_matrix[:, None, None] * (N * N) + i_n[None, :, None] * N + i_n[None, None, :]
-        inside = (i_matrix < count)[:, None, None] & (i_n >= 0)[None, :, None] & (i_n >= 0)[None, None, :]
-        x = tl.load(p_x + offsets, mask=inside, other=0.0).to(tl.float32)
-        e = tl.exp(x - tl.max(x, axis=1)[:, None, :])
-        return offsets, inside, e / tl.sum(e, axis=1)[:, None, :]
+        offsets = i_matrix[:, None, None] * apart + i_n[None, :, None] * N + i_n[None, None, :]
+        return offsets, (i_matrix < count)[:, None, None] & (i_n >= 0)[None, :, None] & (i_n >= 0)[None, None, :]
 
     @triton.jit
-    def sinkhorn_forward_kernel(p_x, p_y, count, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-        i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        offsets, inside, p = sinkhorn_tile(p_x, i_matrix, count, N)
-        m = p + EPS
+    def softmax_out(x):
+        e = tl.exp(x - tl.max(x, axis=1)[:, None, :])
+        return e / tl.sum(e, axis=1)[:, None, :]
+
+    @triton.jit
+    def iterate(x, iters, EPS: tl.constexpr):
+        m = softmax_out(x) + EPS
         m = m / (tl.sum(m, axis=2)[:, :, None] + EPS)
         for _ in range(1, iters):
             m = m / (tl.sum(m, axis=1)[:, None, :] + EPS)
             m = m / (tl.sum(m, axis=2)[:, :, None] + EPS)
-        tl.store(p_y + offsets, m.to(p_y.dtype.element_ty), mask=inside)
+        return m
 
     @triton.jit
-    def sinkhorn_backward_kernel(p_x, p_gy, p_gx, p_scratch, count, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-        i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        offsets, inside, p = sinkhorn_tile(p_x, i_matrix, count, N)
+    def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+        """From the logits and the gradient of H, the gradient of the logits."""
+        p = softmax_out(x)
         # divisors (2 iters, BLOCK, N) of this program: of columns at 2 i, of rows at 2 i + 1
         p_sums = p_scratch + tl.program_id(0).to(tl.int64) * (2 * iters * BLOCK * N)
         p_sums += tl.arange(0, BLOCK)[:, None] * N + tl.arange(0, N)[None, :]
@@ -356,7 +376,6 @@ if triton is not None:
             tl.store(p_sums + (2 * i + 1) * (BLOCK * N), rows)
             y = y / rows[:, :, None]
         tl.debug_barrier() # what one thread stored another may load
-        g = tl.load(p_gy + offsets, mask=inside, other=0.0).to(tl.float32)
         for j in range(iters):
             i = iters - 1 - j
             rows = tl.load(p_sums + (2 * i + 1) * (BLOCK * N))
@@ -366,8 +385,23 @@ if triton is not None:
                 columns = tl.load(p_sums + 2 * i * (BLOCK * N))
                 g = (g - tl.sum(g * y, axis=1)[:, None, :]) / columns[:, None, :]
                 y = y * columns[:, None, :]
-        g = p * (g - tl.sum(g * p, axis=1)[:, None, :])
-        tl.store(p_gx + offsets, g.to(p_gx.dtype.element_ty), mask=inside)
+        return p * (g - tl.sum(g * p, axis=1)[:, None, :])
+
+    @triton.jit
+    def sinkhorn_forward_kernel(p_x, p_y, count, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+        i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at, inside = matrices(i_matrix, count, N * N, N)
+        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(p_y + at, iterate(x, iters, EPS).to(p_y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def sinkhorn_backward_kernel(p_x, p_gy, p_gx, p_scratch, count, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+        i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at, inside = matrices(i_matrix, count, N * N, N)
+        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(p_gy + at, mask=inside, other=0.0).to(tl.float32)
+        g = iterate_back(x, g, p_scratch, iters, EPS, N, BLOCK)
+        tl.store(p_gx + at, g.to(p_gx.dtype.element_ty), mask=inside)
 
 
 def sinkhorn_forward_triton(x, iters):
