@@ -10,6 +10,7 @@ Every speed and size that the README reports, as named suites.
   optimizers bytes of parameters, gradients and states as their storages report them, peak memory of a process that trains, time of
              the update against torch's fused AdamW, loss after equal steps; --large times the update at 97.5M parameters too
   sinkhorn   32,768 matrices of 4 x 4, 20 iterations, forward and backward: kernel, PyTorch's loop, torch.compile of it
+  mhc        coefficients of 1,024 and 4,096 tokens, 4 streams of 384, forward and backward: kernel, PyTorch, torch.compile of it
   activations  forward and backward of each name, plain and gated: kernel, eager PyTorch, torch.compile; GB/s beside those of a copy
   residual   forward and backward of plain, hyper and mhc at width 384, 6 layers, and the memory that the graph keeps
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
@@ -44,7 +45,7 @@ block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
-compiled = True # sinkhorn, activations: time torch.compile of the formulas too
+compiled = True # sinkhorn, mhc, activations: time torch.compile of the formulas too
 large = False # optimizers: also at 97.5M parameters; takes 4 GB
 save = True # write bench_results/<device>.json
 
@@ -326,7 +327,8 @@ def set_device(name):
 def upstream(f, *inputs):
     """A function that runs f forward and backward with a gradient drawn once; without it, in torch.compile, sums would be fused away."""
     inputs = [x.detach().requires_grad_() for x in inputs]
-    g = torch.randn_like(f(*inputs))
+    y = f(*inputs)
+    g = [torch.randn_like(t) for t in ([y] if torch.is_tensor(y) else y)]
     return lambda: torch.autograd.grad(f(*inputs), inputs, g)
 
 
@@ -345,6 +347,17 @@ def sinkhorn():
     logits = torch.randn(32768, 4, 4, device=device)
     return [row(f"sinkhorn, {name}", 1e3 * median, "ms", "eager", ratio, low, high)
             for name, (median, ratio, low, high) in three(kernels.sinkhorn_reference, kernels.sinkhorn, logits).items()]
+
+
+def mhc():
+    print("mhc: the coefficients of 4 streams of 384, 20 iterations, forward and backward, fp32")
+    phi, alpha, b = 0.02 * torch.randn(24, 1536, device=device), torch.ones(3, device=device), torch.randn(24, device=device)
+    results = []
+    for tokens in (1024, 4096):
+        arms = three(kernels.mhc_coefficients_reference, kernels.mhc_coefficients, torch.randn(tokens, 4, 384, device=device), phi, alpha, b)
+        results += [row(f"mhc of {tokens:,} tokens, {name}", 1e3 * median, "ms", "eager", ratio, low, high)
+                    for name, (median, ratio, low, high) in arms.items()]
+    return results
 
 
 def activations():
@@ -404,7 +417,7 @@ def kv_cache():
     return results
 
 
-SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn,
+SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn, "mhc": mhc,
           "activations": activations, "residual": residual, "nanogpt": against_nanogpt}
 
 

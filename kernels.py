@@ -283,7 +283,7 @@ SINKHORN_SOURCE = C_MATH + """
     }
 
     #define SCRATCH(iters) ((2 * (iters) - 1) * (N * N + N) * LANES) /* floats per thread: iterates and divisors */
-    #define EACH_BLOCK(t) for (int64_t b = blocks * (t) / threads; b < blocks * ((t) + 1) / threads; b++)
+    #define EACH_BLOCK(t) for (int64_t i_b = blocks * (t) / threads; i_b < blocks * ((t) + 1) / threads; i_b++)
 
     void forward(int threads, int64_t count, int64_t iters, const float *x, float *y) {
         int64_t blocks = (count + LANES - 1) / LANES;
@@ -303,7 +303,7 @@ SINKHORN_SOURCE = C_MATH + """
         for (int t = 0; t < threads; t++) {
             EACH_BLOCK(t) {
                 block p, g;
-                int64_t first = b * LANES * N * N, here = count - b * LANES < LANES ? count - b * LANES : LANES;
+                int64_t first = i_b * LANES * N * N, here = count - i_b * LANES < LANES ? count - i_b * LANES : LANES;
                 load(x + first, N * N, here, N * N, p);
                 load(g_y + first, N * N, here, N * N, g);
                 iterate_back(p, g, iters, scratch + t * SCRATCH(iters));
@@ -440,6 +440,270 @@ class Sinkhorn(torch.autograd.Function):
         launches["sinkhorn backward", ctx.path] += 1
         (x,) = ctx.saved_tensors
         return SINKHORN[ctx.path][1](x, g_y.contiguous(), ctx.iters), None, None
+
+
+# --- mHC's coefficients ---
+
+
+@torch._disable_dynamo # as at sinkhorn
+def mhc_coefficients(h, phi, alpha, b, iters=20, eps=1e-6):
+    """
+    What mHC reads, writes and mixes its streams with, of each token's N streams h (..., N, C). With x = flat h, of N C numbers:
+        z = (x phi^T) r, r = 1 / sqrt(mean(x^2) + eps);  [pre | post | logits] = alpha_k z + b, a part k has N, N and N^2 columns
+        -> sigmoid(pre) (..., N), 2 sigmoid(post) (..., N), sinkhorn(logits (..., N, N), iters): H[out, in]
+    phi (2 N + N^2, N C), alpha (3,), b (2 N + N^2,), gradients to all. Xie et al. 2025, arXiv:2512.24880, section 4. fp32 inside,
+    fp64 for fp64, results in h's dtype; N = 2, 4, 8 are fast. ValueError for other shapes.
+    """
+    N, width = (h.shape[-2], h.shape[-2] * h.shape[-1]) if h.dim() > 1 else (0, 0)
+    columns = 2 * N + N * N
+    if not N or phi.shape != (columns, width) or alpha.shape != (3,) or b.shape != (columns,):
+        raise ValueError(f"mhc_coefficients takes h (..., N, C) with phi (2 N + N^2, N C), alpha (3,) and b (2 N + N^2,), not "
+                         f"{', '.join(str(tuple(t.shape)) for t in (h, phi, alpha, b))}")
+    if iters < 1:
+        raise ValueError(f"mhc_coefficients needs iters >= 1, not {iters}")
+    path = streams_path(h, phi, alpha, b, few=0)
+    if path == "torch":
+        launches["mhc_coefficients", path] += 1
+        return mhc_coefficients_reference(h, phi, alpha, b, iters, eps)
+    return Coefficients.apply(h, phi, alpha, b, iters, eps, path)
+
+
+def mhc_coefficients_reference(h, phi, alpha, b, iters=20, eps=1e-6):
+    pre, post, logits = mhc_gates(h, phi, alpha, b, eps)
+    res = sinkhorn_reference(logits.unflatten(-1, (h.size(-2), h.size(-2))), iters)
+    return pre.type_as(h), post.type_as(h), res.type_as(h)
+
+
+def mhc_gates(h, phi, alpha, b, eps=1e-6):
+    """pre, post and the logits (..., L) of a mixing of any kind, in plain PyTorch, fp32 or fp64: phi (2 N + L, N C), b (2 N + L,)."""
+    N, x = h.size(-2), (h if h.dtype == torch.float64 else h.float()).flatten(-2) # (..., N C)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.size(-1)
+    z = F.linear(x, phi.type_as(x)) * torch.rsqrt(square + eps) # the norm after the product: it is one number per token
+    widths = [N, N, len(b) - 2 * N]
+    pre, post, logits = (a * t + c for a, t, c in zip(alpha.type_as(x), z.split(widths, dim=-1), b.type_as(x).split(widths)))
+    return pre.sigmoid(), 2 * post.sigmoid(), logits
+
+
+# The products stay BLAS's, near its peak. Around them 16 tokens at a time, in Sinkhorn's lanes. r's gradient comes back to x
+# as one number per token times x. The gradients of alpha and b are sums over all tokens: over 16 here, those in fp64 outside.
+MHC_SOURCE = SINKHORN_SOURCE + """
+    #define COLUMNS (2 * N + N * N)
+    #define PART(k) ((k >= N) + (k >= 2 * N))
+    typedef float row_block[COLUMNS][LANES];
+
+    /* z r, r and the logits, of the `here` tokens from `first` on */
+    static void logits(int64_t first, int64_t here, float eps, const float *z, const float *square, const float *alpha, const float *b,
+                       float (*normed)[LANES], float *r, float (*x)[LANES]) {
+        load(z + first * COLUMNS, COLUMNS, here, COLUMNS, normed);
+        for (int l = 0; l < LANES; l++) r[l] = 1 / sqrtf((l < here ? square[first + l] : 0) + eps);
+        for (int k = 0; k < COLUMNS; k++) {
+            float a = alpha[PART(k)], c = b[k];
+            for (int l = 0; l < LANES; l++) normed[k][l] *= r[l], x[k][l] = a * normed[k][l] + c;
+        }
+    }
+
+    static void sigmoid(float (*x)[LANES]) { /* of the two gates */
+        for (int k = 0; k < 2 * N; k++)
+            for (int l = 0; l < LANES; l++) x[k][l] = 1 / (1 + exponential(-x[k][l]));
+    }
+
+    void mhc_forward(int threads, int64_t tokens, int64_t width, int64_t iters, float eps, const float *H, const float *z,
+                     const float *alpha, const float *b, float *square, float *pre, float *post, float *res) {
+        #pragma omp parallel for num_threads(threads) schedule(static) if (tokens > LANES)
+        for (int64_t first = 0; first < tokens; first += LANES) {
+            int64_t here = tokens - first < LANES ? tokens - first : LANES;
+            float r[LANES];
+            row_block normed, x;
+            for (int64_t t = first; t < first + here; t++) {
+                const float *h = H + t * width;
+                float sum = 0;
+                #pragma omp simd reduction(+ : sum)
+                for (int64_t c = 0; c < width; c++) sum += h[c] * h[c];
+                square[t] = sum / width;
+            }
+            logits(first, here, eps, z, square, alpha, b, normed, r, x);
+            sigmoid(x);
+            for (int k = N; k < 2 * N; k++)
+                for (int l = 0; l < LANES; l++) x[k][l] *= 2;
+            iterate(x + 2 * N, iters);
+            store(pre + first * N, N, here, N, x);
+            store(post + first * N, N, here, N, x + N);
+            store(res + first * N * N, N * N, here, N * N, x + 2 * N);
+        }
+    }
+
+    /* g_z, the factor of x in its gradient, and for each 16 tokens [g_alpha | g_b] */
+    void mhc_backward(int threads, int64_t tokens, int64_t width, int64_t iters, float eps, const float *z, const float *square,
+                      const float *alpha, const float *b, const float *g_pre, const float *g_post, const float *g_res,
+                      float *g_z, float *factor, float *sums, float *scratch) {
+        int64_t blocks = (tokens + LANES - 1) / LANES;
+        #pragma omp parallel for num_threads(threads) schedule(static, 1) if (blocks > 1)
+        for (int t = 0; t < threads; t++) {
+            EACH_BLOCK(t) {
+                int64_t first = i_b * LANES, here = tokens - first < LANES ? tokens - first : LANES;
+                float r[LANES], back[LANES] = {0}, *to = sums + i_b * (3 + COLUMNS);
+                row_block normed, x, g;
+                logits(first, here, eps, z, square, alpha, b, normed, r, x);
+                load(g_pre + first * N, N, here, N, g);
+                load(g_post + first * N, N, here, N, g + N);
+                load(g_res + first * N * N, N * N, here, N * N, g + 2 * N);
+                sigmoid(x);
+                for (int k = 0; k < 2 * N; k++)
+                    for (int l = 0; l < LANES; l++) g[k][l] *= (1 + PART(k)) * x[k][l] * (1 - x[k][l]);
+                iterate_back(x + 2 * N, g + 2 * N, iters, scratch + t * SCRATCH(iters));
+                to[0] = to[1] = to[2] = 0;
+                for (int k = 0; k < COLUMNS; k++) {
+                    float a = alpha[PART(k)], sum = 0, dot = 0;
+                    _Pragma("omp simd reduction(+ : sum, dot)")
+                    for (int l = 0; l < LANES; l++) {
+                        sum += g[k][l], dot += g[k][l] * normed[k][l];
+                        back[l] += a * g[k][l] * normed[k][l], g[k][l] *= a * r[l];
+                    }
+                    to[3 + k] = sum, to[PART(k)] += dot;
+                }
+                store(g_z + first * COLUMNS, COLUMNS, here, COLUMNS, g);
+                for (int l = 0; l < here; l++) factor[first + l] = -back[l] * r[l] * r[l] / width;
+            }
+        }
+    }
+"""
+
+
+def mhc_forward_c(x, phi, alpha, b, N, iters, eps):
+    z, square = product(x, phi.t()), x.new_empty(len(x))
+    pre, post, res = (torch.empty(len(x), k, dtype=x.dtype) for k in (N, N, N * N))
+    sizes = ctypes.c_int64(len(x)), ctypes.c_int64(x.size(1)), ctypes.c_int64(iters), ctypes.c_float(eps)
+    sinkhorn_library(N, MHC_SOURCE).mhc_forward(threads(), *sizes, *map(address, (x, z, alpha, b, square, pre, post, res)))
+    return z, square, pre, post, res
+
+
+def mhc_backward_c(width, z, square, alpha, b, g_pre, g_post, g_res, N, iters, eps):
+    g_z, factor, sums = like(z), like(square), torch.empty(-(-len(z) // LANES), 3 + len(b), dtype=torch.float32)
+    tensors = z, square, alpha, b, g_pre, g_post, g_res, g_z, factor, sums, sinkhorn_scratch(N, iters)
+    sizes = ctypes.c_int64(len(z)), ctypes.c_int64(width), ctypes.c_int64(iters), ctypes.c_float(eps)
+    sinkhorn_library(N, MHC_SOURCE).mhc_backward(threads(), *sizes, *map(address, tensors))
+    return g_z, factor, sums
+
+
+def product(a, b):
+    """a b in a's dtype: autocast, which would round it, leaves alone what has a place to go to."""
+    return torch.mm(a, b, out=torch.empty(a.size(0), b.size(1), dtype=a.dtype, device=a.device))
+
+
+if triton is not None:
+    @triton.jit
+    def mhc_product_kernel(p_x, p_phi, p_z, p_square, tokens, width, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+                           PADDED: tl.constexpr):
+        """z = x phi^T and mean(x^2) of BLOCK tokens in one walk. fp32 whatever comes in: TF32 would keep 10 bits."""
+        i_t, i_k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+        z, square = tl.zeros((BLOCK, PADDED), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, width, BLOCK_C):
+            i_c = start + tl.arange(0, BLOCK_C)
+            x = tl.load(p_x + i_t[:, None] * width + i_c[None, :], mask=(i_t < tokens)[:, None] & (i_c < width)[None, :], other=0.0)
+            phi = tl.load(p_phi + i_k[None, :] * width + i_c[:, None], mask=(i_k < COLUMNS)[None, :] & (i_c < width)[:, None], other=0.0)
+            x = x.to(tl.float32)
+            z = tl.dot(x, phi.to(tl.float32), z, input_precision="ieee")
+            square += tl.sum(x * x, axis=1)
+        tl.store(p_z + i_t[:, None] * COLUMNS + i_k[None, :], z, mask=(i_t < tokens)[:, None] & (i_k < COLUMNS)[None, :])
+        tl.store(p_square + i_t, square / width, mask=i_t < tokens)
+
+    @triton.jit
+    def mhc_forward_kernel(p_z, p_square, p_alpha, p_b, p_pre, p_post, p_res, tokens, iters, eps, EPS: tl.constexpr, N: tl.constexpr,
+                           BLOCK: tl.constexpr):
+        COLUMNS: tl.constexpr = 2 * N + N * N
+        i_t, i_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
+        r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps)
+        gate = (i_t < tokens)[:, None] & (i_n >= 0)[None, :]
+        for k in tl.static_range(2):
+            z = tl.load(p_z + i_t[:, None] * COLUMNS + k * N + i_n[None, :], mask=gate, other=0.0) * r[:, None]
+            x = tl.load(p_alpha + k).to(tl.float32) * z + tl.load(p_b + k * N + i_n).to(tl.float32)[None, :]
+            p_to = p_pre if k == 0 else p_post
+            tl.store(p_to + i_t[:, None] * N + i_n[None, :], ((1 + k) / (1 + tl.exp(-x))).to(p_to.dtype.element_ty), mask=gate)
+        at, inside = matrices(i_t, tokens, COLUMNS, N)
+        z = tl.load(p_z + 2 * N + at, mask=inside, other=0.0) * r[:, None, None]
+        b = tl.load(p_b + 2 * N + i_n[:, None] * N + i_n[None, :]).to(tl.float32)
+        m = iterate(tl.load(p_alpha + 2).to(tl.float32) * z + b[None, :, :], iters, EPS)
+        at, inside = matrices(i_t, tokens, N * N, N)
+        tl.store(p_res + at, m.to(p_res.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_gz, p_factor, p_sums, p_scratch, tokens, width, iters,
+                            eps, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+        COLUMNS: tl.constexpr = 2 * N + N * N
+        i_t, i_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
+        r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps)
+        gate = (i_t < tokens)[:, None] & (i_n >= 0)[None, :]
+        back = tl.zeros((BLOCK,), tl.float32)
+        p_sums += tl.program_id(0) * (3 + COLUMNS) # [g_alpha | g_b] of this program's tokens
+        for k in tl.static_range(2):
+            z = tl.load(p_z + i_t[:, None] * COLUMNS + k * N + i_n[None, :], mask=gate, other=0.0) * r[:, None]
+            a = tl.load(p_alpha + k).to(tl.float32)
+            p = 1 / (1 + tl.exp(-a * z - tl.load(p_b + k * N + i_n).to(tl.float32)[None, :]))
+            p_g = p_gpre if k == 0 else p_gpost
+            g = (1 + k) * p * (1 - p) * tl.load(p_g + i_t[:, None] * N + i_n[None, :], mask=gate, other=0.0).to(tl.float32)
+            back += a * tl.sum(g * z, axis=1)
+            tl.store(p_sums + k, tl.sum(tl.sum(g * z, axis=1), axis=0))
+            tl.store(p_sums + 3 + k * N + i_n, tl.sum(g, axis=0))
+            tl.store(p_gz + i_t[:, None] * COLUMNS + k * N + i_n[None, :], a * g * r[:, None], mask=gate)
+        at, inside = matrices(i_t, tokens, N * N, N)
+        g = tl.load(p_gres + at, mask=inside, other=0.0).to(tl.float32)
+        at, inside = matrices(i_t, tokens, COLUMNS, N)
+        z = tl.load(p_z + 2 * N + at, mask=inside, other=0.0) * r[:, None, None]
+        a, i_nn = tl.load(p_alpha + 2).to(tl.float32), i_n[:, None] * N + i_n[None, :]
+        x = a * z + tl.load(p_b + 2 * N + i_nn).to(tl.float32)[None, :, :]
+        g = iterate_back(x, g, p_scratch, iters, EPS, N, BLOCK)
+        dots = tl.sum(tl.sum(g * z, axis=2), axis=1)
+        tl.store(p_sums + 2, tl.sum(dots, axis=0))
+        tl.store(p_sums + 3 + 2 * N + i_nn, tl.sum(g, axis=0))
+        tl.store(p_gz + 2 * N + at, a * g * r[:, None, None], mask=inside)
+        tl.store(p_factor + i_t, -(back + a * dots) * r * r / width, mask=i_t < tokens)
+
+
+def mhc_forward_triton(x, phi, alpha, b, N, iters, eps):
+    z, square = (torch.empty(*s, dtype=torch.float32, device=x.device) for s in ((len(x), len(b)), (len(x),)))
+    pre, post, res = (torch.empty(len(x), k, dtype=x.dtype, device=x.device) for k in (N, N, N * N))
+    padded, block = max(16, triton.next_power_of_2(len(b))), 1024 // N**2 # tl.dot takes 16 or more
+    with torch.cuda.device_of(x):
+        mhc_product_kernel[(triton.cdiv(len(x), 32),)](x, phi, z, square, len(x), x.size(1), len(b), 32, 64, padded)
+        mhc_forward_kernel[(triton.cdiv(len(x), block),)](z, square, alpha, b, pre, post, res, len(x), iters, eps, SINKHORN_EPS, N, block)
+    return z, square, pre, post, res
+
+
+def mhc_backward_triton(width, z, square, alpha, b, g_pre, g_post, g_res, N, iters, eps):
+    block = 1024 // N**2
+    programs = triton.cdiv(len(z), block)
+    g_z, factor = like(z), like(square)
+    sums, scratch = (torch.empty(programs, k, dtype=torch.float32, device=z.device) for k in (3 + len(b), 2 * iters * block * N))
+    with torch.cuda.device_of(z):
+        mhc_backward_kernel[(programs,)](z, square, alpha, b, g_pre, g_post, g_res, g_z, factor, sums, scratch, len(z), width, iters, eps,
+                                         SINKHORN_EPS, N, block)
+    return g_z, factor, sums
+
+
+COEFFICIENTS = {"c": (mhc_forward_c, mhc_backward_c), "triton": (mhc_forward_triton, mhc_backward_triton)}
+
+
+class Coefficients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, phi, alpha, b, iters, eps, path):
+        launches["mhc_coefficients", path] += 1
+        N, x, phi, alpha, b = h.size(-2), h.contiguous().view(-1, h.size(-2) * h.size(-1)), *(t.contiguous() for t in (phi, alpha, b))
+        z, square, pre, post, res = COEFFICIENTS[path][0](x, phi, alpha, b, N, iters, eps)
+        ctx.save_for_backward(x, phi, alpha, b, z, square)
+        ctx.shape, ctx.rest, ctx.path = h.shape, (N, iters, eps), path
+        return tuple(t.view(*h.shape[:-2], *s) for t, s in ((pre, (N,)), (post, (N,)), (res, (N, N))))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *g):
+        launches["mhc_coefficients backward", ctx.path] += 1
+        x, phi, alpha, b, z, square = ctx.saved_tensors
+        g_z, factor, sums = COEFFICIENTS[ctx.path][1](x.size(1), z, square, alpha, b, *(t.contiguous() for t in g), *ctx.rest)
+        wide = x.float()
+        g_x = product(g_z, phi.float()).addcmul_(factor.unsqueeze(1), wide)
+        g_alpha, g_b = sums.sum(0, dtype=torch.float64).split([3, len(b)])
+        return (g_x.to(x.dtype).view(ctx.shape), product(g_z.t(), wide).to(phi.dtype), g_alpha.to(alpha.dtype), g_b.to(b.dtype),
+                None, None, None)
 
 
 # --- activations ---
@@ -756,11 +1020,11 @@ def write_streams_reference(x, y, post, res):
     return res.type_as(x) @ x + post.type_as(x).unsqueeze(-1) * y.unsqueeze(-2)
 
 
-def streams_path(x, *others):
+def streams_path(x, *others, few=8192):
     """The tensors after x may lie in memory as they like, they are small or fresh; all have to be of one kind."""
     if x.size(-2) not in (2, 4, 8) or not x.numel():
         return "torch"
-    path = path_for(x)
+    path = path_for(x, few)
     return path if path != "c" or all(t.dtype == torch.float32 for t in others) else "torch"
 
 

@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import ACTIVATIONS, activate, gated_pair, read_streams, rmsnorm, sinkhorn, write_streams
+from kernels import ACTIVATIONS, activate, gated_pair, mhc_coefficients, mhc_gates, read_streams, rmsnorm, write_streams
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -714,26 +714,28 @@ class Manifold(Streams):
         self.b = nn.Parameter(torch.cat([read.logit(), torch.zeros(N), self.mixing.start]))
 
     def coefficients(self, h):
-        h = h.flatten(2) # (B, T, N C)
-        square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.size(-1)
-        z = self.phi(h) * torch.rsqrt(square + 1e-6) # the norm after the product: it is one number per token
-        pre, post, res = (a * x + b for a, x, b in zip(self.alpha, z.split(self.widths, dim=-1), self.b.split(self.widths)))
-        return pre.sigmoid(), 2 * post.sigmoid(), self.mixing(res)
+        pre, post, x = self.mixing.gates(h, self.phi.weight, self.alpha, self.b)
+        return pre, post, self.mixing(x)
 
 
 class BySinkhorn(nn.Module):
-    """Logits (..., N N) -> doubly stochastic (..., N, N), rows exactly, columns as far as the iterations get. Starts near I."""
+    """Doubly stochastic (..., N, N) of N N logits: rows exactly, columns as far as the iterations get. Starts near I."""
 
     def __init__(self, c):
         super().__init__()
-        self.N, self.iters, self.start = c.streams, c.sinkhorn_iters, 3.0 * torch.eye(c.streams).flatten()
+        self.iters, self.start = c.sinkhorn_iters, 3.0 * torch.eye(c.streams).flatten()
 
-    def forward(self, z):
-        return sinkhorn(z.unflatten(-1, (self.N, self.N)), self.iters)
+    def gates(self, *tensors):
+        return mhc_coefficients(*tensors, self.iters)
+
+    def forward(self, res): # made with the gates, in one operation; passed through here for whoever watches this module
+        return res
 
 
 class ByPermutations(nn.Module):
     """Without iterations and exact: the mean of all N! permutation matrices under softmax weights. (..., N!) -> (..., N, N)."""
+
+    gates = staticmethod(mhc_gates)
 
     def __init__(self, c):
         super().__init__()

@@ -87,6 +87,11 @@ def test_refusals(monkeypatch):
         (lambda: sinkhorn(x), "square"),
         (lambda: sinkhorn(x[0]), "square"),
         (lambda: sinkhorn(torch.randn(2, 2), 0), "iters >= 1"),
+        (lambda: kernels.mhc_coefficients(x[0], *coefficient_inputs(2, 5)[1:]), "takes h"),
+        (lambda: kernels.mhc_coefficients(torch.randn(3, 2, 4), *coefficient_inputs(2, 5)[1:]), r"\(3, 2, 4\), \(8, 10\)"),
+        (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5)[:2], torch.ones(()), torch.ones(8)), "alpha"),
+        (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5)[:3], torch.ones(9)), "N\\^2"),
+        (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5), iters=0), "iters >= 1"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -185,19 +190,92 @@ def test_sinkhorn_c(n, poisoned):
 
 
 @needs_c
-def test_threads_change_no_bit():
+def test_threads_change_no_bit(monkeypatch):
+    monkeypatch.setattr(kernels, "product", lambda a, b: (a.double() @ b.double()).to(a.dtype)) # BLAS's own may change
     logits, x, up = torch.randn(1000, 4, 4), torch.randn(100_001), torch.randn(100_001)
+    inputs = coefficient_inputs(4, 40)
+    g_c = [torch.randn_like(t) for t in kernels.mhc_coefficients(*inputs)]
     g_l, g_x, eps = torch.randn(1000, 4, 4), torch.randn(100_001), torch.tensor(0.3)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(gradients(sinkhorn, [logits], torch.float32, g_l)
+            results.append(all_gradients(kernels.mhc_coefficients, inputs, g_c)
+                           + gradients(sinkhorn, [logits], torch.float32, g_l)
                            + gradients(lambda x, up, eps: gated(x, up, "crrelu", eps), [x, up, eps], torch.float32, g_x))
     finally:
         torch.set_num_threads(before)
     for more in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], more))
+
+
+# --- mHC's coefficients ---
+
+
+def coefficient_inputs(N, C, tokens=1000, std=1):
+    """h, phi, alpha, b with logits of this std."""
+    columns, std = 2 * N + N * N, std / 2**0.5
+    return torch.randn(tokens, N, C), torch.randn(columns, N * C) / (N * C)**0.5, std * torch.tensor([1.0, -1.0, 1.0]), std * torch.randn(columns)
+
+
+def all_gradients(f, inputs, g):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    outputs = f(*inputs)
+    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, inputs, [g.to(t.dtype) for g, t in zip(g, outputs)]))
+
+
+def check_coefficients(path, device, N, counts, iterations, stds, dtype=torch.float32):
+    """
+    The gradients of alpha and b are sums over tokens; of 3 numbers torch may have been lucky with all. With parameters of its
+    own for each token, the reference gives the tokens' shares, and torch's error in them. Errors of tokens are independent,
+    that of a sum over n is sqrt(n) times one's; then it is rounded. phi's error grows with the tokens: at most torch's for all.
+    """
+    for iters, std in itertools.product(iterations, stds):
+        h, *parameters = (t.to(device) for t in coefficient_inputs(N, 7, 1000, std))
+        inputs, g = [h.to(dtype), *parameters], [torch.randn(1000, *s, device=device).to(dtype) for s in ((N,), (N,), (N, N))]
+
+        def reference(*t):
+            return kernels.mhc_coefficients_reference(*t, iters)
+
+        doubles = [t.double() for t in inputs]
+        torchs, exact = all_gradients(reference, inputs, g), all_gradients(reference, doubles, g)
+        shares = [all_gradients(torch.vmap(reference, (0, None, 0, 0)), [*t[:2], *(p.expand(1000, *p.shape) for p in t[2:])], g)[5:]
+                  for t in (inputs, doubles)]
+        of_one = [(b.double() - c).abs().max() for b, c in zip(*shares)]
+        for count in counts:
+            launches.clear()
+            ours = all_gradients(lambda *t: kernels.mhc_coefficients(*t, iters), (inputs[0][:count], *parameters), [t[:count] for t in g])
+            assert launches == {("mhc_coefficients", path): 1, ("mhc_coefficients backward", path): 1}
+            what = f"{count} tokens of {N} streams, {iters} iterations, std {std}, {dtype}"
+            no_worse(ours[:4], torchs[:4], exact[:4], what)
+            sums = all_gradients(reference, [doubles[0][:count], *doubles[1:]], [t[:count] for t in g])[4:]
+            bounds = 2 * (torchs[4].double() - exact[4]).abs().max(), *(2 * count**0.5 * error for error in of_one)
+            for name, a, c, bound in zip(("phi", "alpha", "b"), ours[4:], sums, bounds, strict=True):
+                error, allowed = (a.double() - c).abs(), bound + torch.finfo(a.dtype).eps * c.abs().max()
+                assert a.shape == c.shape and a.dtype == torch.float32 and (error <= allowed).all(), f"{what}: {name} {error.max()} {allowed}"
+
+
+def test_coefficients_reference_gradient():
+    for N, iters in itertools.product((2, 3, 4), (1, 3)):
+        inputs = [t.double().requires_grad_() for t in coefficient_inputs(N, 3, 2)]
+        assert torch.autograd.gradcheck(lambda *t: kernels.mhc_coefficients(*t, iters), inputs)
+    assert launches.keys() == {("mhc_coefficients", "torch")}
+
+
+@needs_c
+@pytest.mark.parametrize("N", [2, 4, 8])
+def test_coefficients_c(N, poisoned):
+    check_coefficients("c", "cpu", N, COUNTS, (1, 3, 20), (1, 3, 8))
+    h, *parameters = coefficient_inputs(N, 3, 6)
+    pre, post, res = kernels.mhc_coefficients(h.view(2, 3, N, 3), *parameters)
+    assert pre.shape == post.shape == (2, 3, N) and res.shape == (2, 3, N, N)
+    assert [t.shape for t in kernels.mhc_coefficients(h[:0], *parameters)] == [(0, N), (0, N), (0, N, N)]
+    launches.clear()
+    with torch.no_grad(): # few numbers, but PyTorch would make a hundred calls of them
+        one = kernels.mhc_coefficients(h[:1], *parameters)
+    assert launches == {("mhc_coefficients", "c"): 1}
+    with torch.autocast("cpu", dtype=torch.bfloat16): # which rounds products
+        assert all(torch.equal(a, b) for a, b in zip(one, kernels.mhc_coefficients(h[:1], *parameters)))
 
 
 # --- residual streams ---
@@ -358,6 +436,10 @@ def test_nan_stays_nan():
     logits = torch.zeros(3, 2, 2)
     logits[1] = float("nan")
     assert sinkhorn(logits).isnan().flatten(1).any(1).tolist() == [False, True, False] # and goes to no neighbour
+    h, *parameters = coefficient_inputs(4, 5, 3)
+    h[1, 2, 3] = float("nan")
+    for t in kernels.mhc_coefficients(h, *parameters):
+        assert t.isnan().flatten(1).all(1).tolist() == t.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
 # --- Triton ---
@@ -369,7 +451,7 @@ def test_triton_interpreted():
         pytest.skip("inside, or no triton")
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__], cwd=ROOT, capture_output=True, text=True,
                          env=dict(os.environ, TRITON_INTERPRET="1"))
-    assert run.returncode == 0 and "11 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and "14 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
@@ -391,6 +473,11 @@ def test_triton_compiles(monkeypatch, tmp_path):
     for n in (2, 4, 8):
         assert binary(kernels.sinkhorn_forward_kernel, *["*bf16"] * 2, *["i32"] * 2, 1e-6, n, 1024 // n**2)
         assert binary(kernels.sinkhorn_backward_kernel, *["*fp32"] * 4, *["i32"] * 2, 1e-6, n, 1024 // n**2)
+        columns, block = 2 * n + n * n, 1024 // n**2
+        for x in ("*fp32", "*bf16"):
+            assert binary(kernels.mhc_product_kernel, x, *["*fp32"] * 3, *["i32"] * 2, columns, 32, 64, {2: 16, 4: 32, 8: 128}[n])
+            assert binary(kernels.mhc_forward_kernel, *["*fp32"] * 4, *[x] * 3, *["i32"] * 2, "fp32", 1e-6, n, block)
+            assert binary(kernels.mhc_backward_kernel, *["*fp32"] * 4, *[x] * 3, *["*fp32"] * 4, *["i32"] * 3, "fp32", 1e-6, n, block)
         for name, many in (("read_forward", 3), ("read_backward", 5), ("write_forward", 5), ("write_backward", 9)):
             assert binary(kernels.STREAMS_KERNELS[name], *["*bf16"] * many, "i32", n, 512)
     for name, (up, x) in itertools.product(NAMES, ((None, "*fp32"), ("*bf16", "*bf16"))):
@@ -429,6 +516,16 @@ def test_finite_everywhere_by_interpreter():
 
 @interpreted
 @pytest.mark.parametrize("N", [2, 4, 8])
+def test_coefficients_by_interpreter(N, poisoned):
+    use_kernel("triton")
+    check_coefficients("triton", "cpu", N, (1, 5, 63, 100), (1, 3), (1, 8))
+    check_coefficients("triton", "cpu", N, (100,), (20,), (3,))
+    check_coefficients("triton", "cpu", N, (1000,), (3,), (3,))
+    check_coefficients("triton", "cpu", N, (63,), (3,), (1,), torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("N", [2, 4, 8])
 def test_streams_by_interpreter(N, poisoned):
     use_kernel("triton")
     check_streams("triton", "cpu", N, ((1, 1), (5, 63), (3, 1000)))
@@ -453,6 +550,13 @@ def test_rmsnorm_gpu(dtype, poisoned):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_streams_gpu(N, dtype, poisoned):
     check_streams("triton", "cuda", N, ((1, 1), (5, 63), (63, 100), (3, 1000)), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_coefficients_gpu(N, dtype, poisoned):
+    check_coefficients("triton", "cuda", N, COUNTS, (1, 3, 20), (1, 3, 8), dtype)
 
 
 @pytest.mark.gpu
