@@ -486,6 +486,7 @@ def mhc_gates(h, phi, alpha, b, eps=1e-6):
 
 # The products stay BLAS's, near its peak. Around them 16 tokens at a time, in Sinkhorn's lanes. r's gradient comes back to x
 # as one number per token times x. The gradients of alpha and b are sums over all tokens: over 16 here, those in fp64 outside.
+# 1,024 tokens of 4 x 384, forward and backward, one thread: 4.7 ms, four fifths of it products; torch.compile of the reference 6.4.
 MHC_SOURCE = SINKHORN_SOURCE + """
     #define COLUMNS (2 * N + N * N)
     #define PART(k) ((k >= N) + (k >= 2 * N))
