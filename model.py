@@ -714,8 +714,7 @@ class Manifold(Streams):
         self.b = nn.Parameter(torch.cat([read.logit(), torch.zeros(N), self.mixing.start]))
 
     def coefficients(self, h):
-        pre, post, x = self.mixing.gates(h, self.phi.weight, self.alpha, self.b)
-        return pre, post, self.mixing(x)
+        return self.mixing(h, self.phi.weight, self.alpha, self.b)
 
 
 class BySinkhorn(nn.Module):
@@ -725,17 +724,12 @@ class BySinkhorn(nn.Module):
         super().__init__()
         self.iters, self.start = c.sinkhorn_iters, 3.0 * torch.eye(c.streams).flatten()
 
-    def gates(self, *tensors):
-        return mhc_coefficients(*tensors, self.iters)
-
-    def forward(self, res): # made with the gates, in one operation; passed through here for whoever watches this module
-        return res
+    def forward(self, h, phi, alpha, b): # -> pre, post (B, T, N), res (B, T, N, N)
+        return mhc_coefficients(h, phi, alpha, b, self.iters)
 
 
 class ByPermutations(nn.Module):
-    """Without iterations and exact: the mean of all N! permutation matrices under softmax weights. (..., N!) -> (..., N, N)."""
-
-    gates = staticmethod(mhc_gates)
+    """Doubly stochastic without iterations, and exact: the mean of all N! permutation matrices under softmax weights."""
 
     def __init__(self, c):
         super().__init__()
@@ -744,8 +738,9 @@ class ByPermutations(nn.Module):
         self.start = torch.zeros(len(orders))
         self.start[0] = 3.0 + math.log(len(orders) / c.streams) # as near to I as the other
 
-    def forward(self, z):
-        return (z.softmax(-1) @ self.matrices.flatten(1).type_as(z)).unflatten(-1, self.matrices.shape[1:])
+    def forward(self, h, phi, alpha, b):
+        pre, post, z = mhc_gates(h, phi, alpha, b) # (B, T, N), (B, T, N), (B, T, N!)
+        return pre, post, (z.softmax(-1) @ self.matrices.flatten(1).type_as(z)).unflatten(-1, self.matrices.shape[1:])
 
     def flops(self, T):
         return 2 * self.matrices.numel()

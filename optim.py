@@ -598,22 +598,28 @@ def activation_stats(model):
 
 def stream_stats(model):
     """
-    Of residual=hyper or mhc: how far each block's streams are apart, against their size; of mhc, for each mixing matrix, the
-    largest error of its row and column sums, and the composite gain ("Amax"): the largest row or column sum of the product of
-    all mixing matrices so far. arXiv:2512.24880, section 5.
+    Of residual=hyper or mhc: how far each block's streams are apart, against their size; of mhc, for each mixing matrix, how
+    far its entries have moved from their start on average, the largest error of its row and column sums, and the composite gain
+    ("Amax"): the largest row or column sum of the product of all mixing matrices so far. arXiv:2512.24880, section 5.
     """
     found, product = {}, []
 
-    def mixing(inputs, res): # (B, T, N, N), sublayer after sublayer
+    def mixing(starts, inputs, coefficients): # res (B, T, N, N), sublayer after sublayer
+        res = coefficients[2]
         product[:] = [res @ product[0] if product else res]
-        return {"row_error": (res.sum(-1) - 1).abs().max(), "column_error": (res.sum(-2) - 1).abs().max(),
+        return {"moved": (res - starts).abs().mean(),
+                "row_error": (res.sum(-1) - 1).abs().max(), "column_error": (res.sum(-2) - 1).abs().max(),
                 "gain": torch.maximum(product[0].abs().sum(-1).max(), product[0].abs().sum(-2).max())}
 
     for block in model.blocks:
         found[block] = lambda inputs, x: {"apart": (x - x.mean(-2, keepdim=True)).norm() / x.norm()} if x.dim() == 4 else {}
         for residual in (block.residual1, block.residual2):
             if hasattr(residual, "mixing"):
-                found[residual.mixing] = mixing
+                h, phi, alpha, b = (torch.zeros_like(t) for t in (residual.phi.weight[:1], residual.phi.weight, residual.alpha, residual.b))
+                b[2 * residual.N :] = residual.mixing.start
+                with torch.no_grad():
+                    starts = residual.mixing(h.view(1, residual.N, -1), phi, alpha, b)[2]
+                found[residual.mixing] = functools.partial(mixing, starts)
     return found
 
 

@@ -167,7 +167,7 @@ def test_stream_stats_are_what_they_say():
     idx = torch.randint(29, (2, 16))
     seen = watch(model, find_hooks("forward", "stream_stats"), idx, idx)["stream_stats"]
     mixed, X = [], streams_of(model, idx)
-    handles = [m.register_forward_hook(lambda m, i, o: mixed.append(o.detach())) for m in model.modules() if isinstance(m, BySinkhorn)]
+    handles = [m.register_forward_hook(lambda m, i, o: mixed.append(o[2].detach())) for m in model.modules() if isinstance(m, BySinkhorn)]
     model(idx)
     for handle in handles:
         handle.remove()
@@ -179,6 +179,8 @@ def test_stream_stats_are_what_they_say():
         name = f"blocks.{i // 2}.residual{i % 2 + 1}.mixing"
         assert float(seen[f"{name}.gain"]) == pytest.approx(gain.item(), rel=1e-5)
         assert float(seen[f"{name}.column_error"]) == pytest.approx((res.sum(-2) - 1).abs().max().item(), rel=1e-3)
+        start = sinkhorn(3.0 * torch.eye(4), 2) # before any training
+        assert float(seen[f"{name}.moved"]) == pytest.approx((res - start).abs().mean().item(), rel=1e-4)
         assert float(seen[f"{name}.row_error"]) < 1e-3 < float(seen[f"{name}.column_error"])
     for i, x in enumerate(X):
         assert float(seen[f"blocks.{i}.apart"]) == pytest.approx(((x - x.mean(2, keepdim=True)).norm() / x.norm()).item(), rel=1e-5)
