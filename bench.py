@@ -13,6 +13,8 @@ Every speed and size that the README reports, as named suites.
   mhc        coefficients of 1,024 and 4,096 tokens, 4 streams of 384, forward and backward: kernel, PyTorch, torch.compile of it
   activations  forward and backward of each name, plain and gated: kernel, eager PyTorch, torch.compile; GB/s beside those of a copy
   residual   forward and backward of plain, hyper and mhc at width 384, 6 layers, and the memory that the graph keeps
+  cross_entropy  of a linear head, forward and backward, at V = 50,304 and 65: in chunks, against F.cross_entropy(F.linear); the memory
+             that each adds to the peak of a process beyond the two gradients
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
 Without a name, all but the last. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
@@ -407,6 +409,42 @@ def residual():
     return results + [row(f"{name} kept for backward", size / 1e6, "MB", "plain", size / kept["plain"]) for name, size in kept.items()]
 
 
+HEADS = {"V=50304": (12 * 256, 50304, 384), "V=65": (1024, 65, 128)} # rows, vocabulary, channels
+
+
+def head_and_loss(name, rows, V, C):
+    """A function that computes the loss and both gradients by the function of kernels.py that is named."""
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, C, device=device).requires_grad_(), (0.05 * torch.randn(V, C, device=device)).requires_grad_()
+    targets, f = torch.randint(V, (rows,), device=device), getattr(kernels, name)
+    return lambda: torch.autograd.grad(f(x, w, targets), (x, w))
+
+
+def peak_of_loss(name, rows, V, C):
+    """Bytes that loss and gradients add to the peak, less the gradients, which both ways have to return."""
+    warm = head_and_loss(name, 64, 512, C)
+    warm() # threads, and what the libraries set up once
+    f = head_and_loss(name, rows, V, C)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device == "cuda" else peak_of_process()
+    gradients = f()
+    after = torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
+    return after - before - sum(g.nbytes for g in gradients)
+
+
+def cross_entropy():
+    print("cross_entropy: x W^T and its loss, forward and backward, fp32, eager")
+    results, names = [], {"F.cross_entropy(F.linear)": "linear_cross_entropy_reference", "linear_cross_entropy": "linear_cross_entropy"}
+    for size, shape in HEADS.items():
+        arms = {f"{size}, {label}": head_and_loss(name, *shape) for label, name in names.items()}
+        results += [row(label, 1e3 * median, "ms", "F.linear", ratio, low, high)
+                    for label, (median, ratio, low, high) in in_turn(arms, warm=1).items()]
+    peaks = {label: in_new_process(peak_of_loss, name, *HEADS["V=50304"]) for label, name in names.items()}
+    base = next(iter(peaks.values()))
+    return results + [row(f"V=50304, {label}, memory", peak / 1e6, "MB", "F.linear", peak / base) for label, peak in peaks.items()]
+
+
 def kv_cache():
     print("kv_cache: 6 layers, 6 heads of 64, latent 96 with a rotary key of 32, fp32")
     results = []
@@ -419,7 +457,7 @@ def kv_cache():
 
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn, "mhc": mhc,
-          "activations": activations, "residual": residual, "nanogpt": against_nanogpt}
+          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "nanogpt": against_nanogpt}
 
 
 def keep(file, name, description, commit, results):

@@ -1370,3 +1370,179 @@ class RMSNormFunction(torch.autograd.Function):
         g_x, sums = like(x), None if weight is None else torch.empty(-(-rows // ROWS), C, dtype=torch.float32, device=x.device)
         RMSNORM[ctx.path]("backward", x, weight, ctx.eps, g.contiguous(), g_x, sums)
         return g_x, None if sums is None else sums.sum(0).to(weight.dtype), None, None
+
+
+# --- the cross-entropy of a linear head, without its logits in memory ---
+
+
+def linear_cross_entropy(x, weight, targets, cap=0.0):
+    """
+    The mean of -log softmax(z)[target], z = x W^T, or cap tanh(z / cap): x (..., C), weight (V, C), targets (...) int64, of which
+    -1 is ignored -> () in nats, fp32 (fp64 for fp64); nan if all are ignored. As F.cross_entropy of F.linear, autocast
+    included, but with the logits of a few rows at a time: g_z = (softmax - onehot) / count needs nothing that comes later, so
+    the forward makes both gradients and the backward scales them, once: a graph that is kept for a second one is refused.
+    The idea is Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989). ValueError for shapes that do not fit; a target outside
+    [-1, V) is an error on a CPU, elsewhere the loss is then nan.
+    """
+    if x.shape[:-1] != targets.shape or weight.dim() != 2 or x.size(-1) != weight.size(1):
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} must be (..., C), (V, C), (...)")
+    # a few MB of logits are no burden, and PyTorch's two calls are then up to 1.2 times as fast
+    if not targets.numel() or KERNEL == "auto" and targets.numel() * weight.size(0) <= CROSS_ENTROPY_SMALL:
+        launches["linear_cross_entropy", "torch, whole"] += 1
+        return linear_cross_entropy_reference(x, weight, targets, cap)
+    return cross_entropy_in_chunks(x, weight, targets, cap)
+
+
+CROSS_ENTROPY_SMALL = 2**20 # logits
+CROSS_ENTROPY_CHUNK = 12 * 2**20 # logits at a time, 48 MB: with 16 MB the products of so few rows take 1.2 times as long
+
+
+def linear_cross_entropy_reference(x, weight, targets, cap=0.0):
+    z = F.linear(x, weight)
+    z = z if z.dtype == torch.float64 else z.float()
+    z = cap * torch.tanh(z / cap) if cap else z
+    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), ignore_index=-1)
+
+
+@torch._disable_dynamo # torch.compile stops here: this is the end of a forward, and unrolled it would be a graph of hundreds of chunks
+def cross_entropy_in_chunks(x, weight, targets, cap):
+    if x.is_cpu and not -1 <= targets.min() <= targets.max() < weight.size(0):
+        raise ValueError(f"targets {targets.min()} to {targets.max()} are not all in [-1, {weight.size(0)}); -1 is ignored")
+    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if not autocast and weight.dtype != dtype:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; give both one dtype, or use autocast")
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    return LinearCrossEntropy.apply(x, weight, targets, cap, dtype, path_for(weight), needs)
+
+
+# Each row's loss, and where a gradient is wanted the row in place: softmax - onehot; 0 where the target is ignored. A row of
+# 50,304 lies in the second cache, so three walks through it cost as one. Sums of 4096 in fp32, those in fp64.
+CROSS_ENTROPY_SOURCE = C_MATH + """
+    void cross_entropy(int threads, int64_t rows, int64_t V, int gradient, const int64_t *targets, float *Z, float *losses) {
+        #pragma omp parallel for num_threads(threads) schedule(static) if (rows * V > 1 << 17)
+        for (int64_t i = 0; i < rows; i++) {
+            float *restrict z = Z + i * V, most = z[0];
+            losses[i] = 0;
+            if (targets[i] < 0) {
+                if (gradient) for (int64_t c = 0; c < V; c++) z[c] = 0;
+                continue;
+            }
+            #pragma omp simd reduction(max : most)
+            for (int64_t c = 0; c < V; c++) most = z[c] > most ? z[c] : most;
+            double sum = 0, target = z[targets[i]];
+            for (int64_t start = 0; start < V; start += 4096) {
+                int64_t end = start + 4096 < V ? start + 4096 : V;
+                float part = 0;
+                if (gradient) {
+                    #pragma omp simd reduction(+ : part)
+                    for (int64_t c = start; c < end; c++) part += z[c] = exponential(z[c] - most);
+                } else {
+                    #pragma omp simd reduction(+ : part)
+                    for (int64_t c = start; c < end; c++) part += exponential(z[c] - most);
+                }
+                sum += part;
+            }
+            losses[i] = log(sum) + most - target;
+            if (!gradient) continue;
+            float inverse = 1 / sum;
+            #pragma omp simd
+            for (int64_t c = 0; c < V; c++) z[c] *= inverse;
+            z[targets[i]] -= 1;
+        }
+    }
+"""
+
+
+def cross_entropy_c(z, targets, losses, gradient):
+    shape = map(ctypes.c_int64, z.shape)
+    needed(CROSS_ENTROPY_SOURCE).cross_entropy(threads(), *shape, ctypes.c_int(gradient), address(targets), address(z), address(losses))
+
+
+def cross_entropy_torch(z, targets, losses, gradient):
+    kept, at = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1) # (rows, 1)
+    total = z.logsumexp(1, keepdim=True)
+    losses.copy_(torch.where(kept, total - z.gather(1, at), 0.0).squeeze(1))
+    if gradient:
+        z.sub_(total).exp_().scatter_add_(1, at, -torch.ones_like(total)).mul_(kept)
+
+
+if triton is not None:
+    @triton.jit
+    def cross_entropy_kernel(p_z, p_target, p_loss, V, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+        i, i_v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        target = tl.load(p_target + i)
+        p_z += i * V
+        most, sums = -float("inf"), tl.zeros((BLOCK,), tl.float32) # of each lane, relative to the largest so far
+        for start in range(0, V, BLOCK):
+            z = tl.load(p_z + start + i_v, mask=start + i_v < V, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(most, tl.max(z, axis=0))
+            sums = sums * tl.exp(most - higher) + tl.exp(z - higher)
+            most = higher
+        total = tl.sum(sums, axis=0)
+        # outside the vocabulary: nan, aloud, where reading would go anywhere
+        z = tl.load(p_z + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+        tl.store(p_loss + i, tl.where(target == -1, 0.0, tl.log(total) + most - z))
+        if GRADIENT:
+            tl.debug_barrier() # the target's logit has been read by all
+            for start in range(0, V, BLOCK):
+                z = tl.load(p_z + start + i_v, mask=start + i_v < V, other=0.0).to(tl.float32)
+                g = tl.exp(z - most) / total - tl.where(start + i_v == target, 1.0, 0.0)
+                tl.store(p_z + start + i_v, tl.where(target == -1, 0.0, g).to(p_z.dtype.element_ty), mask=start + i_v < V)
+
+
+def cross_entropy_triton(z, targets, losses, gradient):
+    with torch.cuda.device_of(z):
+        cross_entropy_kernel[(z.size(0),)](z, targets, losses, z.size(1), gradient, min(4096, triton.next_power_of_2(z.size(1))))
+
+
+CROSS_ENTROPY = {"c": cross_entropy_c, "triton": cross_entropy_triton, "torch": cross_entropy_torch}
+
+
+def logits_to_gradient(z, targets, losses, cap, path, gradient):
+    """z (rows, V) is used up; what it is turned into has its dtype. Triton widens each number by itself, the others a whole copy."""
+    wide = z if path == "triton" and not cap else z.to(losses.dtype)
+    if cap:
+        t = wide.div_(cap).tanh_()
+        wide = cap * t
+    CROSS_ENTROPY[path](wide, targets, losses, gradient)
+    if cap and gradient:
+        wide.mul_(t.square_().neg_().add_(1))
+    return wide.to(z.dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, dtype, path, needs):
+        launches["linear_cross_entropy", path] += 1
+        rows, V = targets.numel(), weight.size(0)
+        wide, targets = torch.promote_types(dtype, torch.float32), targets.reshape(-1).contiguous()
+        x_, w = x.reshape(rows, x.size(-1)).to(dtype), weight.to(dtype)
+        many = max(1, -(-rows * V // CROSS_ENTROPY_CHUNK)) # chunks of equal size
+        each = -(-rows // many)
+        logits, losses = torch.empty(each, V, dtype=dtype, device=x.device), torch.empty(rows, dtype=wide, device=x.device)
+        g_x, g_w = like(x_) if needs[0] else None, torch.empty(V, x.size(-1), dtype=wide, device=x.device) if needs[1] else None
+        for here in (slice(i, i + each) for i in range(0, rows, each)):
+            z = torch.mm(x_[here], w.t(), out=logits[: len(x_[here])])
+            z = logits_to_gradient(z, targets[here], losses[here], cap, path, any(needs))
+            if needs[0]:
+                torch.mm(z, w, out=g_x[here])
+            if needs[1]: # half precision: each chunk's sum is rounded once, the sum of chunks is not
+                first = here.start == 0 # then beta = 0: what g_w holds is not looked at
+                g_w.addmm_(z.t(), x_[here], beta=1 - first) if dtype == wide else (g_w.copy_ if first else g_w.add_)(z.t() @ x_[here])
+        count = (targets != -1).sum()
+        ctx.save_for_backward(g_x, g_w, count)
+        ctx.like, ctx.used = (x.shape, x.dtype, weight.dtype), False
+        return losses.sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        if ctx.used:
+            raise RuntimeError("linear_cross_entropy has given its gradients away; for a second backward run the forward again")
+        ctx.used = True # they are as large as the weight: scaled in place. Not in the forward: fp16 would underflow at 1 / count
+        g_x, g_w, count = ctx.saved_tensors
+        shape, *dtypes = ctx.like
+        scale = g / count.clamp(min=1)
+        g_x, g_w = (None if t is None else t.mul_(scale).to(d) for t, d in zip((g_x, g_w), dtypes))
+        return None if g_x is None else g_x.view(shape), g_w, None, None, None, None, None

@@ -39,7 +39,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import ACTIVATIONS, activate, gated_pair, mhc_coefficients, mhc_gates, read_streams, rmsnorm, write_streams
+from kernels import (ACTIVATIONS, activate, gated_pair, linear_cross_entropy, mhc_coefficients, mhc_gates, read_streams, rmsnorm,
+                     write_streams)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -831,7 +832,8 @@ class GPT(nn.Module):
     """
     logits, losses = model(idx, targets). idx (B, T) int64, T <= block_size. With targets (B, T; -1 is ignored): logits
     (B, T, V) and losses {"ce": nats per token}. Without: logits (B, 1, V) of the last token and {}. With a cache: idx are
-    the tokens that follow, logits (B, T, V). Logits are fp32 (fp64 for a model in double).
+    the tokens that follow, logits (B, T, V). Logits are fp32 (fp64 for a model in double). with_logits=False gives None for
+    them and the same losses, without ever holding all of them: what training needs.
     """
 
     def __init__(self, config):
@@ -847,9 +849,12 @@ class GPT(nn.Module):
         self.head = Linear(c.n_embd, c.vocab_size, False, outer_std(c), role="head")
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.softcap = c.logit_softcap
         self.cap = partial(softcap, c.logit_softcap) if c.logit_softcap else nn.Identity()
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, with_logits=True):
+        if not with_logits and targets is None:
+            raise ValueError("with_logits=False leaves nothing to return without targets; give targets")
         start = cache.length if cache is not None else 0
         self.check_length(start + idx.size(1), cache)
         h, turn = self.position(self.embed(idx), start)
@@ -861,6 +866,8 @@ class GPT(nn.Module):
             cache.length += idx.size(1)
         elif targets is None:
             h = h[:, -1:] # all that sampling needs
+        if not with_logits:
+            return None, {"ce": linear_cross_entropy(h, self.head.weight, targets, self.softcap)}
         logits = self.cap(widen(self.head(h))) # (B, T, V)
         losses = {} if targets is None else {"ce": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)}
         return logits, losses

@@ -16,6 +16,7 @@ import torch
 
 import kernels
 from conftest import ROOT
+from model import GPT, GPTConfig
 from kernels import ACTIVATIONS, C_MATH, activate, c_library, gated, launches, path_for, sinkhorn, sinkhorn_reference, use_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -334,6 +335,105 @@ def test_rmsnorm_c(poisoned):
     check_rmsnorm("c", "cpu", SHAPES)
 
 
+# --- cross-entropy of a linear head ---
+
+
+def check_cross_entropy(path, device, monkeypatch, shapes, dtypes=(torch.float32,)):
+    """Several chunks and one; gradients of both, one and none; targets left out; a softcap; logits that are spread far."""
+    for (rows, V, C), chunk, cap, dtype in itertools.product(shapes, (300, 10**6), (0.0, 5.0), dtypes):
+        monkeypatch.setattr(kernels, "CROSS_ENTROPY_CHUNK", chunk)
+        monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+        x, w, g = torch.randn(rows, C, device=device), torch.randn(V, C, device=device), torch.randn((), device=device)
+        x, w, targets = x.to(dtype), w.to(dtype), torch.randint(V, (rows,), device=device)
+        targets[1::3] = -1
+        torchs, exact = (gradients(lambda x, w: kernels.linear_cross_entropy_reference(x, w, targets, cap), [x, w], d, g)
+                         for d in (dtype, torch.float64))
+        launches.clear()
+        ours = gradients(lambda x, w: kernels.linear_cross_entropy(x, w, targets, cap), [x, w], dtype, g)
+        assert launches == {("linear_cross_entropy", path): 1}
+        # sums of C products, of V exponentials, and of rows: torch may have been lucky with few, and chunks round once more each
+        for a, b, c in zip(ours, torchs, exact, strict=True):
+            slack = 2 * (b.double() - c).abs().max() + 8 * torch.finfo(dtype).eps * c.abs().max()
+            assert a.shape == b.shape and a.dtype == b.dtype and ((a.double() - c).abs() <= slack).all(), (rows, V, C, chunk, cap, dtype)
+        for wanted in ((True, False), (False, True), (False, False)):
+            inputs = [t.detach().requires_grad_(need) for t, need in zip((x, w), wanted)]
+            loss = kernels.linear_cross_entropy(*inputs, targets, cap)
+            torch.testing.assert_close(loss.detach(), ours[0], rtol=2e-6, atol=0)
+            if any(wanted):
+                (got,) = torch.autograd.grad(loss, [t for t in inputs if t.requires_grad], g)
+                assert torch.equal(got, ours[1 if wanted[0] else 2])
+
+
+CE_SHAPES = ((2, 1, 1), (5, 63, 7), (63, 100, 33), (100, 1000, 5), (3, 5000, 8))
+
+
+@needs_c
+def test_cross_entropy_c(poisoned, monkeypatch):
+    check_cross_entropy("c", "cpu", monkeypatch, CE_SHAPES)
+
+
+def test_cross_entropy_torch(poisoned, monkeypatch):
+    use_kernel("torch")
+    check_cross_entropy("torch", "cpu", monkeypatch, CE_SHAPES, (torch.float32, torch.bfloat16))
+    use_kernel("auto")
+    check_cross_entropy("torch", "cpu", monkeypatch, ((5, 63, 7),), (torch.float64,))
+
+
+def test_cross_entropy_edges(monkeypatch):
+    x, w, targets = torch.randn(2, 3, 4).requires_grad_(), torch.randn(9, 4).requires_grad_(), torch.randint(9, (2, 3))
+    whole = kernels.linear_cross_entropy(x, w, targets)
+    assert launches == {("linear_cross_entropy", "torch, whole"): 1}
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+    loss = kernels.linear_cross_entropy(x.mT.contiguous().mT, w, targets.t().contiguous().t()) # neither lies in order
+    torch.testing.assert_close(loss, whole)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="given its gradients away"):
+        loss.backward()
+    none = kernels.linear_cross_entropy(x, w, torch.full_like(targets, -1))
+    assert none.isnan() and all((g == 0).all() for g in torch.autograd.grad(none, (x, w)))
+    assert kernels.linear_cross_entropy(x[:0], w, targets[:0]).isnan()
+    with torch.no_grad():
+        far = 1e4 * torch.randn(5, 4) # no overflow
+        torch.testing.assert_close(kernels.linear_cross_entropy(far, w, targets[0, :1].expand(5)),
+                                   kernels.linear_cross_entropy_reference(far, w, targets[0, :1].expand(5)))
+    for bad, words in ((lambda: kernels.linear_cross_entropy(x, w, targets[0]), "must be"),
+                       (lambda: kernels.linear_cross_entropy(x, w.double(), targets), "one dtype"),
+                       (lambda: kernels.linear_cross_entropy(x, w, targets + 9), "not all in"),
+                       (lambda: kernels.linear_cross_entropy(x, w, targets - 11), "not all in")):
+        with pytest.raises(ValueError, match=words):
+            bad()
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_without_logits(cap, tie, half, compiled, monkeypatch):
+    """Loss and every gradient as from all logits, in fp64; under autocast no further from it than from those."""
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_CHUNK", 500)
+    model = GPT(GPTConfig(vocab_size=61, n_layer=1, n_embd=32, n_head=2, block_size=16, logit_softcap=cap, tie_embeddings=tie,
+                          init_std=0.3)).train()
+    idx, targets = torch.randint(61, (3, 16)), torch.randint(61, (3, 16))
+    targets[0, 3:9] = -1
+
+    def results(model, call, **options):
+        loss = call(idx, targets, **options)[1]["ce"]
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        call = torch.compile(model, backend="aot_eager") if compiled else model
+        ours, whole = results(model, call, with_logits=False), results(model, model)
+    assert sum(n for (name, path), n in launches.items() if name == "linear_cross_entropy" and path != "torch, whole") == 1
+    exact = results(model.double(), model)
+    for a, b, c in zip(ours, whole, exact, strict=True):
+        # of the norm, as rounding is spread over the network's weights; 16 units: a dozen roundings one after the other
+        slack = 2 * (b.double() - c).norm() + 16 * torch.finfo(torch.float32).eps * c.norm()
+        assert a.dtype == b.dtype and (a.double() - c).norm() <= slack
+    with pytest.raises(ValueError, match="give targets"):
+        model(idx, with_logits=False)
+
+
 # --- activations: the references ---
 
 
@@ -452,7 +552,7 @@ def test_triton_interpreted():
         pytest.skip("inside, or no triton")
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__], cwd=ROOT, capture_output=True, text=True,
                          env=dict(os.environ, TRITON_INTERPRET="1"))
-    assert run.returncode == 0 and "14 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and "15 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
@@ -463,7 +563,7 @@ def test_triton_compiles(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def binary(kernel, *args): # "*fp32" and "i32" are types, all else constants
-        types = {k: v if v in ("*fp32", "*bf16", "i32", "fp32") else "constexpr" for k, v in zip(kernel.arg_names, args, strict=True)}
+        types = {k: v if v in ("*fp32", "*bf16", "*i64", "i32", "fp32") else "constexpr" for k, v in zip(kernel.arg_names, args, strict=True)}
         constants = {(i,): v for i, v in enumerate(args) if types[kernel.arg_names[i]] == "constexpr"}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         return kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
@@ -471,6 +571,8 @@ def test_triton_compiles(monkeypatch, tmp_path):
     for w in (None, "*bf16"):
         assert binary(kernels.rmsnorm_forward_kernel, "*bf16", w, "*bf16", "i32", "fp32", 512)
         assert binary(kernels.rmsnorm_backward_kernel, "*bf16", w, "*bf16", "*bf16", w and "*fp32", *["i32"] * 2, "fp32", 16, 512)
+    for z, gradient in itertools.product(("*fp32", "*bf16"), (False, True)):
+        assert binary(kernels.cross_entropy_kernel, z, "*i64", "*fp32", "i32", gradient, 4096)
     for n in (2, 4, 8):
         assert binary(kernels.sinkhorn_forward_kernel, *["*bf16"] * 2, *["i32"] * 2, 1e-6, n, 1024 // n**2)
         assert binary(kernels.sinkhorn_backward_kernel, *["*fp32"] * 4, *["i32"] * 2, 1e-6, n, 1024 // n**2)
@@ -538,6 +640,18 @@ def test_rmsnorm_by_interpreter(poisoned):
     use_kernel("triton")
     check_rmsnorm("triton", "cpu", ((100, 5), (50, 63), (70, 100)))
     check_rmsnorm("triton", "cpu", ((70, 63),), torch.float16)
+
+
+@interpreted
+def test_cross_entropy_by_interpreter(poisoned, monkeypatch):
+    use_kernel("triton")
+    check_cross_entropy("triton", "cpu", monkeypatch, CE_SHAPES)
+    check_cross_entropy("triton", "cpu", monkeypatch, CE_SHAPES[1:3], (torch.float16,))
+
+
+@pytest.mark.gpu
+def test_cross_entropy_gpu(poisoned, monkeypatch):
+    check_cross_entropy("triton", "cuda", monkeypatch, CE_SHAPES, (torch.float32, torch.bfloat16, torch.float16))
 
 
 @pytest.mark.gpu
