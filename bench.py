@@ -15,6 +15,7 @@ Every speed and size that the README reports, as named suites.
   residual   forward and backward of plain, hyper and mhc at width 384, 6 layers, and the memory that the graph keeps
   cross_entropy  of a linear head, forward and backward, at V = 50,304 and 65: in chunks, against F.cross_entropy(F.linear); the memory
              that each adds to the peak of a process beyond the two gradients
+  rope       rotation of 12 x 256 tokens with 12 heads of 64 and of 8 x 128 with 8 of 16, as attention gives them: eager, torch.compile
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
 Without a name, all but the last. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
@@ -47,7 +48,7 @@ block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
-compiled = True # sinkhorn, mhc, activations: time torch.compile of the formulas too
+compiled = True # sinkhorn, mhc, activations, rope: time torch.compile of the formulas too
 large = False # optimizers: also at 97.5M parameters; takes 4 GB
 save = True # write bench_results/<device>.json
 
@@ -445,6 +446,20 @@ def cross_entropy():
     return results + [row(f"V=50304, {label}, memory", peak / 1e6, "MB", "F.linear", peak / base) for label, peak in peaks.items()]
 
 
+def rope():
+    print("rope: rotation of a view with heads and tokens exchanged, forward and backward, fp32")
+    results = []
+    for B, T, heads, P in ((12, 256, 12, 64), (8, 128, 8, 16)):
+        table, g = kernels.rope_table(torch.arange(T, device=device), P), torch.randn(B, heads, T, P, device=device)
+        x = torch.randn(B, T, heads, P, device=device).transpose(1, 2).requires_grad_()
+        arms = {"eager": kernels.rotate_reference} | ({"torch.compile": torch.compile(kernels.rotate_reference)} if compiled else {})
+        arms |= {"triton": kernels.rotate} if device == "cuda" else {} # a CPU has no kernel of its own here
+        arms = {name: (lambda f=f: torch.autograd.grad(f(x, table), x, g)) for name, f in arms.items()}
+        results += [row(f"{B} x {T}, {heads} heads of {P}, {name}", 1e3 * median, "ms", "eager", ratio, low, high)
+                    for name, (median, ratio, low, high) in in_turn(arms).items()]
+    return results
+
+
 def kv_cache():
     print("kv_cache: 6 layers, 6 heads of 64, latent 96 with a rotary key of 32, fp32")
     results = []
@@ -457,7 +472,7 @@ def kv_cache():
 
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn, "mhc": mhc,
-          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "nanogpt": against_nanogpt}
+          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "rope": rope, "nanogpt": against_nanogpt}
 
 
 def keep(file, name, description, commit, results):

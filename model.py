@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (ACTIVATIONS, activate, gated_pair, linear_cross_entropy, mhc_coefficients, mhc_gates, read_streams, rmsnorm,
-                     write_streams)
+                     rope_table, rotate, write_streams)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,24 +329,9 @@ class Rope(nn.Module):
         self.width, self.base = c.rotary_width, c.rope_base
 
     def forward(self, h, start):
-        # angles in fp32 at least: in bf16 positions above 256 would collapse
-        wide = widen(h[:0]).dtype
-        m = torch.arange(start, start + h.size(1), device=h.device, dtype=wide)
-        frequency = self.base ** (-torch.arange(0, self.width, 2, device=h.device, dtype=wide) / self.width)
-        angle = torch.outer(m, frequency) # (T, P/2)
-        if torch.compiler.is_compiling(): # the compiler fuses real numbers, and has no code for complex ones
-            return h, partial(self.turn_real, angle.cos(), angle.sin())
-        return h, partial(self.turn, torch.polar(torch.ones_like(angle), angle))
-
-    @staticmethod
-    def turn(rotation, x): # (T, P/2) complex, (B, heads, T, P) -> (B, heads, T, P)
-        pairs = torch.view_as_complex(widen(x).unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
-
-    @staticmethod
-    def turn_real(cos, sin, x): # the same, written out
-        a, b = widen(x).unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+        positions = torch.arange(start, start + h.size(1), device=h.device, dtype=widen(h[:0]).dtype)
+        table = rope_table(positions, self.width, self.base) # (T, P/2, 2), for all layers
+        return h, partial(rotate, table=table)
 
 
 class NoPosition(nn.Module):

@@ -434,6 +434,54 @@ def test_a_model_without_logits(cap, tie, half, compiled, monkeypatch):
         model(idx, with_logits=False)
 
 
+# --- rotary embedding ---
+
+
+def rope_by_matrices(x, positions, base):
+    """Each pair by its own 2 x 2 matrix, in fp64."""
+    out = []
+    for i in range(x.size(-1) // 2):
+        angle = positions.double() * base ** (-2 * i / x.size(-1))
+        matrix = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1).unflatten(-1, (2, 2)) # (T, 2, 2)
+        out.append((matrix @ x[..., 2 * i : 2 * i + 2].double().unsqueeze(-1)).squeeze(-1))
+    return torch.cat(out, dim=-1)
+
+
+ROPE_SHAPES = ((1, 2), (2, 5, 6), (3, 1, 63, 4), (2, 3, 100, 16), (1000, 2), (2, 1, 2, 5, 8))
+
+
+def check_rope(path, device, shapes, dtype):
+    for shape, base in itertools.product(shapes, (10000.0, 100.0)):
+        positions, views = torch.arange(7, 7 + shape[-2], device=device), [torch.randn(shape, device=device).to(dtype)]
+        if len(shape) == 4: # as attention gives it: heads and tokens exchanged, a part of each head
+            B, heads, T, P = shape
+            views.append(torch.randn(B, T, heads, P + 3, device=device).to(dtype).transpose(1, 2)[..., 3:])
+        for x in views:
+            g = torch.randn(shape[:-1] + (2 * shape[-1],), device=device).to(dtype)[..., ::2] # not in order either
+            launches.clear()
+            ours = gradients(lambda x: kernels.rope(x, positions, base), [x], dtype, g)
+            assert launches == {("rotate", path): 1} | ({("rotate backward", path): 1} if path == "triton" else {})
+            exact = gradients(lambda x: rope_by_matrices(x, positions, base), [x], torch.float64, g)
+            for a, c, source in zip(ours, exact, (x, g), strict=True):
+                # an angle of up to 1007 carries 1007 units of rounding from its frequency, its product and its argument
+                wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+                pair = source.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
+                allowed = pair * (3 * positions[:, None] * wide + 4 * wide) + 2 * torch.finfo(dtype).eps * (dtype.itemsize < 4) * c.abs()
+                assert a.shape == c.shape and a.dtype == dtype and ((a.double() - c).abs() <= allowed).all(), (shape, base, dtype)
+
+
+def test_rope_torch():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        check_rope("torch", "cpu", ROPE_SHAPES, dtype)
+    x, table = torch.randn(2, 3, 9, 8), kernels.rope_table(torch.arange(9), 8)
+    compiled = torch.compile(kernels.rotate, backend="aot_eager") # real numbers there
+    torch.testing.assert_close(compiled(x, table), kernels.rotate(x, table), rtol=0, atol=2e-6)
+    for bad, words in ((lambda: kernels.rope(torch.randn(4, 3), torch.arange(4)), "even"),
+                       (lambda: kernels.rotate(x, table[:8]), "must be"), (lambda: kernels.rotate(x[..., :6], table), "must be")):
+        with pytest.raises(ValueError, match=words):
+            bad()
+
+
 # --- activations: the references ---
 
 
@@ -552,7 +600,7 @@ def test_triton_interpreted():
         pytest.skip("inside, or no triton")
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__], cwd=ROOT, capture_output=True, text=True,
                          env=dict(os.environ, TRITON_INTERPRET="1"))
-    assert run.returncode == 0 and "15 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and "16 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
@@ -571,6 +619,8 @@ def test_triton_compiles(monkeypatch, tmp_path):
     for w in (None, "*bf16"):
         assert binary(kernels.rmsnorm_forward_kernel, "*bf16", w, "*bf16", "i32", "fp32", 512)
         assert binary(kernels.rmsnorm_backward_kernel, "*bf16", w, "*bf16", "*bf16", w and "*fp32", *["i32"] * 2, "fp32", 16, 512)
+    for x in ("*fp32", "*bf16"):
+        assert binary(kernels.rotate_kernel, x, "*fp32", x, *["i32"] * 6, "fp32", 8, 512)
     for z, gradient in itertools.product(("*fp32", "*bf16"), (False, True)):
         assert binary(kernels.cross_entropy_kernel, z, "*i64", "*fp32", "i32", gradient, 4096)
     for n in (2, 4, 8):
@@ -640,6 +690,19 @@ def test_rmsnorm_by_interpreter(poisoned):
     use_kernel("triton")
     check_rmsnorm("triton", "cpu", ((100, 5), (50, 63), (70, 100)))
     check_rmsnorm("triton", "cpu", ((70, 63),), torch.float16)
+
+
+@interpreted
+def test_rope_by_interpreter(poisoned):
+    use_kernel("triton")
+    for dtype in (torch.float32, torch.float16):
+        check_rope("triton", "cpu", ROPE_SHAPES, dtype)
+
+
+@pytest.mark.gpu
+def test_rope_gpu(poisoned):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_rope("triton", "cuda", ROPE_SHAPES, dtype)
 
 
 @interpreted
