@@ -25,6 +25,7 @@ N residual streams (n_stream)
               hyper       Hyper                          Zhu et al. 2024, arXiv:2409.19606
               mhc         Manifold                       Xie et al. 2025, arXiv:2512.24880; permutations: arXiv:2601.05732
 """
+import difflib
 import hashlib
 import itertools
 import math
@@ -942,6 +943,30 @@ def softcap(cap, logits):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# presets: fields of GPTConfig for eight sizes. Any field given besides takes precedence; train.py takes vocab_size from the data.
+
+_SHARED = {"activation": "silu", "glu": True, "block_size": 512, "vocab_size": 50048} # 50,000 of a BPE, to a multiple of 64
+PRESETS = { # parameters with that vocabulary, the tied embedding counted once; heads are 32, then 64, from large on 128 wide
+    "nano": {"n_layer": 6, "n_head": 5, "n_embd": 160, **_SHARED}, # 10M, of which the embedding is 8M
+    "micro": {"n_layer": 7, "n_head": 5, "n_embd": 320, **_SHARED}, # 25M
+    "tiny": {"n_layer": 10, "n_head": 12, "n_embd": 768, **_SHARED}, # 109M
+    "small": {"n_layer": 12, "n_head": 14, "n_embd": 896, **_SHARED}, # 161M
+    "medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, **_SHARED}, # 355M
+    "large": {"n_layer": 24, "n_head": 12, "n_embd": 1536, **_SHARED}, # 756M
+    "xl": {"n_layer": 28, "n_head": 16, "n_embd": 2048, **_SHARED}, # 1.51B
+    "xxl": {"n_layer": 36, "n_head": 20, "n_embd": 2560, **_SHARED}, # 2.97B
+}
+
+
+def preset(name):
+    """The fields of a model size, {} for the empty name. ValueError for an unknown one names the nearest."""
+    if name and name not in PRESETS:
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0)
+        raise ValueError(f"unknown model_size {name!r}\nNearest: {', '.join(near)}. There are: {', '.join(PRESETS)}")
+    return PRESETS.get(name, {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # sampling
 
 
@@ -1087,12 +1112,27 @@ def describe(config, T, batch_size=1):
     print(f"cache: {cache.nbytes() // cache.capacity:,} bytes per token in fp32, {cache.nbytes() // cache.capacity // 2:,} in bf16")
 
 
+def show_presets():
+    """Prints the table of sizes, each built on the meta device so that the count is the model's own."""
+    print(f"{'--model_size':<14}{'layers':>7}{'heads':>7}{'width':>7}{'context':>9}{'parameters':>15}")
+    for name, fields in PRESETS.items():
+        c = GPTConfig(**fields)
+        with torch.device("meta"):
+            count = GPT(c).num_params()
+        print(f"{name:<14}{c.n_layer:>7}{c.n_head:>7}{c.n_embd:>7}{c.block_size:>9}{count:>15,}")
+
+
+model_size = "" # setting of this door and of train.py: a name in PRESETS; empty: the defaults of GPTConfig
+
 if __name__ == "__main__":
     from configurator import configure, user_errors
 
     given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     with user_errors():
-        config = GPTConfig(**given)
+        config = GPTConfig(**{**preset(given.pop("model_size", "")), **given})
     if "vocab_size" not in given:
         print(f"(vocab_size={config.vocab_size:,} is the default; train.py takes it from the data: characters of Shakespeare are 65)\n")
     describe(config, config.block_size)
+    if config == GPTConfig():
+        print()
+        show_presets()

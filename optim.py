@@ -675,8 +675,9 @@ def watch(model, hooks, idx, targets):
 
 if __name__ == "__main__":
     from configurator import configure, user_errors
-    from model import GPT, GPTConfig
+    from model import GPT, GPTConfig, preset
 
+    model_size = "" # as train.py's
     given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     with user_errors(), torch.device("meta"):
-        partition(GPT(GPTConfig(**given)))
+        partition(GPT(GPTConfig(**{**preset(given.pop("model_size", "")), **given})))

@@ -36,16 +36,17 @@ except ImportError:
 import data
 from configurator import UserError, configure, git_commit, user_errors
 from kernels import path_for, use_kernel
-from model import GPT, GPTConfig, choose_device, load_checkpoint, previous_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, choose_device, load_checkpoint, preset, previous_checkpoint, save_checkpoint
 from optim import Sparse, build_optimizer, find_hooks, run_update_hooks, watch
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
 resume = False # go on from the newest good checkpoint in out_dir; settings not given again are taken from it
 seed = 1337 # initial weights, dropout and the order of the data
+model_size = "" # nano | micro | tiny | small | medium | large | xl | xxl: the model's defaults (model.py, PRESETS); empty: GPTConfig's
 # --- data ---
-dataset = "shakespeare" # a name under data_dir, a known dataset (python data.py list), or a path to text; prepared if missing
-tokenizer = "" # char | ascii | byte | gpt2 | FILE.json; empty: as the data was prepared, else char
+dataset = "shakespeare" # a name under data_dir, a known dataset (python data.py list), or a path to text or shard_*.npy; prepared first
+tokenizer = "" # char | ascii | byte | gpt2 | FILE.json (ours or of `tokenizers`); empty: as the data was prepared, else char
 data_dir = "data" # where prepared datasets and downloads live
 val_fraction = 0.1 # last part of the text, kept for validation (used when train.py prepares the data)
 offline_dataset = "" # taken instead, aloud, when dataset has to be downloaded and cannot be; empty: stop
@@ -87,10 +88,12 @@ compile = "auto" # torch.compile: auto (where it pays back within the run) | tru
 kernel = "auto" # of kernels.py: auto (Triton on CUDA, C on a CPU, else PyTorch) | triton | torch
 
 given = configure(globals(), GPTConfig)
+with user_errors():
+    size = preset(model_size) # below everything given; a resumed run has its checkpoint's fields instead
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
 # what a resumed run cannot change, besides the model
-FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype", "kernel",
-         "update_hooks", "sparse", "sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps"}
+FIXED = {"seed", "model_size", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype",
+         "kernel", "update_hooks", "sparse", "sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps"}
 LOCAL = {"out_dir", "resume", "device"} # these are the command line's, not the checkpoint's
 MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
 
@@ -241,8 +244,10 @@ def get_data(name):
     """The dataset, prepared first if it is not there."""
     if name not in data.prepared(data_dir):
         known = data.dataset_name(os.path.splitext(os.path.basename(os.path.abspath(name)))[0]) # a path: prepared before under this name?
-        before = data.load(known, data_dir).tokenizer if known in data.prepared(data_dir) else None
-        name = data.prepare(name, tokenizer or (before.name if before else "char"), data_dir, val_fraction).name
+        before = data.load(known, data_dir) if known in data.prepared(data_dir) else None
+        kind = before.tokenizer.name if before and before.tokenizer else "char"
+        again = kind if kind in data.TOKENIZERS else str(before.folder / "meta.json") # a vocabulary that only its own file describes
+        name = data.prepare(name, tokenizer or again, data_dir, val_fraction).name
     found = data.load(name, data_dir)
     made = found.tokenizer.to_dict() if found.tokenizer else {"name": "none"}
     share = found.meta.get("split", {}).get("val_fraction", val_fraction)
@@ -283,6 +288,8 @@ try:
 except data.DownloadError as error: # tokens made elsewhere: training needs no tokenizer
     print(f"{error}\nNO SAMPLES WILL BE WRITTEN")
     prompt_ids = None
+if prompt_ids is not None and not len(prompt_ids): # a tokenizer that drops spaces leaves nothing of "\n"
+    prompt_ids = corpus.train.shards[0][:1].astype(np.int64)
 print(f"data {corpus.name}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, vocabulary {corpus.vocab_size:,}")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,7 +298,8 @@ print(f"data {corpus.name}: {len(corpus.train):,} training and {len(corpus.val):
 for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two for code that a user may add
     seeding(seed)
 with user_errors():
-    fields = earlier["model"] if earlier else {"vocab_size": corpus.vocab_size, **{k: given[k] for k in given if k not in SETTINGS}}
+    fields = earlier["model"] if earlier else {
+        **size, "vocab_size": corpus.vocab_size, **{k: given[k] for k in given if k not in SETTINGS}}
     config = GPTConfig(**fields)
     if config.vocab_size < corpus.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is smaller than the {corpus.vocab_size} of {corpus.name}; drop --vocab_size")
