@@ -6,6 +6,7 @@ Tokens cuts batches from them. fetch gets what must come from the network. The c
 
     python data.py prepare shakespeare                 # or pystdlib, or a path: a text file, a .jsonl file, a folder of text files
     python data.py prepare book.txt --tokenizer=gpt2   # char (default), ascii, gpt2, byte, or a tokenizer saved as FILE.json
+    python data.py prepare path/to/shards --tokenizer=FILE.json    # a folder of shard_*.npy, rows of ids that FILE.json made
     python data.py verify shakespeare                  # reads every byte: sizes, hashes, ids
     python data.py list                                # what is known and what is prepared
 
@@ -27,7 +28,7 @@ import urllib3 # comes with requests; some of its errors pass through
 from configurator import UserError, configure
 
 # --- settings of the command line ---
-tokenizer = "char" # char, ascii, gpt2, byte, or the path of a tokenizer saved as FILE.json
+tokenizer = "char" # char, ascii, gpt2, byte, or the path of a FILE.json: one saved by us or by Hugging Face's tokenizers
 val_fraction = 0.1 # share of the characters, from the end of the text, that becomes the validation split
 data_dir = "data" # folder of prepared datasets and of downloaded files
 
@@ -166,15 +167,65 @@ class GPT2Tokenizer(Tokenizer):
     def decode(self, ids):
         return self.codec.decode(self.checked(ids).tolist())
 
+class HFTokenizer(Tokenizer):
+    """One of Hugging Face's `tokenizers`, from the text of its JSON file, which is kept whole. The package is imported at the first encode
+    or decode: training on finished shards does without. Special tokens in a text are text, nothing is added, cut or padded."""
+    name = "hf"
+
+    def __init__(self, text, data_dir="data"):
+        self.text, saved = text, json.loads(text)
+        vocab = saved["model"]["vocab"] # a table of ids, or Unigram's list of (piece, score)
+        known = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+        known |= {token["content"]: token["id"] for token in saved.get("added_tokens") or []}
+        self.vocab_size = max(known.values()) + 1 # not their number: ids may have holes
+        self.eot = next((known[end] for end in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>") if end in known), None)
+        self.unk = saved["model"].get("unk_id", known.get(saved["model"].get("unk_token")))
+
+    def to_dict(self):
+        return {"name": self.name, "json": self.text}
+
+    @functools.cached_property
+    def codec(self):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError("this FILE.json needs a package: pip install tokenizers (char, ascii and byte do without)") from error
+        try:
+            codec = tokenizers.Tokenizer.from_str(self.text)
+        except Exception as error: # the package raises no class of its own
+            raise UserError(f"the tokenizers package {tokenizers.__version__} cannot read this tokenizer: {error}") from error
+        codec.no_truncation()
+        codec.no_padding()
+        codec.encode_special_tokens = True # "<|endoftext|>" inside a document must not become the separator
+        return codec
+
+    def unknown(self, text):
+        """Characters that become <UNK> or nothing. Spaces do not count: whole families of these tokenizers split at them and drop them."""
+        alone = {char: self.encode(char).tolist() for char in sorted(set(text)) if not char.isspace()}
+        return [char for char, ids in alone.items() if not ids or self.unk in ids]
+
+    def encode(self, text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") # a lone surrogate to U+FFFD, as for gpt2
+        # fast: without character offsets, which double the time
+        return np.array(self.codec.encode_batch_fast([text], add_special_tokens=False)[0].ids, token_type(self.vocab_size))
+
+    def decode(self, ids):
+        return self.codec.decode(self.checked(ids).tolist(), skip_special_tokens=False)
+
 TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, AsciiTokenizer, GPT2Tokenizer, ByteTokenizer)}
 
 def tokenizer_from_dict(d, data_dir="data"):
     """The tokenizer that to_dict() described, or a table given as {"char_to_id", "id_to_char"} alone. UserError for anything else."""
     try:
+        if d.get("name") == "hf":
+            return HFTokenizer(d["json"], data_dir)
         name = d["name"] if "name" in d else "ascii" if "<UNK>" in d["char_to_id"] else "char"
         return TOKENIZERS[name](d.get("char_to_id"), data_dir)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"not a saved tokenizer: it needs a name ({', '.join(TOKENIZERS)}), or a char_to_id and id_to_char") from error
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"not a saved tokenizer: it needs a name ({', '.join(TOKENIZERS)}), or a char_to_id and id_to_char,\n"
+                        "or to be a tokenizer.json of Hugging Face's tokenizers, with a model and its vocab") from error
 
 def make_tokenizer(name, text_chars, data_dir="data"):
     """The tokenizer called name, for a text with the characters text_chars. name may be a FILE.json, also another dataset's meta.json."""
@@ -183,7 +234,9 @@ def make_tokenizer(name, text_chars, data_dir="data"):
     if not name.endswith(".json") or not os.path.isfile(name):
         raise UserError(f"no tokenizer {name!r}: choose {', '.join(TOKENIZERS)}, or a FILE.json that holds a saved one")
     try:
-        saved = json.loads(read_text(name))
+        saved = json.loads(text := read_text(name))
+        if isinstance(saved, dict) and isinstance(saved.get("model"), dict): # of the two kinds of file only theirs has a model
+            return tokenizer_from_dict({"name": "hf", "json": text}, data_dir)
         return tokenizer_from_dict(saved["tokenizer"] if isinstance(saved, dict) and "tokenizer" in saved else saved, data_dir)
     except (ValueError, RecursionError) as error: # the JSON is none, or a UserError from the line above
         raise UserError(f"{name}: {error}") from error
@@ -270,6 +323,46 @@ def read_source(source, data_dir):
     near = difflib.get_close_matches(source, [*DATASETS, *beside], n=3, cutoff=0.5)
     raise UserError(f"no text file, folder or known dataset {source!r}\n{'nearest' if near else 'known'}: {listed(near or DATASETS)}")
 
+# --- token shards of other programs: shard_*.npy, each an array of rows that are sequences by themselves ---
+
+def npy_files(source):
+    """The shards in a folder, shard_2 before shard_10; none in anything else."""
+    found = Path(source).glob("shard_*.npy") if source and source not in DATASETS and os.path.isdir(source) else ()
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+def open_npy(path):
+    """The rows in a file, (rows, length), as a memory map. UserError if it is damaged, a pickle, or something else than ids."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        what = f"{rows.dtype} of shape {rows.shape}" # an archive of several arrays has neither
+    except Exception as error: # a bad header raises many kinds, tokenize.TokenError among them
+        raise UserError(f"{path} is damaged or no .npy file: {' '.join(str(error).split())[:100]}\n"
+                        "fetch it again, or move it elsewhere") from error
+    if rows.ndim != 2 or rows.dtype.kind not in "iu" or rows.shape[0] < 1 or rows.shape[1] < 2:
+        raise UserError(f"{path} has {what}, expected rows of ids: integers of shape (rows, 2 or more)\nmove it elsewhere, or reshape it")
+    return rows
+
+def highest_row_id(files, limit=2 ** 32):
+    """The highest id in all files. UserError at an id that is negative or not below limit: it names the file."""
+    top = -1
+    for path in files:
+        rows = open_npy(path)
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= limit:
+            raise UserError(f"{path}: id {low if low < 0 else high} found, expected ids from 0 to below vocab_size={limit}\n"
+                            "name the tokenizer that made the shards, or fetch the file again")
+        top = max(top, high)
+    return top
+
+def row_parts(files, first, last, kind):
+    """Yields (ids, length of a row) of the rows first to last, counted through all files, at most one shard at a time."""
+    for rows in map(open_npy, files):
+        n, length = rows.shape
+        step = max(1, _SHARD // length)
+        for start in range(max(first, 0), min(last, n), step):
+            yield rows[start:min(start + step, last, n)].astype(kind).reshape(-1), length
+        first, last = first - n, last - n
+
 # --- small tools ---
 
 def token_type(vocab_size): return "<u2" if vocab_size <= 65536 else "<u4"
@@ -328,21 +421,28 @@ def write_synced(path, content):
         os.fsync(file.fileno())
     return hashlib.sha256(content).hexdigest()
 
-def write_split(folder, split, ids):
-    """ids, (N,), into as many shards as they need, at least one. Returns {file: its entry in meta.json}."""
-    entries = {}
+def text_parts(documents, codec):
+    """Yields (ids, 0), the 0 for no rows, at most one shard at a time, at least once."""
+    ids = encode_all(documents, codec)
     for start in range(0, max(len(ids), 1), _SHARD):
-        part, file = ids[start:start + _SHARD], f"{split}_{len(entries):06d}.bin"
+        yield ids[start:start + _SHARD], 0
+
+def write_split(folder, split, parts):
+    """Every (ids, length of a row) of parts as a shard. Returns {file: its entry in meta.json}."""
+    entries = {}
+    for ids, row in parts:
+        file = f"{split}_{len(entries):06d}.bin"
         header = np.zeros(_HEADER // 4, "<i4")
-        header[:3] = *next(key for key in WIDTHS if WIDTHS[key] == ids.dtype), len(part)
-        entries[file] = {"tokens": len(part), "sha256": write_synced(folder / file, header.tobytes() + part.tobytes())}
+        header[:3] = *next(key for key in WIDTHS if WIDTHS[key] == ids.dtype), len(ids)
+        entries[file] = {"tokens": len(ids), "sha256": write_synced(folder / file, header.tobytes() + ids.tobytes())}
+        entries[file] |= {"row": row} if row else {}
     return entries
 
-def write_dataset(folder, documents, codec, meta):
-    """All files of a dataset into folder. Returns meta, completed."""
+def write_dataset(folder, splits, meta):
+    """All files of a dataset into folder; splits: {"train": parts, "val": parts}, see write_split. Returns meta, completed."""
     shards = {}
-    for split, texts in zip(("train", "val"), split_documents(documents, meta["split"]["val_fraction"])):
-        shards |= write_split(folder, split, encode_all(texts, codec))
+    for split, parts in splits.items():
+        shards |= write_split(folder, split, parts)
     counts = count_tokens(shards)
     if counts["train"] < 2:
         raise UserError(f"{meta['source']['from']} gives {counts['train']} training tokens, a model needs at least 2: take a longer text")
@@ -390,31 +490,57 @@ def is_prepared(target, meta):
 
 def prepare(source, tokenizer="char", data_dir="data", val_fraction=0.1):
     """Writes source, a known dataset or a path, as shards and meta.json, and returns their folder data_dir/NAME. Text and ids are held in
-    memory: 11 bytes per character measured for char, 7 byte, 5 gpt2. Raises UserError; an interrupted call leaves no half dataset."""
+    memory: 11 bytes per character measured for char, 7 byte, 5 gpt2, 133 with `tokenizers`. A folder of shard_*.npy goes shard by shard.
+    Raises UserError; an interrupted call leaves no half dataset."""
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1: the share of the text for validation, say 0.1")
+    if files := npy_files(str(source)):
+        return prepare_rows(str(source), files, tokenizer, data_dir, val_fraction)
     name, origin, documents = read_source(str(source), data_dir)
     documents = [text for text in documents if text]
     if not documents:
         raise UserError(f"{source} is empty: there is no text to prepare")
-    target = Path(data_dir) / name
     chars = "".join(sorted(set().union(*documents, "\n" if len(documents) > 1 else ""))) # the newline: it goes between documents
     codec = make_tokenizer(tokenizer, chars, data_dir)
     codec.encode(chars) # a character without an id stops us now, not after an hour of encoding
     text_hash = hashlib.sha256(b"\xff".join(text.encode("utf-8", "surrogatepass") for text in documents)) # 0xff: never in UTF-8
     meta = {"format": _FORMAT, "name": name, "source": {"from": origin, "sha256": text_hash.hexdigest(), "documents": len(documents)},
             "tokenizer": codec.to_dict(), "vocab_size": codec.vocab_size, "split": {"val_fraction": val_fraction}}
+    texts = dict(zip(("train", "val"), split_documents(documents, val_fraction)))
+    if put(Path(data_dir) / name, meta, {split: text_parts(texts[split], codec) for split in texts}) and (lost := codec.unknown(chars)):
+        print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
+    return Path(data_dir) / name
+
+def prepare_rows(source, files, tokenizer, data_dir, val_fraction):
+    """prepare for shard_*.npy: the last rows become the validation split. Rows are kept apart, for nothing says that one goes on in the
+    next. Without a tokenizer (char cannot have made ids of this kind) the vocabulary ends with the highest id."""
+    codec = make_tokenizer(tokenizer, "", data_dir) if tokenizer != "char" else None
+    top, n = highest_row_id(files, codec.vocab_size if codec else 2 ** 32), sum(len(open_npy(path)) for path in files)
+    cut = int(n * (1 - val_fraction))
+    if cut < 1:
+        raise UserError(f"{source} has {n} row, and rows are not divided: take more of them, or --val_fraction=0")
+    if codec is None:
+        print(f"{source}: assumed vocab_size={top + 1} by the highest id and no tokenizer; to write text too: --tokenizer=FILE.json")
+    vocab_size = codec.vocab_size if codec else top + 1
+    hashes = hash_of_json([sha256_of(path) for path in files])
+    meta = {"format": _FORMAT, "name": dataset_name(os.path.basename(os.path.abspath(source))),
+            "source": {"from": source, "sha256": hashes, "documents": n}, "tokenizer": codec.to_dict() if codec else None,
+            "vocab_size": vocab_size, "split": {"val_fraction": val_fraction}}
+    kind, target = token_type(vocab_size), Path(data_dir) / meta["name"]
+    put(target, meta, {"train": row_parts(files, 0, cut, kind), "val": row_parts(files, cut, n, kind)})
+    return target
+
+def put(target, meta, splits):
+    """Writes the dataset that meta describes into the folder target, and says so; False if it lies there already."""
     if is_prepared(target, meta):
-        print(f"{target} is prepared already, from the same text with the same tokenizer: nothing to do")
-        return target
+        print(f"{target} is prepared already, from the same source with the same tokenizer: nothing to do")
+        return False
     if target.exists():
         print(f"{target} holds other data, or damaged data, and is replaced")
     with writing(target), replacing(target) as folder:
-        meta = write_dataset(folder, documents, codec, meta)
-    if lost := codec.unknown(chars):
-        print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
+        meta = write_dataset(folder, splits, meta)
     print(f"{target}: {summary(meta)}")
-    return target
+    return True
 
 # --- load: shards -> batches ---
 
@@ -491,9 +617,10 @@ def load(name, data_dir="data"):
     for file, entry in sorted(meta["shards"].items()):
         if os.path.basename(file) != file:
             raise damaged(folder / "meta.json", f"names the file {file!r}, expected one in this folder")
-        splits[split_of(file)].append(open_shard(folder / file, entry["tokens"] if "sha256" in entry else None))
+        splits[split_of(file)].append((open_shard(folder / file, entry["tokens"] if "sha256" in entry else None), entry.get("row", 0)))
     codec = tokenizer_from_dict(meta["tokenizer"], data_dir) if meta["tokenizer"] else None
-    train, val = (Tokens(shards, meta["vocab_size"], f"{split} split of {name}") for split, shards in splits.items())
+    train, val = (Tokens([shard for shard, _ in found], meta["vocab_size"], f"{split} split of {name}", [row for _, row in found])
+                  for split, found in splits.items())
     return Dataset(name, folder, meta, codec, meta["vocab_size"], train, val)
 
 @dataclass
@@ -514,47 +641,51 @@ class Dataset:
         return hash_of_json([shards, self.meta["tokenizer"]])
 
 class Tokens:
-    """One split: a list of memory-mapped shards. No window crosses from one shard into the next."""
+    """One split: a list of memory-mapped shards. No window crosses from one shard into the next, nor from one row into the next where a
+    shard has rows (their length in rows; 0: the shard is one)."""
 
-    def __init__(self, shards, vocab_size, label):
+    def __init__(self, shards, vocab_size, label, rows=()):
         self.shards, self.vocab_size, self.label = shards, vocab_size, label
+        self.rows = np.array([row or len(shard) for shard, row in itertools.zip_longest(shards, rows)], np.int64) # (shards,) ids in a row
+        self.counts = np.array([len(shard) for shard in shards], np.int64) // np.maximum(self.rows, 1) # (shards,) rows
 
     def __len__(self):
         return sum(map(len, self.shards))
 
     def batch(self, step, batch_size, block_size, seed):
         """(x, y), both (B, T) int64, y one token ahead. A pure function of (seed, step), so resuming needs no saved position. Every legal
-        start is equally likely; a smaller batch is the first rows of a larger one. UserError if no shard has T + 1 tokens."""
+        start is equally likely; a smaller batch is the first rows of a larger one. UserError if no row has T + 1 tokens."""
         if min(batch_size, block_size) < 1 or min(seed, step) < 0:
             raise UserError(f"batch_size={batch_size}, block_size={block_size} must be at least 1; seed={seed}, step={step} at least 0")
-        starts = np.array([max(len(shard) - block_size, 0) for shard in self.shards], np.int64) # a window reads T + 1 ids
+        room = np.maximum(self.rows - block_size, 0) # (shards,) legal starts in a row: a window reads T + 1 ids
+        starts = self.counts * room
         if starts.sum() == 0:
             raise self.too_short(block_size)
         picks = np.random.default_rng([seed, step]).integers(starts.sum(), size=batch_size) # (B,) in the starts of all shards, end to end
         ends = np.cumsum(starts)
         which = np.searchsorted(ends, picks, side="right") # (B,) shard of each row
-        first = picks - (ends - starts)[which] # (B,) position in that shard
-        rows = self.tensor(np.stack([self.shards[k][i:i + block_size + 1] for k, i in zip(which, first)])) # (B, T + 1)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        row, first = np.divmod(picks - (ends - starts)[which], room[which]) # (B,) row in that shard, position in the row
+        return self.cut([self.shards[k] for k in which], row * self.rows[which] + first, block_size)
 
     def windows(self, block_size, batch_size):
-        """Yields (x, y), both (up to B, T) int64, that hold every target of the split exactly once, in order: N - 1 of each shard. What is
-        left after the full windows of a shard comes as one shorter row. UserError if the split has no target."""
+        """Yields (x, y), both (up to B, T) int64, that hold every target of the split exactly once: N - 1 of a shard, or R - 1 of each
+        of its rows. After the full windows of a shard comes what is left of each row, shorter. UserError if the split has no target."""
         if min(batch_size, block_size) < 1:
             raise UserError(f"batch_size={batch_size}, block_size={block_size} must be at least 1")
-        if all(len(shard) < 2 for shard in self.shards):
+        if all(self.rows < 2):
             raise self.too_short(1)
-        for shard in self.shards:
-            targets = max(len(shard) - 1, 0)
-            full = targets - targets % block_size
-            for start in range(0, full, batch_size * block_size):
-                yield self.window(shard, start, min(start + batch_size * block_size, full), block_size)
-            if full < targets:
-                yield self.window(shard, full, targets, targets - full)
+        for shard, row, count in zip(self.shards, self.rows.tolist(), self.counts.tolist()):
+            full, left = divmod(max(row - 1, 0), block_size) # windows of a row, targets after them
+            whole = (r * row + k * block_size for r in range(count) for k in range(full))
+            rest = (r * row + full * block_size for r in range(count if left else 0))
+            for starts, width in ((whole, block_size), (rest, left)):
+                while some := list(itertools.islice(starts, batch_size)):
+                    yield self.cut([shard] * len(some), some, width)
 
-    def window(self, shard, start, end, width):
-        ids = self.tensor(shard[start:end + 1])
-        return ids[:-1].view(-1, width), ids[1:].view(-1, width) # (rows, width) each
+    def cut(self, shards, starts, width):
+        """(x, y), both (B, width): the window of each shard that begins at its start."""
+        rows = self.tensor(np.stack([shard[i:i + width + 1] for shard, i in zip(shards, starts)])) # (B, width + 1)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def tensor(self, ids):
         """ids as int64. One outside the vocabulary is refused here: inside the embedding it would be an IndexError, or crash a GPU."""
@@ -564,10 +695,11 @@ class Tokens:
         return torch.from_numpy(ids.astype(np.int64))
 
     def too_short(self, block_size):
-        n = max(map(len, self.shards), default=0) # of several shards the longest counts
+        n = int(self.rows.max(initial=0)) # of several shards the longest counts
+        rows = "rows of " if any(self.counts > 1) else ""
         lower = f"lower --block_size to {n - 1} or " if n > 1 else ""
-        more = "raise --val_fraction" if self.label.startswith("val") else "take a longer text"
-        return UserError(f"{self.label} has {n} tokens, block_size is {block_size}: {lower}{more}")
+        more = "take longer rows" if rows else "raise --val_fraction" if self.label.startswith("val") else "take a longer text"
+        return UserError(f"{self.label} has {rows}{n} tokens, block_size is {block_size}: {lower}{more}")
 
 # --- downloads ---
 

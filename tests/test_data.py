@@ -393,6 +393,190 @@ def test_data_dir_that_cannot_be_written(tmp_path):
     blocked = write(tmp_path / "file", "")
     refused(lambda: prepare(write(tmp_path / "verse.txt", VERSE), data_dir=blocked / "data"), "cannot write", "--data_dir")
 
+# --- token shards and tokenizers of other programs ---
+
+def shards(folder, *arrays):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, rows in enumerate(arrays):
+        np.save(folder / f"shard_{i}.npy", rows)
+    return folder
+
+def numbered(rows, length, kind="<u2", first=0):
+    """Every id tells its row and its place in it."""
+    return (first + np.arange(rows * length).reshape(rows, length)).astype(kind)
+
+@pytest.mark.parametrize("kinds", [("uint16", "int32", "int64"), (">u2", ">i4", "uint64")])
+def test_npy_shards(kinds, tmp_path):
+    """Odd lengths, several types, one array laid out by columns: the rows come back, the last ones as validation."""
+    arrays = [numbered(7, 33, kinds[0]), np.asfortranarray(numbered(5, 17, kinds[1], 1000)), numbered(8, 9, kinds[2], 2000)]
+    found = load(prepare(shards(tmp_path / "rows", *arrays), data_dir=tmp_path / "data", val_fraction=0.2).name, tmp_path / "data")
+    assert whole(found.train).tolist() == [i for a in (arrays[0], arrays[1], arrays[2][:4]) for i in a.reshape(-1).tolist()]
+    assert whole(found.val).tolist() == arrays[2][4:].reshape(-1).tolist() # int(20 rows * 0.8) = 16
+    assert found.vocab_size == 2072 and found.tokenizer is None and found.meta["source"]["documents"] == 20
+    assert found.train.rows.tolist() == [33, 17, 9] and len(verify("rows", tmp_path / "data")) == 4
+
+def test_no_window_joins_two_rows():
+    """Every legal start is drawn equally often, and none reaches into another row; every target comes once."""
+    lengths, T = (5, 3, 7), 3
+    flat = [numbered(4, n, first=100 * k) for k, n in enumerate(lengths)]
+    split = Tokens([a.reshape(-1) for a in flat], 1000, "train split of it", lengths)
+    legal = {tuple(row[i:i + T + 1]) for a in flat for row in a.tolist() for i in range(len(row) - T)}
+    draws = 300 * len(legal)
+    x, y = split.batch(0, draws, T, 1)
+    drawn = [(*a, b[-1]) for a, b in zip(x.tolist(), y.tolist())]
+    assert set(drawn) == legal and (x[:, 1:] == y[:, :-1]).all() # 4 * (2 + 0 + 4) starts
+    counts = np.array([drawn.count(start) for start in legal])
+    assert ((counts - 300) ** 2 / 300).sum() < len(legal) + 5 * (2 * len(legal)) ** 0.5 # chi-square: mean and 5 standard deviations
+    for batch_size in (1, 3, 100):
+        pairs = [pair for x, y in split.windows(T, batch_size) for pair in zip(x.reshape(-1).tolist(), y.reshape(-1).tolist())]
+        assert all(len(x) <= batch_size and x.shape[1] <= T for x, _ in split.windows(T, batch_size))
+        assert sorted(pairs) == sorted((row[i], row[i + 1]) for a in flat for row in a.tolist() for i in range(len(row) - 1))
+    refused(lambda: split.batch(0, 1, 7, 0), "rows of 7 tokens", "--block_size to 6")
+
+def test_npy_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_SHARD", 20) # a shard holds whole rows: two of 9
+    source = shards(tmp_path / "rows", *(numbered(3, 9, first=100 * k) for k in range(11)))
+    found = load(prepare(source, data_dir=tmp_path / "data", val_fraction=0.0).name, tmp_path / "data")
+    assert whole(found.train)[::27].tolist() == [100 * k for k in range(11)] # shard_10 after shard_9
+    assert [len(shard) for shard in found.train.shards] == [18, 9] * 11 and set(found.train.rows.tolist()) == {9}
+    refused(lambda: prepare(shards(tmp_path / "one", numbered(1, 9)), data_dir=tmp_path / "data"), "1 row", "--val_fraction=0")
+
+def test_npy_prepared_again(tmp_path, capsys):
+    source = shards(tmp_path / "rows", numbered(20, 9))
+    prepare(source, data_dir=tmp_path / "data")
+    assert "no tokenizer" in capsys.readouterr().out
+    prepare(source, data_dir=tmp_path / "data")
+    assert "nothing to do" in capsys.readouterr().out
+    shards(source, numbered(20, 9, first=1))
+    prepare(source, data_dir=tmp_path / "data")
+    assert "is replaced" in capsys.readouterr().out and load("rows", tmp_path / "data").train.shards[0][0] == 1
+
+BAD_NPY = {"floats": np.ones((4, 4)), "a stream": np.arange(9), "three dimensions": np.ones((2, 2, 2), int), "no row": np.ones((0, 4), int),
+           "rows of one": np.ones((4, 1), int), "truth values": np.ones((4, 4), bool), "negative": np.array([[1, -100], [2, 3]]),
+           "beyond": np.array([[1, 256], [2, 3]])}
+
+@pytest.mark.parametrize("name", BAD_NPY)
+def test_npy_that_holds_no_ids(name, tmp_path):
+    source = shards(tmp_path / "rows", numbered(20, 9), BAD_NPY[name])
+    what = {"negative": "id -100", "beyond": "vocab_size=256"}.get(name, "expected rows of ids")
+    refused(lambda: prepare(source, "byte", tmp_path / "data"), "shard_1.npy", what)
+    assert not (tmp_path / "data/rows").exists()
+
+def test_damaged_npy(tmp_path):
+    """Every cut, every flipped bit of the header and every pickle is a sentence, or the flip was harmless; nothing in a pickle runs."""
+    source = shards(tmp_path / "rows", numbered(20, 9), numbered(20, 9))
+    path, good = source / "shard_1.npy", (source / "shard_1.npy").read_bytes()
+    for end in [0, 1, 6, 8, 10, 50, 127, 128, 129, len(good) - 1]:
+        path.write_bytes(good[:end])
+        refused(lambda: prepare(source, data_dir=tmp_path / "data"), "shard_1.npy", "damaged")
+    outcomes = []
+    for at, bit in [(at, 1 << (at * 5 + k) % 8) for at in range(128) for k in range(2)]:
+        path.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:])
+        try:
+            outcomes.append(data.open_npy(path).shape)
+        except UserError as error:
+            outcomes.append("refused")
+            assert "shard_1.npy" in str(error) and len(str(error).splitlines()) <= 3
+    assert outcomes.count("refused") > 100
+    trap = [Trap(tmp_path)]
+    for content in (pickle.dumps(trap), b"PK\3\4" + good):
+        path.write_bytes(content)
+        refused(lambda: prepare(source, data_dir=tmp_path / "data"), "shard_1.npy", "damaged")
+    np.save(path, np.array(trap, dtype=object), allow_pickle=True)
+    refused(lambda: prepare(source, data_dir=tmp_path / "data"), "shard_1.npy", "damaged")
+    np.savez(source / "other.npz", a=good)
+    shutil.move(source / "other.npz", path)
+    refused(lambda: prepare(source, data_dir=tmp_path / "data"), "shard_1.npy", "damaged")
+    assert not (tmp_path / "marker").exists() and not (tmp_path / "data/rows").exists()
+
+class Trap:
+    """A pickle of it would leave a file behind."""
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return Path.touch, (self.folder / "marker",)
+
+def hf(tmp_path, kind="BPE", **kwargs):
+    """A tokenizer of the package, trained here on VERSE, as FILE.json; BPE is byte-level, the others split at spaces."""
+    package = pytest.importorskip("tokenizers")
+    codec = package.Tokenizer(getattr(package.models, kind)(**kwargs))
+    byte_level = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.pre_tokenizer = byte_level if kind == "BPE" else package.pre_tokenizers.Whitespace()
+    codec.decoder = package.decoders.ByteLevel() if kind == "BPE" else package.decoders.WordPiece(prefix="")
+    more = {"initial_alphabet": byte_level.alphabet()} if kind == "BPE" else {}
+    trainer = getattr(package.trainers, f"{kind.replace('BPE', 'Bpe')}Trainer")(special_tokens=["<|endoftext|>", "<|pad|>", "<|unk|>"], vocab_size=320,
+                                                                        show_progress=False, **more)
+    codec.train_from_iterator([VERSE], trainer)
+    codec.save(str(tmp_path / f"{kind}.json"))
+    return codec, str(tmp_path / f"{kind}.json")
+
+def test_hugging_face_tokenizer(tmp_path):
+    """As the package encodes and decodes, byte for byte, special tokens of the text apart: those are text here. JSON carries all of it."""
+    codec, path = hf(tmp_path)
+    ours = make_tokenizer(path, "")
+    n = codec.get_vocab_size()
+    assert ours.vocab_size == n > 259 # 256 bytes, 3 special tokens, and merges
+    ours = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
+    for text in NASTY:
+        ids = ours.encode(text)
+        assert ours.decode(ids) == text and ids.dtype == "<u2" and not ours.unknown(text)
+        assert 0 not in ids and ("<|" in text or ids.tolist() == codec.encode(text).ids)
+    assert ours.eot == 0 and ours.decode([0, 5]) == codec.decode([0, 5], skip_special_tokens=False) and ours.readable([n]) == "\ufffd"
+    assert ours.decode(ours.encode("a\ud800b")) == "a\ufffdb"
+    refused(lambda: ours.decode([n]), n)
+
+def test_hugging_face_cuts_and_pads_nothing(tmp_path):
+    """What the file says of batches, truncation, padding, a first token, has no place in training data."""
+    codec, path = hf(tmp_path)
+    plain = codec.encode(VERSE).ids
+    codec.enable_truncation(8)
+    codec.enable_padding(length=16)
+    codec.post_processor = pytest.importorskip("tokenizers").processors.TemplateProcessing("<|pad|> $A", special_tokens=[("<|pad|>", 1)])
+    codec.save(path)
+    assert make_tokenizer(path, "").encode(VERSE).tolist() == plain != codec.encode(VERSE).ids
+
+def test_hugging_face_words_that_are_unknown(tmp_path):
+    codec, path = hf(tmp_path, "WordLevel", unk_token="<|unk|>")
+    ours = make_tokenizer(path, "")
+    assert ours.unk == 2 and ours.unknown("7,\u00e9\n?") == ["\u00e9"] # "\n" becomes nothing, as every space
+    _, path = hf(tmp_path, "Unigram")
+    assert make_tokenizer(path, "").unknown("line:\n") == []
+
+def test_hugging_face_ids_with_holes(tmp_path):
+    """The vocabulary ends with the highest id: an added token may lie beyond the count."""
+    _, path = hf(tmp_path)
+    saved = json.loads(Path(path).read_text(encoding="utf-8"))
+    saved["added_tokens"].append({**saved["added_tokens"][0], "content": "<|far|>", "id": 70_000})
+    Path(path).write_text(json.dumps(saved), encoding="utf-8")
+    ours = make_tokenizer(path, "")
+    assert ours.vocab_size == 70_001 and ours.encode("line").dtype == "<u4"
+
+@pytest.mark.parametrize("content", ['{"model": {}}', '{"model": {"vocab": {}}}', '{"model": {"vocab": [1]}}', '{"model": 3}',
+                                     '{"model": {"vocab": {"a": "b"}}}', '{"model": {"vocab": {"a": 0}}, "added_tokens": [1]}',
+                                     '{"tokenizer": {"name": "hf"}}'])
+def test_no_hugging_face_tokenizer_in_it(content, tmp_path):
+    write(tmp_path / "t.json", content)
+    refused(lambda: make_tokenizer(str(tmp_path / "t.json"), ""), "t.json", "not a saved tokenizer")
+
+def test_hugging_face_package_missing_or_too_old(tmp_path, monkeypatch):
+    """Shards are loaded and cut without it; text says what to install, or that the package cannot read the file."""
+    codec, path = hf(tmp_path)
+    found = made(tmp_path, VERSE, tokenizer=path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    again = load("verse", tmp_path / "data")
+    assert again.vocab_size == found.vocab_size == codec.get_vocab_size() and again.train.batch(0, 2, 8, 0)[0].shape == (2, 8)
+    refused(lambda: again.tokenizer.encode("a"), "pip install tokenizers")
+    monkeypatch.undo()
+    write(tmp_path / "t.json", '{"model": {"type": "New", "vocab": {"a": 0}}}')
+    refused(lambda: make_tokenizer(str(tmp_path / "t.json"), "").encode("a"), "cannot read")
+
+def test_documents_of_hugging_face_are_kept_apart_by_its_end_of_text(tmp_path):
+    codec, path = hf(tmp_path)
+    lines = "\n".join(json.dumps({"text": text}) for text in ("line 1 <|endoftext|>", "line 2"))
+    ids = whole(made(tmp_path, lines, "two.jsonl", tokenizer=path, val_fraction=0.0).train).tolist()
+    assert ids.count(0) == 1 and ids[ids.index(0) + 1:] == codec.encode("line 2").ids
+
 # --- load: what must be refused ---
 
 def test_load_of_nothing_says_how_to_make_it(tmp_path):

@@ -94,6 +94,8 @@ SLIPS = {
     "verify what is damaged": ("data.py verify cut", "prepare the dataset again"),
     "line that is no JSON": ("data.py prepare {d}/bad.jsonl", "line 2 is not JSON"),
     "validation share of 2": ("data.py prepare {d}/play.txt --val_fraction=2", "val_fraction=2"),
+    "no such size": ("train.py --model_size=meduim", "Nearest: medium"),
+    "another size on resume": ("train.py --out_dir={d}/run --resume --model_size=nano", "model_size was '', now 'nano'"),
     "model without heads": ("model.py --n_head=0", "at least 1"),
     "unknown suite": ("bench.py speed", "train, decode, kv_cache"),
 }

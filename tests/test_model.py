@@ -4,6 +4,9 @@ import inspect
 import itertools
 import math
 import random
+import subprocess
+import sys
+import time
 from dataclasses import fields, replace
 
 import pytest
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 
 import kernels
 import model as M
+from conftest import ROOT
 from model import GPT, GPTConfig, distribution, window_start
 from optim import build_optimizer, declarations
 
@@ -543,6 +547,63 @@ def test_softcap():
     assert (y.abs() <= 15).all() and (y.diff() >= 0).all()
     assert torch.autograd.grad(y.sum(), z)[0][500].item() == 1 # slope 1 at 0
     assert F.mse_loss(M.softcap(15.0, z[495:506] / 100), z[495:506] / 100) < 1e-8
+
+
+# --- presets ---
+
+
+PARAMETERS = {"nano": 10e6, "micro": 25e6, "tiny": 112e6, "small": 160e6, "medium": 350e6, "large": 760e6, "xl": 1.5e9, "xxl": 3e9}
+
+
+def by_hand(n_layer, n_head, n_embd, vocab_size, **_):
+    """A Llama block with as many key as query heads, two gains a block and one at the end; the head is the embedding."""
+    hidden = 32 * -(-8 * n_embd // 96) # 8/3 C, up to a multiple of 32
+    return vocab_size * n_embd + n_layer * (4 * n_embd**2 + 3 * n_embd * hidden + 2 * n_embd) + n_embd
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_preset_has_its_size(name):
+    """On the meta device, so quickly and without memory; block by block, so that a preset is known to say what it builds."""
+    assert list(M.PRESETS) == list(PARAMETERS)
+    began = time.monotonic()
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**M.PRESETS[name]))
+    assert time.monotonic() - began < 5
+    assert model.num_params() == by_hand(**M.PRESETS[name]) == pytest.approx(PARAMETERS[name], rel=0.05)
+    c = model.config
+    assert c.head_width % 8 == 0 and c.vocab_size == math.ceil(50000 / 64) * 64 and c.block_size == 512
+
+
+def test_presets_grow():
+    """A larger name is in nothing smaller, and no preset is changed by a model made of it."""
+    sizes = [tuple(p[k] for k in ("n_layer", "n_embd")) for p in M.PRESETS.values()]
+    assert all(a <= b and c < d for (a, c), (b, d) in zip(sizes, sizes[1:]))
+
+
+def door(*argv, code=0):
+    done = subprocess.run([sys.executable, ROOT / "model.py", *argv], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_door_lists_the_presets():
+    rows = {line.split()[0]: line.split()[1:] for line in door().splitlines() if line.split()[:1] and line.split()[0] in M.PRESETS}
+    for name, p in M.PRESETS.items():
+        assert rows.pop(name) == [*(str(p[k]) for k in ("n_layer", "n_head", "n_embd", "block_size")), f"{by_hand(**p):,}"]
+    assert not rows
+
+
+def test_door_describes_a_preset(tmp_path):
+    """Given fields win over the preset, a file's as well as the line's, wherever model_size stands."""
+    assert f"{by_hand(**M.PRESETS['xxl']):,} parameters" in door("--model_size=xxl")
+    (tmp_path / "c.py").write_text("n_layer = 3\nmodel_size = 'nano'\nbatch_size = 4")
+    said = door("--vocab_size=640", str(tmp_path / "c.py"), "--n_embd=80", "--model_size=micro")
+    assert f"{by_hand(**{**M.PRESETS['micro'], 'n_layer': 3, 'n_embd': 80, 'vocab_size': 640}):,} parameters" in said
+    assert "--model_size" not in said # the table is for those who asked for nothing
+    for wrong, near in (("medum", "medium"), ("XXL", "xxl")):
+        error = door(f"--model_size={wrong}", code=2).splitlines()
+        assert error[0] == f"error: unknown model_size {wrong!r}" and error[1].startswith(f"Nearest: {near}") and "nano, micro" in error[1]
+        assert len(error) == 2
 
 
 def test_describe_prints_every_part(capsys):

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from conftest import ROOT
+from model import PRESETS
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.strip().splitlines()]
@@ -80,7 +81,7 @@ def test_every_config_trains(name, copy):
     assert len(text.splitlines()) <= 30 and text.startswith("# ") and f"python train.py config/{name}" in text
     if config.get("tokenizer") == "gpt2" and not os.environ.get("DATA_MIRROR"):
         pytest.skip("the gpt2 tokenizer needs vocab.bpe and encoder.json: set DATA_MIRROR")
-    flags = f"config/{name} --n_layer=1 --n_embd={8 * config['n_head']} --block_size=16 --max_iters=2 --warmup_iters=1 --batch_size=2 --eval_iters=1"
+    flags = f"config/{name} --n_layer=1 --n_embd={8 * (config.get('n_head') or PRESETS[config['model_size']]['n_head'])} --block_size=16 --max_iters=2 --warmup_iters=1 --batch_size=2 --eval_iters=1"
     flags += " --rope_dim=4" if config.get("attention", "mha") in ("mla", "diff_mla") else ""
     flags += " --mlp_hidden=32" if "mlp_hidden" in config else ""
     env = offline(DATA_MIRROR=os.environ["DATA_MIRROR"]) if os.environ.get("DATA_MIRROR") else offline()

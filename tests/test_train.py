@@ -3,16 +3,20 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT
-from model import GPT, load_checkpoint, save_checkpoint
+from data import load, prepare
+from model import GPT, GPTConfig, PRESETS, load_checkpoint, save_checkpoint
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--dropout=0.1", "--attention=diff_mla",
         "--warmup_iters=5", "--log_interval=5", "--eval_interval=10", "--sample_tokens=8", "--learning_rate=1e-2"]
@@ -381,3 +385,75 @@ def test_a_failing_compiler_is_said_aloud(corpus, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *command(corpus, tmp_path / "o", "--max_iters=3", "--compile=true")[1:]],
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "torch.compile FAILED, TRAINING IN EAGER MODE: RuntimeError: no compiler here" in done.stdout
+
+
+# --- sizes ---
+
+
+def test_model_size_is_below_everything_given(corpus, tmp_path):
+    """The data's vocabulary and every given field win; the rest is the preset's. A resumed run has its checkpoint's fields."""
+    (tmp_path / "c.py").write_text("n_layer = 1\nmodel_size = 'tiny'")
+    line = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "c.py"), "--dataset=play", f"--data_dir={corpus / 'data'}", "--batch_size=2",
+            "--n_embd=64", "--n_head=2", "--eval_iters=1", "--sample_tokens=4", "--warmup_iters=1", f"--out_dir={tmp_path / 'o'}"]
+    done = subprocess.run([*line, "--model_size=nano", "--block_size=32", "--max_iters=2"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = load_checkpoint(tmp_path / "o/ckpt.pt")["config"]
+    given = {"n_layer": 1, "n_embd": 64, "n_head": 2, "block_size": 32, "vocab_size": load("play", corpus / "data").vocab_size}
+    assert config["model"] == asdict(GPTConfig(**{**PRESETS["nano"], **given})) and config["train"]["model_size"] == "nano"
+    again = [sys.executable, str(ROOT / "train.py"), f"--out_dir={tmp_path / 'o'}", "--resume", "--max_iters=4"]
+    done = subprocess.run([*again, f"--data_dir={corpus / 'data'}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = load_checkpoint(tmp_path / "o/ckpt.pt")
+    assert last["step"] == 4 and last["config"]["model"] == config["model"] and last["config"]["train"]["model_size"] == "nano"
+
+
+# --- shards and tokenizers of other programs ---
+
+
+def test_shards_and_tokenizer_of_hugging_face(tmp_path):
+    """prepare, two steps, sample.py, all from files that other programs wrote and that are gone when the model writes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    codec = bpe(tokenizers)
+    codec.save(str(tmp_path / "bpe.json"))
+    ids = np.array(codec.encode(SPEECH).ids[:1980])
+    (tmp_path / "shards").mkdir()
+    for i, part in enumerate(np.split(ids.reshape(-1, 33), 3)):
+        np.save(tmp_path / f"shards/shard_{i}.npy", part.astype(("uint16", "int32", "int64")[i]))
+
+    def call(*argv, code=0):
+        done = subprocess.run([sys.executable, str(ROOT / argv[0]), *argv[1:]], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--max_iters=2", "--warmup_iters=1"]
+    call("train.py", "--dataset=shards", "--tokenizer=bpe.json", "--out_dir=o", "--model_size=micro", *small)
+    prepare(tmp_path / "shards", data_dir=tmp_path / "other")
+    refused = call("train.py", "--dataset=shards", "--tokenizer=bpe.json", "--data_dir=other", "--out_dir=p", *small, code=2)
+    assert "tokenizer=none" in refused.stderr and "shards --tokenizer=bpe.json" in refused.stderr
+    (tmp_path / "speech.txt").write_text(SPEECH, encoding="utf-8")
+    prepare(tmp_path / "speech.txt", str(tmp_path / "bpe.json"), tmp_path / "data")
+    (tmp_path / "speech.txt").write_text(SPEECH + " once more", encoding="utf-8")
+    (tmp_path / "bpe.json").unlink()
+    call("train.py", "--dataset=speech.txt", "--out_dir=q", *small) # the path again: prepared with the vocabulary that it had
+    assert load("speech", tmp_path / "data").tokenizer.name == "hf"
+    for gone in ("shards", "data"):
+        shutil.rmtree(tmp_path / gone)
+    assert load_checkpoint(tmp_path / "o/ckpt.pt")["config"]["model"]["vocab_size"] == codec.get_vocab_size()
+    said = call("sample.py", "--out_dir=o", "--start=thou art: ", "--max_new_tokens=12", "--temperature=0").stdout
+    model, prompt = GPT.from_checkpoint(tmp_path / "o/best.pt"), codec.encode("thou art: ").ids
+    wanted = model.generate(torch.tensor([prompt]), 12, temperature=0)[0].tolist()
+    shown = codec.decode(wanted, skip_special_tokens=False)
+    assert "".join(c for c in shown if c.isprintable()) in "".join(c for c in said if c.isprintable())
+
+
+SPEECH = "to be, or not to be: that is the question. thou art more lovely and more temperate\n" * 150
+
+
+def bpe(tokenizers):
+    """A byte-level BPE as LEPTON's, trained here, with end of text 0 and padding 1."""
+    codec = tokenizers.Tokenizer(tokenizers.models.BPE())
+    codec.pre_tokenizer, codec.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    codec.train_from_iterator([SPEECH.replace("question", str(i)) for i in range(5)], trainer)
+    return codec
