@@ -1481,8 +1481,8 @@ if triton is not None:
             most = higher
         total = tl.sum(sums, axis=0)
         # outside the vocabulary: nan, aloud, where reading would go anywhere
-        z = tl.load(p_z + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
-        tl.store(p_loss + i, tl.where(target == -1, 0.0, tl.log(total) + most - z))
+        z_target = tl.load(p_z + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+        tl.store(p_loss + i, tl.where(target == -1, 0.0, tl.log(total) + most - z_target))
         if GRADIENT:
             tl.debug_barrier() # the target's logit has been read by all
             for start in range(0, V, BLOCK):
