@@ -1582,8 +1582,8 @@ def rotate(x, table):
 
 def rotate_reference(x, table):
     x, dtype = x.to(table.dtype), x.dtype
-    if x.stride(-1) != 1 or any(n % 2 for n in x.stride()[:-1]) or x.storage_offset() % 2: # no pair may lie across two complex numbers
-        x = x.contiguous()
+    if x.storage_offset() % 2 or not x.is_contiguous() and (x.stride(-1) != 1 or any(n % 2 for n in x.stride()[:-1])):
+        x = x.clone(memory_format=torch.contiguous_format) # no pair may lie across two complex numbers
     pairs = x.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling(): # the compiler fuses real numbers, and has no code for complex ones
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
