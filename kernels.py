@@ -1573,8 +1573,8 @@ def rotate(x, table):
     """x (..., T, P), of which only the last axis has to lie in order, table (T, P/2, 2) -> (..., T, P). ValueError if they do not fit."""
     if x.dim() < 2 or table.shape != (x.size(-2), x.size(-1) // 2, 2) or x.size(-1) % 2:
         raise ValueError(f"x {tuple(x.shape)} and table {tuple(table.shape)} must be (..., T, P) and (T, P/2, 2)")
-    compiling = KERNEL == "auto" and torch.compiler.is_compiling()
-    if not x.numel() or compiling or path_for(x) != "triton":
+    asked = KERNEL == "triton" or x.is_cuda and not torch.compiler.is_compiling() # in this order: decoding a token counts microseconds
+    if not asked or not x.numel() or path_for(x) != "triton":
         launches["rotate", "torch"] += 1
         return rotate_reference(x, table)
     return Rotate.apply(x, table)
