@@ -1385,7 +1385,8 @@ def linear_cross_entropy(x, weight, targets, cap=0.0):
     [-1, V) is an error on a CPU, elsewhere the loss is then nan.
     """
     if x.shape[:-1] != targets.shape or weight.dim() != 2 or x.size(-1) != weight.size(1):
-        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} must be (..., C), (V, C), (...)")
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, targets))
+        raise ValueError(f"x, weight and targets {shapes} must be (..., C), (V, C) and (...)")
     # a few MB of logits are no burden, and PyTorch's two calls are then up to 1.2 times as fast
     if not targets.numel() or KERNEL == "auto" and targets.numel() * weight.size(0) <= CROSS_ENTROPY_SMALL:
         launches["linear_cross_entropy", "torch, whole"] += 1
@@ -1581,14 +1582,14 @@ def rotate(x, table):
 
 
 def rotate_reference(x, table):
-    x, dtype = x.to(table.dtype), x.dtype
-    if x.storage_offset() % 2 or not x.is_contiguous() and (x.stride(-1) != 1 or any(n % 2 for n in x.stride()[:-1])):
-        x = x.clone(memory_format=torch.contiguous_format) # no pair may lie across two complex numbers
-    pairs = x.unflatten(-1, (-1, 2))
+    wide = x.to(table.dtype)
     if torch.compiler.is_compiling(): # the compiler fuses real numbers, and has no code for complex ones
-        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(dtype)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table)).flatten(-2).to(dtype)
+        (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), table.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    if wide.storage_offset() % 2 or not wide.is_contiguous() and (wide.stride(-1) != 1 or any(n % 2 for n in wide.stride()[:-1])):
+        wide = wide.clone(memory_format=torch.contiguous_format) # no pair may lie across two complex numbers
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.view_as_complex(table)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 # There is no C: PyTorch's complex product reads and writes each number once, and a loop in C, tried, was 1.0 to 1.8 times as slow

@@ -16,8 +16,8 @@ import torch
 
 import kernels
 from conftest import ROOT
-from model import GPT, GPTConfig
 from kernels import ACTIVATIONS, C_MATH, activate, c_library, gated, launches, path_for, sinkhorn, sinkhorn_reference, use_kernel
+from model import GPT, GPTConfig
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = tuple(ACTIVATIONS)
@@ -611,7 +611,8 @@ def test_triton_compiles(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def binary(kernel, *args): # "*fp32" and "i32" are types, all else constants
-        types = {k: v if v in ("*fp32", "*bf16", "*i64", "i32", "fp32") else "constexpr" for k, v in zip(kernel.arg_names, args, strict=True)}
+        known = ("*fp32", "*bf16", "*i64", "i32", "fp32")
+        types = {k: v if v in known else "constexpr" for k, v in zip(kernel.arg_names, args, strict=True)}
         constants = {(i,): v for i, v in enumerate(args) if types[kernel.arg_names[i]] == "constexpr"}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         return kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
