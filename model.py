@@ -25,6 +25,7 @@ N residual streams (n_stream)
               hyper       Hyper                          Zhu et al. 2024, arXiv:2409.19606
               mhc         Manifold                       Xie et al. 2025, arXiv:2512.24880; permutations: arXiv:2601.05732
 """
+import copy
 import difflib
 import hashlib
 import itertools
@@ -40,7 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (ACTIVATIONS, activate, gated_pair, linear_cross_entropy, mhc_coefficients, mhc_gates, read_streams, rmsnorm,
+from kernels import (ACTIVATIONS, activate, few_rows, gated_pair, linear_cross_entropy, mhc_coefficients, mhc_gates, read_streams, rmsnorm,
                      rope_table, rotate, write_streams)
 
 
@@ -80,6 +81,7 @@ class GPTConfig:
     tie_embeddings: bool = True # the head reuses the token embedding
     logit_softcap: float = 0.0 # logits become cap * tanh(logits / cap): 0 = off
     gradient_checkpointing: bool = False # recompute each block in backward: less memory, about a third more time
+    n_ahead: int = 0 # tokens beyond the next that a small cell learns to draft, for speculative decoding: 0 = off, 4 is usual
 
     def __post_init__(self):
         for sentence in complaints(self):
@@ -130,7 +132,7 @@ def complaints(c):
     for knob in ("block_size", "vocab_size", "n_layer", "n_embd", "n_head"):
         if getattr(c, knob) < 1:
             yield f"{knob}={getattr(c, knob)} must be at least 1"
-    for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream"):
+    for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream", "n_ahead"):
         if getattr(c, knob) < 0:
             yield f"{knob}={getattr(c, knob)} must not be negative; 0 takes the usual value"
     if not 0 <= c.dropout < 1:
@@ -153,6 +155,8 @@ def complaints(c):
         yield f"rope_dim={c.rotary_width} must leave at least 2 of head_dim={c.head_width} unrotated; lower rope_dim"
     if c.is_latent and (c.latent_rank % 2 or c.head_width % 2):
         yield f"kv_rank={c.latent_rank} and head_dim={c.head_width} must be even with attention={c.attention}: rotary pairs lie after them"
+    if c.n_ahead >= c.block_size:
+        yield f"n_ahead={c.n_ahead} must be below block_size={c.block_size}; 4 is usual"
     if c.sinkhorn_iters < 1:
         yield f"sinkhorn_iters={c.sinkhorn_iters} must be at least 1; 20 is usual"
     if c.h_res == "permutations" and c.streams > 4:
@@ -194,27 +198,13 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or not x.is_cpu or x.numel() > 32 * self.in_features:
+        if torch.is_grad_enabled():
             return super().forward(x)
-        y = few_rows(self.weight, x)
+        y = few_rows(x, self.weight) # which leaves many rows to F.linear
         return y if self.bias is None else y + self.bias
 
     def flops(self, T):
         return 2 * self.in_features * self.out_features
-
-
-def few_rows(weight, x):
-    """
-    x W^T for the few rows of decoding, (n_out, n_in), (..., n_in) -> (..., n_out). It is bound by reading W, and the BLAS
-    behind F.linear reads it at 19 to 25 GB/s where the memory gives 75. W x^T is the same numbers in another order: 2 to 4
-    rows cost 40% of F.linear, 32 rows 70%; a single row needs the batched call to be fast, 30% (AMD EPYC, 2 threads, fp32).
-    """
-    columns = x.reshape(-1, x.size(-1)).t() # (n_in, rows)
-    if columns.size(1) == 1 and weight.size(0) % 2 == 0:
-        y = torch.bmm(weight.unflatten(0, (2, -1)), columns.expand(2, -1, -1)).flatten(0, 1)
-    else:
-        y = weight @ columns
-    return y.t().contiguous().view(*x.shape[:-1], -1) # contiguous: complex pairs and flash kernels ask for it
 
 
 class Embedding(nn.Embedding):
@@ -306,6 +296,12 @@ NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 # position: (token embeddings, first position) -> (embeddings, turn). Attention calls turn(q or k) on what it compares.
 
 
+def positions(start, T, device):
+    """Of T tokens: (T,) from the int `start`, or (B, 1, T) from the first position of each row, (B,)."""
+    new = torch.arange(T, device=device)
+    return start[:, None, None] + new if torch.is_tensor(start) else start + new
+
+
 class Learned(nn.Module):
     """A trained vector per position, added to the token embedding."""
 
@@ -314,7 +310,8 @@ class Learned(nn.Module):
         self.table = Embedding(c.block_size, c.n_embd, outer_std(c))
 
     def forward(self, h, start):
-        return h + self.table.weight[start : start + h.size(1)], unturned
+        m = positions(start, h.size(1), h.device).clamp(max=self.table.num_embeddings - 1) # a draft past the end is thrown away
+        return h + self.table.weight[m].view(-1, *h.shape[1:]), unturned
 
 
 class Rope(nn.Module):
@@ -330,8 +327,8 @@ class Rope(nn.Module):
         self.width, self.base = c.rotary_width, c.rope_base
 
     def forward(self, h, start):
-        positions = torch.arange(start, start + h.size(1), device=h.device, dtype=widen(h[:0]).dtype)
-        table = rope_table(positions, self.width, self.base) # (T, P/2, 2), for all layers
+        m = positions(start, h.size(1), h.device).to(widen(h[:0]).dtype)
+        table = rope_table(m, self.width, self.base) # (T, P/2, 2) or (B, 1, T, P/2, 2), for all layers
         return h, partial(rotate, table=table)
 
 
@@ -359,19 +356,22 @@ POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
 # Both sorts of heads give K key heads and K value heads of the same width D, so that flash kernels always fit.
 
 
-def attend(q, k, v, scale=None):
+def attend(q, k, v, mask=None, scale=None):
     """
     Causal softmax attention; the T queries are the last T of the S positions. q (B, H, T, D), k and v (B, K, S, D) with
-    H a multiple of K (head h reads key head h // (H/K)) -> (B, H, T, D). scale: 1/sqrt(D) if not given.
+    H a multiple of K (head h reads key head h // (H/K)) -> (B, H, T, D). mask (B, 1, T, S): where the rows differ in it.
+    scale: 1/sqrt(D) if not given.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if T == S and T > 1: # training and whole prompts: the flash kernels' own causal mode, no mask in memory
+    if mask is None and T == S and T > 1: # training and whole prompts: the flash kernels' own causal mode, no mask in memory
         if H != K and not flash_takes_groups(q): # the unfused path would hold T x T scores: rather copy the keys
             k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != k.size(1))
-    # New tokens after a cache. is_causal would align the mask top-left, which is wrong here. The H/K heads that share
+    # New tokens after a cache; is_causal would align the mask top-left, which is wrong here. The H/K heads that share
     # a key head are stacked as more queries, so that the cached keys are read once and never copied.
-    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(H // K, 1)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
+    mask = mask if mask is None or H == K else mask.repeat(1, 1, H // K, 1)
     o = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask, scale=scale)
     return o.reshape(B, H, T, -1)
 
@@ -390,8 +390,8 @@ class OneMap(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
 
-    def attend(self, q, k, v): # (B, H, T, D), 2 x (B, K, S, D) -> (B, maps, T, value_halves D)
-        return attend(q, k, v)
+    def attend(self, q, k, v, mask=None): # (B, H, T, D), 2 x (B, K, S, D) -> (B, maps, T, value_halves D)
+        return attend(q, k, v, mask)
 
     def combine(self, o, x): # linear in o, so it works on latents as well as on values
         return o
@@ -416,10 +416,10 @@ class DiffV1(OneMap):
         self.vectors = nn.Parameter(0.1 * torch.randn(4, c.head_width)) # q1, k1, q2, k2
         self.eps = 1e-5
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v, mask=None):
         # One call for each half of the value keeps query, key and value widths equal, which the flash kernels ask for:
         # 8 D multiplications per pair of tokens instead of 6 D, and still faster than the unfused path.
-        halves = [attend(q, k, torch.cat([half, half], dim=1)) for half in v.chunk(2, dim=1)]
+        halves = [attend(q, k, torch.cat([half, half], dim=1), mask) for half in v.chunk(2, dim=1)]
         return torch.cat(halves, dim=-1)
 
     def combine(self, o, x): # (B, H, T, E) -> (B, H/2, T, E)
@@ -471,7 +471,7 @@ class DenseHeads(nn.Module):
         qk, v = self.qkv(x).unflatten(-1, (-1, self.D)).transpose(1, 2).split([self.Q + self.K, self.K], dim=1) # (B, heads, T, D)
         q, k = pass_.turn(self.norm(qk)).split([self.Q, self.K], dim=1) # both at once: half as many small operations
         k, v = pass_.remember(self.layer, k, v) # (B, K, S, D); a cached key keeps its own position
-        o = self.maps.combine(self.maps.attend(q, k, v), x)
+        o = self.maps.combine(self.maps.attend(q, k, v, pass_.mask), x)
         return self.out(self.maps.finish(o.transpose(1, 2)).flatten(2))
 
     def flops(self, T): # scores and mix over the whole context, not its causal half: the usual way to count
@@ -513,7 +513,7 @@ class LatentHeads(nn.Module):
         q_r, r = pass_.turn(q_r), pass_.turn(self.norm_r(r))
         (latent,) = pass_.remember(self.layer, torch.cat([self.kv_norm(c), r], dim=-1)) # (B, 1, S, R + P)
         attend_ = self.absorbed if self.absorbing_pays(x.size(1), latent.size(2)) else self.expanded
-        return self.out(self.maps.finish(attend_(q_n, q_r, latent, x)).flatten(2))
+        return self.out(self.maps.finish(attend_(q_n, q_r, latent, x, pass_.mask)).flatten(2))
 
     def absorbing_pays(self, T, S):
         """Multiplications of both forms for T new tokens among S. A whole sequence (T = S) is best served by flash."""
@@ -521,19 +521,19 @@ class LatentHeads(nn.Module):
         absorbed = T * self.R * (self.Q * self.N + self.H * self.D) + T * S * self.Q * 2 * (self.R + self.P)
         return (T == 1 or T < S) and absorbed < expanded
 
-    def expanded(self, q_n, q_r, latent, x):
+    def expanded(self, q_n, q_r, latent, x, mask):
         c, r = latent.split([self.R, self.P], dim=-1)
         k_n, v = self.kv_up(c.squeeze(1)).unflatten(-1, (self.H, -1)).transpose(1, 2).split([self.N, self.D], dim=-1) # (B, H, S, ...)
         k = torch.cat([k_n, r.expand(-1, self.H, -1, -1)], dim=-1)
-        o = self.maps.attend(torch.cat([q_n, q_r], dim=-1), k, v)
+        o = self.maps.attend(torch.cat([q_n, q_r], dim=-1), k, v, mask)
         return self.maps.combine(o, x).transpose(1, 2) # (B, T, output heads, E)
 
-    def absorbed(self, q_n, q_r, latent, x):
+    def absorbed(self, q_n, q_r, latent, x, mask):
         w_uk, w_uv = self.kv_up.weight.unflatten(0, (self.H, -1)).split([self.N, self.D], dim=1) # (H, N, R), (H, D, R)
         q_c = torch.einsum("bhjtn,hnr->bhjtr", q_n.unflatten(1, (self.H, -1)), w_uk).flatten(1, 2) # (B, Q, T, R)
         # One key head for all queries. Values are the keys too, and the P last columns of the mixture are dropped: equal
         # widths, and the cache is used as it lies.
-        o = attend(torch.cat([q_c, q_r], dim=-1), latent, latent, scale=self.D**-0.5)[..., : self.R] # (B, Q, T, R)
+        o = attend(torch.cat([q_c, q_r], dim=-1), latent, latent, mask, scale=self.D**-0.5)[..., : self.R] # (B, Q, T, R)
         o = self.maps.combine(o, x) # (B, output heads, T, R)
         w_uv = w_uv.unflatten(0, (self.maps.value_halves, -1)) # value halves first: heads h and h + H/2 are one
         return torch.einsum("bhtr,ghdr->bthgd", o, w_uv).flatten(3) # (B, T, output heads, E)
@@ -745,11 +745,12 @@ SLOTS = {"norm": NORM, "position": POSITION, "attention": ATTENTION, "diff_form"
 
 
 class Pass:
-    """What belongs to one forward and to nothing else: made in GPT.forward, handed down, then dropped."""
+    """What belongs to one forward and to nothing else: made in GPT.trunk, handed down, then dropped."""
 
-    def __init__(self, turn, cache):
+    def __init__(self, turn, cache, mask=None):
         self.turn = turn # rotates queries and keys to their positions
         self.cache = cache
+        self.mask = mask # what each query sees, where the rows of the cache differ
 
     def remember(self, layer, *new):
         """New keys, values or latents (B, heads, T, width) -> the same of all S tokens, the cached ones in front."""
@@ -759,7 +760,8 @@ class Pass:
 class Cache:
     """
     What attention keeps of the tokens it has read: for each layer the tensors that its cache_layout lists, (B, heads,
-    capacity, width), filled up to `length`. Rolling back is setting the length: what lies beyond it is never read.
+    capacity, width), filled up to `length`: an int, or a tensor (B,) where rows differ. Rolling back is setting the length:
+    what lies beyond it is never read.
     """
 
     def __init__(self, layouts, batch_size, capacity, dtype, device):
@@ -767,15 +769,36 @@ class Cache:
                        for layout in layouts]
         self.capacity, self.length = capacity, 0
 
+    def part(self, rows):
+        """An empty cache for these rows (a slice), which lies in this one: what is read into it is there afterwards."""
+        part = copy.copy(self)
+        part.layers, part.length = [[store[rows] for store in layer] for layer in self.layers], 0
+        return part
+
+    def longest(self):
+        return int(self.length.max()) if torch.is_tensor(self.length) else self.length
+
     def append(self, layer, *new):
-        end = self.length + new[0].size(2)
+        T, end = new[0].size(2), self.longest() + new[0].size(2)
         for store, x in zip(self.layers[layer], new):
-            store[:, :, self.length : end] = x
+            if torch.is_tensor(self.length): # each row at its own place
+                rows, at = torch.arange(len(x), device=x.device)[:, None], self.length[:, None] + torch.arange(T, device=x.device)
+                store[rows, :, at] = x.transpose(1, 2)
+            else:
+                store[:, :, self.length : end] = x
         return [store[:, :, :end] for store in self.layers[layer]]
 
+    def mask(self, T):
+        """(B, 1, T, S), whether each of T new tokens sees each of S; None where all rows are of one length: attend knows that."""
+        if not torch.is_tensor(self.length):
+            return None
+        new, every = (torch.arange(n, device=self.length.device) for n in (T, self.longest() + T))
+        return every <= self.length[:, None, None, None] + new[:, None]
+
     def truncate(self, n):
-        """Forget all but the first n tokens. ValueError if there are not as many."""
-        if not 0 <= n <= self.length:
+        """Forget all but the first n tokens, (B,) for rows of their own. ValueError if there are not as many."""
+        n_, have = torch.as_tensor(n), torch.as_tensor(self.length)
+        if (n_ < 0).any() or (n_ > have).any():
             raise ValueError(f"cannot keep {n} of {self.length} cached tokens")
         self.length = n
 
@@ -811,6 +834,49 @@ class CheckpointedBlock(Block):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# extras around the trunk: loss(model, h, idx, targets) is what trains them, beside the model's own
+
+
+class Ahead(nn.Module):
+    """
+    Guesses the tokens after the next from h_t (C), the trunk's output, and the tokens in between: s_0 = h_t, and with each
+    further token s_i = s_(i-1) + W_down relu2(W_up [norm s_(i-1), norm e(x_(t+i))]), of which the model's own head reads
+    x_(t+i+1). One cell for all i: a chain of heads, each fed with what the one before wrote, hits 0.75 of the model's
+    probability four tokens on, where independent heads (Medusa, arXiv:2401.10774) hit 0.3. Nothing but the cell is trained:
+    the trunk, the embedding and the head are detached. In the line of Hydra (Ankner et al. 2024, arXiv:2402.05109).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.n, self.softcap, self.head_flops = c.n_ahead, c.logit_softcap, 2 * c.n_embd * c.vocab_size
+        self.norm_s, self.norm_e = RMSNorm(c.n_embd), RMSNorm(c.n_embd)
+        self.up = linear(c, 2 * c.n_embd, 4 * c.n_embd)
+        self.down = Linear(4 * c.n_embd, c.n_embd, False, std=0.0)
+
+    def forward(self, s, e): # (..., C), (..., C) -> (..., C)
+        return s + self.down(activate(self.up(torch.cat([self.norm_s(s), self.norm_e(e)], dim=-1)), "relu2"))
+
+    def loss(self, model, h, idx, targets):
+        """
+        Mean cross-entropy of the n tokens after the next, in nats, on a quarter of the rows: on all of them a step takes 1.4
+        times as long and 3% more of the drafts are kept.
+        """
+        few = max(1, len(h) // 4)
+        s, idx, targets, losses = h[:few].detach(), idx[:few], targets[:few], []
+        for i in range(1, min(self.n, idx.size(1) - 1) + 1):
+            s = self(s[:, :-1], F.embedding(idx[:, i:], model.embed.weight.detach()))
+            losses.append(linear_cross_entropy(s, model.head.weight.detach(), targets[:, i:], self.softcap))
+        return torch.stack(losses).mean() if losses else h.new_zeros(())
+
+    def flops(self, T): # n cells and heads on a quarter of the tokens, less the one cell that Linears count themselves
+        cell = self.up.flops(T) + self.down.flops(T)
+        return self.n * (cell + self.head_flops) // 4 - cell
+
+
+EXTRAS = {"ahead": ("n_ahead", Ahead)} # name of the loss: (knob, class)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # the model
 
 
@@ -837,42 +903,51 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
         self.softcap = c.logit_softcap
         self.cap = partial(softcap, c.logit_softcap) if c.logit_softcap else nn.Identity()
+        self.extras = nn.ModuleDict({name: make(c) for name, (knob, make) in EXTRAS.items() if getattr(c, knob)})
 
     def forward(self, idx, targets=None, cache=None, with_logits=True):
         if not with_logits and targets is None:
             raise ValueError("with_logits=False leaves nothing to return without targets; give targets")
-        start = cache.length if cache is not None else 0
-        self.check_length(start + idx.size(1), cache)
+        h = self.trunk(idx, cache)
+        if cache is None and targets is None:
+            h = h[:, -1:] # all that sampling needs
+        logits = self.logits(h) if with_logits else None
+        if targets is None:
+            return logits, {}
+        ce = (F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) if with_logits else
+              linear_cross_entropy(h, self.head.weight, targets, self.softcap))
+        return logits, {"ce": ce, **{name: extra.loss(self, h, idx, targets) for name, extra in self.extras.items()}}
+
+    def trunk(self, idx, cache=None):
+        """(B, T) -> (B, T, C): what the head reads."""
+        T, start = idx.size(1), cache.length if cache is not None else 0
+        longest, room = (T, self.block_size) if cache is None else (cache.longest() + T, cache.capacity)
+        if longest > room:
+            raise ValueError(f"{longest} tokens do not fit into block_size={room}; give at most the last {room} of them")
         h, turn = self.position(self.embed(idx), start)
-        h, pass_ = self.streams.expand(self.dropout(h), self.n_stream), Pass(turn, cache)
+        h, pass_ = self.streams.expand(self.dropout(h), self.n_stream), Pass(turn, cache, cache and cache.mask(T))
         for block in self.blocks:
             h = block(h, pass_)
-        h = self.norm(self.streams.reduce(h)) # (B, T, C)
         if cache is not None:
-            cache.length += idx.size(1)
-        elif targets is None:
-            h = h[:, -1:] # all that sampling needs
-        if not with_logits:
-            return None, {"ce": linear_cross_entropy(h, self.head.weight, targets, self.softcap)}
-        logits = self.cap(widen(self.head(h))) # (B, T, V)
-        losses = {} if targets is None else {"ce": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)}
-        return logits, losses
+            cache.length = cache.length + T
+        return self.norm(self.streams.reduce(h))
 
-    def check_length(self, length, cache):
-        room = self.block_size if cache is None else cache.capacity
-        if length > room:
-            raise ValueError(f"{length} tokens do not fit into block_size={room}; give at most the last {room} of them")
+    def logits(self, h):
+        return self.cap(widen(self.head(h))) # (..., V)
 
     # ------------------------------------------------------------------------------------------------------------------
     # decoding
 
-    def new_cache(self, batch_size, dtype=None):
-        """An empty cache for block_size tokens; dtype: that of the weights, or of autocast where that is on."""
+    def new_cache(self, batch_size, dtype=None, spare=0):
+        """
+        An empty cache for block_size tokens, and `spare` more that will be thrown away again. dtype: that of the weights, or
+        of autocast where that is on.
+        """
         weight = self.embed.weight
         if dtype is None:
             autocast = torch.is_autocast_enabled(weight.device.type)
             dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return Cache([b.attention.cache_layout for b in self.blocks], batch_size, self.block_size, dtype, weight.device)
+        return Cache([b.attention.cache_layout for b in self.blocks], batch_size, self.block_size + spare, dtype, weight.device)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, use_cache=True):
@@ -901,11 +976,15 @@ class GPT(nn.Module):
         finally:
             self.train(was_training)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, stop=(), use_cache=True):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, speculative=False, generator=None,
+                 stop=(), use_cache=True):
         """
-        idx (B, T) -> (B, T + new). temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. A row that has written
-        a token of `stop` repeats it; generation ends when every row has. ValueError for values out of range.
+        idx (B, T) -> (B, T + new). temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. speculative: draft and
+        verify (Speculation), the same distribution in fewer forwards. A row that has written a token of `stop` repeats it;
+        generation ends when every row has. ValueError for values out of range.
         """
+        if speculative:
+            return Speculation(self, idx, temperature, top_k, top_p, min_p, generator).generate(max_new_tokens, stop)
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         stops, out = torch.tensor(list(stop), dtype=idx.dtype, device=idx.device), [idx]
         for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, generator, use_cache):
@@ -990,7 +1069,7 @@ def check_sampling(idx, temperature, top_k, top_p, min_p):
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """
-    logits (B, V) -> the probabilities (B, V) that a token is drawn from. temperature, then the top_k likeliest, then the
+    logits (..., V) -> the probabilities (..., V) that a token is drawn from. temperature, then the top_k likeliest, then the
     smallest set that holds top_p of the rest (Holtzman et al. 2019, arXiv:1904.09751), then those of at least min_p times
     the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
     """
@@ -998,16 +1077,185 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(dim=-1, descending=True)
         beyond = p.cumsum(-1) - p >= top_p # the mass in front of a token already suffices; never true for the first
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     p = logits.softmax(-1)
     if min_p > 0:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
         p = p / p.sum(-1, keepdim=True)
     return p
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# speculative decoding: guess some tokens cheaply, let the model judge all of them in one forward, keep those that it would
+# have written as well. Leviathan et al. 2022, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
+
+
+def judge(p, q, drafts):
+    """
+    The rule that leaves the model's distribution as it is. p (B, n+1, V) what the model draws from, q (B, n, V) what the
+    drafts (B, n) were drawn from -> the probability (B, n) of keeping each draft if those before it were kept, and what to
+    draw from instead of the first that was not, or after the last (B, n+1, V), not normalised.
+    """
+    n, at = drafts.size(1), drafts.unsqueeze(-1)
+    keep = (p[:, :n].gather(2, at) / q.gather(2, at)).squeeze(2) # above 1: always
+    rest = (p[:, :n] - q).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, :n]) # equal but for rounding: then p itself
+    return keep, torch.cat([rest, p[:, n:]], dim=1)
+
+
+def draw(p, u):
+    """A token of each p (..., V), which need not sum to 1, for a uniform u (...) in [0, 1). Never one of probability 0."""
+    mass = p.to(u.dtype).cumsum(-1)
+    return (mass <= u.unsqueeze(-1) * mass[..., -1:]).sum(-1)
+
+
+class Speculation:
+    """
+    A text being written by a model, for B rows at once, each at its own pace: step() is one forward of the model for all of
+    them. Drafts come from the model's Ahead cell; without one, or with draft="ngram", from what followed the same last
+    tokens earlier in the text. Drafting stops for a while where too few drafts are kept to pay for themselves.
+    """
+
+    COST = 0.12 # of drafting a token and judging it, in plain forwards; a constant, so that a seed writes one text on any machine
+
+    def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, draft="auto"):
+        check_sampling(idx, temperature, top_k, top_p, min_p)
+        if draft not in ("auto", "ahead", "ngram"):
+            raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram")
+        if draft == "ahead" and "ahead" not in model.extras:
+            raise ValueError("draft=ahead needs a model trained with n_ahead; use draft=ngram, or train one with --n_ahead=4")
+        self.model, self.generator, self.rows, self.prompt = model, generator, idx.tolist(), idx.size(1)
+        self.sampling, self.device = (temperature, top_k, top_p, min_p), idx.device
+        self.source = self.ahead if "ahead" in model.extras and draft != "ngram" else self.ngram
+        self.n = min(model.config.n_ahead or 4, model.block_size - 1)
+        self.starts = [-1] * len(self.rows) # first token of each row's window; -1: nothing has been read
+        self.cache = model.new_cache(len(self.rows), spare=self.n)
+        for store in itertools.chain(*self.cache.layers):
+            store.zero_() # a row that is behind masks what lies ahead of it, but NaN times 0 would be NaN
+        self.h = None # (B, C) the trunk's output at the last token that was read
+        self.seen = [{} for _ in self.rows] # of ngram: the last tokens -> where they were followed by something
+        self.forwards = self.tokens = self.drafted = self.kept = 0 # of all rows; what the statistics are made of
+        self.trial, self.pause = [0, 0, 0], 0 # drafting forwards, drafts, kept ones of this trial; tokens until the next
+
+    def generate(self, max_new_tokens, stop=()):
+        """(B, T + new), as GPT.generate."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while not all(self.ended(row, max_new_tokens, stop) for row in self.rows):
+                self.step()
+        finally:
+            self.model.train(was_training)
+        longest = max(self.ended(row, max_new_tokens, stop) for row in self.rows)
+        cut = [row[: self.ended(row, max_new_tokens, stop)] for row in self.rows]
+        return torch.tensor([row + row[-1:] * (longest - len(row)) for row in cut], device=self.device)
+
+    def ended(self, row, max_new_tokens, stop):
+        """The length at which the row is complete; 0: not yet."""
+        end = self.prompt + max_new_tokens
+        first = next((i + 1 for i in range(self.prompt, min(end, len(row))) if row[i] in stop), 0) if stop else 0
+        return first or (end if len(row) >= end else 0)
+
+    def __iter__(self):
+        """Of a single row: its tokens, without end."""
+        while True:
+            yield from self.step()[0]
+
+    @torch.no_grad()
+    def step(self):
+        """One forward -> for each row the tokens that it wrote: one or more, or none while another row's window is read."""
+        starts = [window_start(len(row), self.model.block_size) for row in self.rows]
+        moved = [b for b in range(len(starts)) if starts[b] != self.starts[b]]
+        self.starts = starts
+        wrote = self.read(moved) if moved else self.draft_and_judge()
+        for row, new in zip(self.rows, wrote):
+            row.extend(new)
+        self.forwards, self.tokens = self.forwards + 1, self.tokens + sum(map(len, wrote))
+        return wrote
+
+    def read(self, moved):
+        """Rows whose window starts elsewhere (all, at first) are read from there, and write one token each."""
+        lengths = [len(row) - start for row, start in zip(self.rows, self.starts)]
+        wrote = [[] for _ in self.rows]
+        together = len(moved) == len(self.rows) and len(set(lengths)) == 1
+        for part in [slice(0, len(self.rows))] if together else [slice(b, b + 1) for b in moved]:
+            h = self.model.trunk(self.tensor([row[start:] for row, start in zip(self.rows[part], self.starts[part])]), self.cache.part(part))[:, -1]
+            self.h = h.new_zeros(len(self.rows), h.size(1)) if self.h is None else self.h
+            self.h[part] = h
+            new = draw(distribution(self.model.logits(h), *self.sampling), self.uniform(len(h)))
+            wrote[part] = [[token] for token in new.tolist()]
+        return wrote
+
+    def draft_and_judge(self):
+        B, L = len(self.rows), self.model.block_size
+        inside = [len(row) - start for row, start in zip(self.rows, self.starts)] # tokens of the window, the last one unread
+        limits = [min(self.n, L - m) if not self.pause else 0 for m in inside] # drafts that a row can take
+        drafts, q, limits = self.source(limits)
+        n = drafts.size(1)
+        lengths = [m - 1 for m in inside]
+        self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
+        h = self.model.trunk(torch.cat([self.tensor([row[-1:] for row in self.rows]), drafts], dim=1), self.cache) # (B, n+1, C)
+        p = distribution(self.model.logits(h), *self.sampling) # (B, n+1, V)
+        keep, after = judge(p, q, drafts)
+        for b, limit in enumerate(limits):
+            if limit < n: # no draft there: not a rejection
+                keep[b, limit:], after[b, limit] = 0, p[b, limit]
+        u = self.uniform(B, n + 1)
+        kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,)
+        every = torch.arange(B, device=self.device)
+        new, self.h = draw(after[every, kept], u[:, n]), h[every, kept]
+        wrote = [row[:k] + [last] for row, k, last in zip(drafts.tolist(), kept.tolist(), new.tolist())]
+        self.judge_drafting(sum(limits), sum(map(len, wrote)) - B, sum(map(len, wrote)))
+        return wrote
+
+    def judge_drafting(self, drafted, kept, written):
+        """After each 32 forwards with drafts: where they saved less than they cost, 512 tokens without."""
+        self.drafted, self.kept, self.pause = self.drafted + drafted, self.kept + kept, max(0, self.pause - written)
+        self.trial = [a + b for a, b in zip(self.trial, (drafted > 0, drafted, kept))]
+        if self.trial[0] == 32:
+            self.pause, self.trial = 512 * len(self.rows) * (self.trial[2] < self.COST * self.trial[1]), [0, 0, 0]
+
+    def ahead(self, limits):
+        """Drafts (B, n) of the cell, what they were drawn from (B, n, V), and how many of them each row can take."""
+        model, s, x = self.model, self.h, self.tensor([row[-1:] for row in self.rows]).squeeze(1)
+        drafts, q = [], []
+        for u in self.uniform(max(limits), len(self.rows)):
+            s = model.extras["ahead"](s, model.embed(x))
+            q.append(distribution(model.logits(s), *self.sampling))
+            drafts.append(x := draw(q[-1], u))
+        return self.stacked(drafts, q, limits)
+
+    def ngram(self, limits):
+        """The same from the text: what followed the longest of the last 6 to 2 tokens that were there before."""
+        found = []
+        for row, seen, limit in zip(self.rows, self.seen, limits):
+            for end in range(max(2, seen.get("read", 0)), len(row)): # each place is noted once, when something follows it
+                seen.update({tuple(row[end - m : end]): end for m in (2, 3, 4, 6) if m <= end})
+            seen["read"] = max(2, len(row))
+            at = next((seen[key] for m in (6, 4, 3, 2) if (key := tuple(row[-m:])) in seen), len(row))
+            found.append(row[at : at + limit])
+        limits = [len(f) for f in found]
+        drafts = [self.tensor([f[i] if i < len(f) else 0 for f in found]) for i in range(max(limits))]
+        return self.stacked(drafts, [F.one_hot(d, self.model.config.vocab_size).to(self.h.dtype) for d in drafts], limits)
+
+    def stacked(self, drafts, q, limits):
+        if not drafts:
+            return self.tensor([[]] * len(limits)), self.h.new_zeros(len(limits), 0, self.model.config.vocab_size), limits
+        return torch.stack(drafts, dim=1), torch.stack(q, dim=1), limits
+
+    def tensor(self, ids):
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def uniform(self, *shape):
+        return torch.rand(shape, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device, generator=self.generator)
+
+    def __str__(self):
+        rate = f"{self.kept / self.drafted:.0%} of {self.drafted:,} drafts kept" if self.drafted else "nothing drafted"
+        return f"{self.tokens / max(1, self.forwards) / len(self.rows):.2f} tokens per forward, {rate}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

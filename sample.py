@@ -3,8 +3,10 @@ Prompt in, text out, from a checkpoint that train.py left behind (the tokenizer 
 
   python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:"
   python sample.py --out_dir=out/shakespeare_diffmla --num_samples=4 --temperature=0.8 --top_p=0.95
+  python sample.py --out_dir=out/shakespeare_diffmla --speculative        the same distribution, from fewer forwards
   python sample.py --out_dir=out/shakespeare_diffmla --interactive        a prompt a line; `temperature=0.5` changes it; quit
 """
+import itertools
 import os
 import sys
 import time
@@ -14,7 +16,7 @@ import torch
 
 from configurator import UserError, configure, user_errors
 from data import tokenizer_from_dict
-from model import GPT, GPTConfig, check_sampling, choose_device, load_checkpoint, previous_checkpoint
+from model import GPT, GPTConfig, Speculation, check_sampling, choose_device, load_checkpoint, previous_checkpoint
 
 out_dir = "out" # folder of the run
 start = "\n" # the prompt; FILE:prompt.txt reads it from a file
@@ -25,6 +27,8 @@ top_k = 0 # keep only the k likeliest tokens; 0 = all
 top_p = 1.0 # keep the likeliest tokens that hold this share of the probability
 min_p = 0.0 # keep tokens of at least this share of the likeliest one's probability
 seed = 1337 # of the draws: the same seed writes the same text
+speculative = False # guess several tokens, judge them in one forward, keep what the model would have written: faster, not different
+draft = "auto" # where guesses come from: ahead (the model's n_ahead cell) | ngram (the text so far) | auto: ahead where there is one
 interactive = False # ask for prompts until `quit`
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 
@@ -76,13 +80,14 @@ def safe(text):
     return "".join(c for c in text if c in "\n\t" or ord(c) >= 32 and not 127 <= ord(c) < 160)
 
 
-def continue_one(ids):
+def continue_one(ids, writer):
     """Streams one continuation as it is drawn. Half a character (a token may end inside one) waits for its rest."""
     written, shown = [], ""
-    for new in model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p, generator):
-        if new.item() == tokenizer.eot:
+    plain = (new.item() for new in model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p, generator))
+    for new in itertools.islice(writer, max_new_tokens) if writer else plain:
+        if new == tokenizer.eot:
             break
-        written.append(new.item())
+        written.append(new)
         text = safe(tokenizer.readable(written))
         if not text.endswith("\ufffd"):
             print(text[len(shown):], end="", flush=True)
@@ -91,10 +96,11 @@ def continue_one(ids):
     return len(written)
 
 
-def continue_many(ids):
+def continue_many(ids, writer):
     """num_samples continuations in one batch, printed one below the other."""
     stop = () if tokenizer.eot is None else (tokenizer.eot,)
-    out = model.generate(ids.expand(num_samples, -1), max_new_tokens, temperature, top_k, top_p, min_p, generator, stop)
+    out = writer.generate(max_new_tokens, stop) if writer else model.generate(
+        ids, max_new_tokens, temperature, top_k, top_p, min_p, generator=generator, stop=stop)
     for i, row in enumerate(out[:, ids.size(1) :].tolist()):
         end = row.index(tokenizer.eot) if tokenizer.eot in row else len(row)
         print((safe(tokenizer.readable(ids[0].tolist())) if i else "") + safe(tokenizer.readable(row[:end])) + "\n---------------")
@@ -102,14 +108,22 @@ def continue_many(ids):
 
 
 def answer(text):
-    ids = encode(text)
+    ids = encode(text).expand(num_samples, -1)
     with user_errors():
         check_sampling(ids, temperature, top_k, top_p, min_p)
-    began = time.perf_counter()
+        writer = Speculation(model, ids, temperature, top_k, top_p, min_p, generator, draft) if speculative else None
     print(safe(text), end="", flush=True)
     with autocast:
-        count = (continue_one if num_samples == 1 else continue_many)(ids)
-    print(f"{count} tokens, {count / (time.perf_counter() - began):.0f} tokens/s; {about}", file=sys.stderr)
+        began = time.perf_counter()
+        count = (continue_one if num_samples == 1 else continue_many)(ids, writer)
+        seconds = time.perf_counter() - began
+        print(f"{count} tokens, {count / seconds:.0f} tokens/s; {about}", file=sys.stderr)
+        if writer:
+            few, began = min(100, count // num_samples), time.perf_counter()
+            for _ in model.stream(ids, few, temperature, top_k, top_p, min_p): # what the same would take without drafts
+                pass
+            plain = (time.perf_counter() - began) / max(1, few * num_samples)
+            print(f"{writer}; {plain * count / seconds:.1f} times as fast as plain cached decoding", file=sys.stderr)
 
 
 def adjust(line):

@@ -60,6 +60,7 @@ weight_decay = 0.1 # on matrices and embeddings
 beta1 = 0.9 # Adam's decay of the first moment
 beta2 = 0.99 # Adam's decay of the second moment
 grad_clip = 1.0 # largest norm of the gradient; 0 = no clipping
+ahead_weight = 0.1 # of the loss of n_ahead's cell; its gradient reaches the cell alone
 schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, then linear over the last fifth) | constant
 warmup_iters = 100 # steps of linear warm-up
 lr_decay_iters = 0 # step at which min_lr is reached; 0 = max_iters
@@ -182,7 +183,7 @@ for bad, sentence in [
     (not 0 <= seed < 2**32, f"seed={seed} must be in [0, 2**32)"),
     (learning_rate <= 0, f"learning_rate={learning_rate} must be above 0"),
     (min_lr > learning_rate or min_lr < 0, f"min_lr={min_lr} must be between 0 and learning_rate={learning_rate}"),
-    (min(weight_decay, grad_clip) < 0, "weight_decay and grad_clip must not be negative"),
+    (min(weight_decay, grad_clip, ahead_weight) < 0, "weight_decay, grad_clip and ahead_weight must not be negative"),
     (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f"beta1={beta1} and beta2={beta2} must be in [0, 1)"),
     (schedule not in ("cosine", "linear", "wsd", "constant"), f"schedule={schedule!r} is not one of: cosine, linear, wsd, constant"),
     (sparse and schedule != "wsd", f"sparse={sparse} chooses weights while the learning rate is constant; use --schedule=wsd"),
@@ -221,6 +222,8 @@ def choose_compile(model, tokens):
 # dense half-precision FLOP/s, from the makers' data sheets; the first name found in the device's name counts
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
         "4090": 165e12, "3090": 71e12, "V100": 125e12, "Tesla T4": 65e12}
+
+weights = {"ce": 1.0, "ahead": ahead_weight} # of the losses that a model may give
 
 with user_errors():
     device, device_reason = choose_device(device)
@@ -434,19 +437,19 @@ def lr_at(step):
 
 @torch.no_grad()
 def evaluate():
-    """Mean cross-entropy in nats per token: every target of the validation split once, or eval_iters random batches."""
+    """Mean losses in nats per token, ce first: every target of the validation split once, or eval_iters random batches."""
     model.eval()
     if eval_iters:
         batches = (corpus.val.batch(i, batch_size, config.block_size, seed) for i in range(eval_iters))
     else:
         batches = corpus.val.windows(config.block_size, batch_size)
-    total, count = 0.0, 0
+    totals, count = {}, 0
     for x, y in batches:
         with autocast:
             _, losses = model(x.to(device), y.to(device), with_logits=False) # never the compiled one: odd last batches would compile again
-        total, count = total + losses["ce"].item() * y.numel(), count + y.numel()
+        totals, count = {name: totals.get(name, 0.0) + loss.item() * y.numel() for name, loss in losses.items()}, count + y.numel()
     model.train()
-    return total / count
+    return {name: total / count for name, total in totals.items()}
 
 
 def write_sample():
@@ -469,15 +472,14 @@ def next_batch(step):
 
 
 def gradient(micro_batches):
-    """Adds up the gradient of the mean loss over the micro-batches; returns that loss as a tensor."""
-    mean = 0.0
+    """Adds up the gradient of the weighted losses over the micro-batches; returns the mean of each, as tensors."""
+    means = {}
     for x, y in micro_batches:
         with autocast:
             _, losses = step_model(x, y, with_logits=False)
-        loss = losses["ce"] / gradient_accumulation_steps
-        scaler.scale(loss).backward()
-        mean = mean + loss.detach()
-    return mean
+        scaler.scale(sum(weights[name] * loss for name, loss in losses.items()) / gradient_accumulation_steps).backward()
+        means = {name: means.get(name, 0) + loss.detach() / gradient_accumulation_steps for name, loss in losses.items()}
+    return means
 
 
 def compiled_or_eager():
@@ -489,7 +491,7 @@ def compiled_or_eager():
         faster = torch.compile(model)
         x, y = next_batch(0)[0]
         with torch.random.fork_rng(), autocast: # the trial must not move dropout's generator
-            faster(x, y, with_logits=False)[1]["ce"].backward()
+            sum(faster(x, y, with_logits=False)[1].values()).backward()
         opt.zero_grad()
         return faster
     except Exception as error: # whatever the compiler raises, eager mode computes the same
@@ -523,10 +525,13 @@ while True:
     # once in a while: validation loss over the whole split, a sample, the best model
     if (step % eval_interval == 0 or step >= max_iters) and step != run["evaluated"] and not caught:
         paused = time.monotonic()
-        val_loss = evaluate()
+        beside = evaluate()
+        val_loss = beside.pop("ce")
         sample = write_sample() if math.isfinite(val_loss) else {}
-        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=finite(val_loss), **density(), **sample)
-        print(f"step {step}: val loss {val_loss:.4f}" + (f"   {sample['sample_text']!r}" if sample else ""), flush=True)
+        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=finite(val_loss),
+            **{f"val_{name}": finite(v) for name, v in beside.items()}, **density(), **sample)
+        print(f"step {step}: val loss {val_loss:.4f}" + "".join(f"  {name} {v:.4f}" for name, v in beside.items())
+              + (f"   {sample['sample_text']!r}" if sample else ""), flush=True)
         clock += time.monotonic() - paused
         window_time += time.monotonic() - paused
         run["evaluated"], before = step, run["best"]
@@ -551,14 +556,15 @@ while True:
     if sparsity and sparsity.choose(step):
         print(f"step {step}: {sparsity.active():,} of {sparsity.total:,} weights kept, {sparsity.to_grow:,} will grow back")
     micro_batches = next_batch(step)
-    loss = gradient(micro_batches)
+    beside = gradient(micro_batches)
     scaler.unscale_(opt)
     noted = run_update_hooks(hooks["update"], step, parameters)
     if sparsity:
         sparsity.mask_gradients(step)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-    loss = float(loss)
-    if math.isfinite(loss) and math.isfinite(norm):
+    beside = {name: float(v) for name, v in beside.items()}
+    loss = beside.pop("ce")
+    if math.isfinite(loss + sum(beside.values())) and math.isfinite(norm):
         scaler.step(opt)
         if sparsity:
             sparsity.finish(step)
@@ -584,8 +590,8 @@ while True:
             with autocast:
                 noted.update(watch(model, hooks["forward"], *micro_batches[0]))
         noted = {"hooks": {name: {k: finite(float(v)) for k, v in result.items()} for name, result in noted.items()}} if noted else {}
-        log(step=run["step"], tokens=run["step"] * tokens_per_step, time_s=round(now - clock, 3), train_loss=finite(loss), lr=lr,
-            grad_norm=finite(norm), tokens_per_s=round(rate * tokens_per_step), **density(), **noted)
+        log(step=run["step"], tokens=run["step"] * tokens_per_step, time_s=round(now - clock, 3), train_loss=finite(loss),
+            **{name: finite(v) for name, v in beside.items()}, lr=lr, grad_norm=finite(norm), tokens_per_s=round(rate * tokens_per_step), **density(), **noted)
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
         print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s"
               f"{mfu}  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)

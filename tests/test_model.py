@@ -40,6 +40,7 @@ CHOICES = {
     "tie_embeddings": (False, True),
     "logit_softcap": (0.0, 15.0),
     "gradient_checkpointing": (False, True),
+    "n_ahead": (0, 3),
 }
 SMALL = dict(vocab_size=29, block_size=16, n_layer=2, n_head=4, n_embd=32)
 
@@ -217,7 +218,7 @@ def test_start(row):
     # with zero_init nothing is written to the streams at first: they come apart, and alpha hears of it, a step later
     for _ in range(3 if row["zero_init"] and row["residual"] != "plain" else 2):
         opt.zero_grad()
-        model(idx, targets)[1]["ce"].backward()
+        sum(model(idx, targets)[1].values()).backward()
         opt.step()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
@@ -345,7 +346,7 @@ def test_gradient_checkpointing_changes_memory_not_numbers():
 OTHER = dict(block_size=8, vocab_size=31, n_layer=3, n_embd=64, norm="layernorm", position="none", rope_base=100.0, attention="mla",
              n_head=2, n_kv_head=1, head_dim=4, qk_norm=True, kv_rank=4, q_rank=4, rope_dim=2, diff_form="v1", activation="silu",
              glu=True, mlp_hidden=8, init_std=0.1, zero_init=True, dropout=0.5, bias=True, tie_embeddings=False,
-             logit_softcap=1.0, gradient_checkpointing=True, residual="mhc", n_stream=2, h_res="permutations", sinkhorn_iters=3)
+             logit_softcap=1.0, gradient_checkpointing=True, residual="mhc", n_stream=2, h_res="permutations", sinkhorn_iters=3, n_ahead=2)
 
 
 @pytest.mark.parametrize("knob", [f.name for f in fields(GPTConfig)])
@@ -366,10 +367,10 @@ def test_every_knob_has_an_effect(knob):
         idx = torch.arange(8).view(1, 8)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            logits = model(idx, idx)[0]
+            logits, losses = model(idx, idx)
         if knob == "block_size": # only how far back generation looks
             return [model.new_cache(1).capacity]
-        return [logits.sum().item(), logits.square().sum().item(), sum(saved) if knob == "gradient_checkpointing" else 0]
+        return [logits.sum().item(), logits.square().sum().item(), sum(losses.values()).item(), sum(saved) if knob == "gradient_checkpointing" else 0]
 
     assert fingerprint(base) == fingerprint(replace(base))
     assert fingerprint(base) != fingerprint(changed)
@@ -379,6 +380,7 @@ REFUSED = [
     (dict(attention="flash"), "choose one of: mha, mla, diff, diff_mla"),
     (dict(norm="batchnorm"), "choose one of: layernorm, rmsnorm"),
     (dict(position="alibi"), "choose one of: learned, rope, none"),
+    (dict(n_ahead=16), "n_ahead=16 must be below block_size=16"),
     (dict(activation="swish"), "choose one of: gelu, relu2, silu, telu, crrelu"),
     (dict(residual="dense"), "choose one of: plain, hyper, mhc"),
     (dict(residual="mhc", h_res="softmax"), "choose one of: sinkhorn, permutations"),
@@ -460,6 +462,11 @@ def test_flops_are_the_matrix_multiplications(monkeypatch):
         with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(idx, idx)
         assert model.flops_per_token(16) == 3 * counter.get_total_flops() / 16, attention
+    model = build({"n_ahead": 2}, block_size=64) # its i-th guess has i tokens less to be made for
+    idx = tokens(model, 4, 64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx, idx)
+    assert model.flops_per_token(64) == pytest.approx(3 * counter.get_total_flops() / 256, rel=0.01)
 
 
 def test_cache_bytes():

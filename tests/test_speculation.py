@@ -1,0 +1,300 @@
+"""
+Speculative decoding changes no probability: by exact enumeration of the rule, by greedy text that is the same token for token,
+and by a test of sampled text that also has to reject four faults which are easy to make.
+"""
+import itertools
+import math
+
+import pytest
+import torch
+
+import model as M
+from model import GPT, GPTConfig, Speculation, draw, judge
+
+ATTENTION = [dict(attention="mha"), dict(attention="mha", n_kv_head=1), dict(attention="mla"), dict(attention="diff", diff_form="v1"),
+             dict(attention="diff"), dict(attention="diff_mla", diff_form="v1"), dict(attention="diff_mla")]
+
+
+def build(scale=0.3, **change):
+    """Weights so large that every part has a say; the cell's too, so that its guesses are bad in a definite way."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**dict(vocab_size=17, block_size=16, n_layer=2, n_head=4, n_embd=32, n_ahead=3), **change})).double().eval()
+    for name, p in model.named_parameters():
+        p.data.normal_(std=scale).add_(1 if "residual" in name and p.dim() == 1 else 0)
+    return model
+
+
+# --- 1: the rule, enumerated ---
+
+
+def law(p_of, q_of, n, V):
+    """
+    Probability of each sequence of n + 1 tokens that one round of drafting and judging, then plain sampling, writes. p_of and
+    q_of: prefix -> distribution (V,). Random numbers are replaced by all their outcomes.
+    """
+    total = torch.zeros([V] * (n + 1), dtype=torch.float64)
+
+    def complete(prefix, weight):
+        if len(prefix) == n + 1:
+            total[tuple(prefix)] += weight
+            return
+        for token, share in enumerate(p_of(prefix)):
+            if share > 0:
+                complete([*prefix, token], weight * share)
+
+    for drafts in itertools.product(range(V), repeat=n):
+        q = torch.stack([q_of(drafts[:i]) for i in range(n)])
+        weight = math.prod(q[i, token].item() for i, token in enumerate(drafts))
+        if weight == 0:
+            continue
+        p = torch.stack([p_of(drafts[:i]) for i in range(n + 1)])
+        keep, after = (t[0] for t in judge(p[None], q[None], torch.tensor([drafts])))
+        for kept in range(n + 1):
+            stops = 1 - keep[kept].clamp(max=1) if kept < n else 1.0
+            for token, share in enumerate(after[kept] / after[kept].sum()):
+                if share > 0 and stops > 0:
+                    complete([*drafts[:kept], token], weight * stops * share)
+            if kept < n:
+                weight = weight * keep[kept].clamp(max=1)
+    return total
+
+
+def tables(V, seed, zeros):
+    """prefix -> distribution, drawn once for each prefix; `zeros` of its entries are 0."""
+    generator, known = torch.Generator().manual_seed(seed), {}
+
+    def of(prefix):
+        if tuple(prefix) not in known:
+            weights = torch.rand(V, generator=generator, dtype=torch.float64) ** 3
+            weights[torch.randperm(V, generator=generator)[:zeros]] = 0
+            known[tuple(prefix)] = weights / weights.sum()
+        return known[tuple(prefix)]
+
+    return of
+
+
+def parity(V, odd):
+    """Uniform over the even tokens, or the odd ones."""
+    p = torch.tensor([float(token % 2 == odd) for token in range(V)], dtype=torch.float64)
+    return lambda prefix: p / p.sum()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("case", ["full", "zeros in both", "equal", "disjoint", "a certain draft"])
+def test_the_law_of_the_text_is_the_models(n, case):
+    V = 4 if n < 3 else 3
+    zeros = 2 if case == "zeros in both" else 0
+    p, q = tables(V, 1, min(zeros, V - 1)), tables(V, 2, V - 1 if case == "a certain draft" else min(zeros, V - 1))
+    if case == "disjoint":
+        p, q = parity(V, 0), parity(V, 1)
+    if case == "equal":
+        q = p
+    plain = torch.zeros([V] * (n + 1), dtype=torch.float64)
+    for tokens in itertools.product(range(V), repeat=n + 1):
+        plain[tokens] = math.prod(p(tokens[:i])[token].item() for i, token in enumerate(tokens))
+    assert (law(p, q, n, V) - plain).abs().max() < 1e-12
+    assert plain.sum().item() == pytest.approx(1)
+
+
+def test_draw_is_the_inverse_of_the_distribution():
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    u = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert draw(p.expand(6, 6), u).tolist() == [1, 1, 3, 3, 4, 4]
+    assert draw(7 * p.expand(6, 6), u).tolist() == [1, 1, 3, 3, 4, 4] # sums need not be 1
+
+
+# --- 2: greedy text is the same ---
+
+
+@pytest.mark.parametrize("choice", ATTENTION, ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize("draft", ["ahead", "ngram"])
+def test_greedy_text_is_the_same(choice, draft):
+    """10,000 tokens of each attention choice, 25 rows at their own pace, through many windows."""
+    model = build(**choice)
+    idx = torch.randint(17, (25, 5))
+    plain = model.generate(idx, 200, temperature=0)
+    writer = Speculation(model, idx, temperature=0, draft=draft)
+    assert torch.equal(writer.generate(200), plain)
+    assert writer.kept > 0 and writer.kept < writer.drafted
+
+
+@pytest.mark.parametrize("change", [dict(residual="mhc"), dict(residual="hyper"), dict(position="learned"), dict(position="none"),
+                                    dict(norm="layernorm", bias=True), dict(logit_softcap=5.0), dict(tie_embeddings=False), dict(block_size=4)], ids=str)
+def test_greedy_text_is_the_same_with_the_other_choices(change):
+    model = build(**change)
+    idx = torch.randint(17, (5, 3))
+    assert torch.equal(model.generate(idx, 100, temperature=0, speculative=True), model.generate(idx, 100, temperature=0))
+
+
+def test_rows_write_what_they_would_write_alone():
+    model = build()
+    idx = torch.randint(17, (6, 5))
+    together = model.generate(idx, 80, temperature=0, speculative=True)
+    for row, alone in zip(together, idx):
+        assert torch.equal(row, model.generate(alone[None], 80, temperature=0, speculative=True)[0])
+
+
+def test_the_cache_after_each_step_is_that_of_a_full_forward(poisoned):
+    model = build(attention="diff_mla")
+    writer = Speculation(model, torch.randint(17, (4, 5)))
+    paces = set()
+    for _ in range(40):
+        writer.step()
+        for b, (row, start) in enumerate(zip(writer.rows, writer.starts)):
+            full = model.trunk(torch.tensor([row[start:-1]]))[0, -1]
+            torch.testing.assert_close(writer.h[b], full, atol=1e-9, rtol=1e-9)
+        paces.add(len({len(row) for row in writer.rows}))
+    assert max(paces) > 1 # rows were apart
+
+
+# --- 3: sampled text has the model's distribution ---
+
+
+SAMPLING = dict(temperature=0.8, top_p=0.95)
+
+
+def exact_law(model, prompt, length):
+    """Probability of each continuation, by full forwards."""
+    V, total = model.config.vocab_size, {}
+
+    def walk(tokens, weight):
+        if len(tokens) == length:
+            total[tuple(tokens)] = weight
+            return
+        p = M.distribution(model(torch.tensor([prompt + tokens]))[0][0, -1], **SAMPLING)
+        for token in range(V):
+            if p[token] > 0:
+                walk([*tokens, token], weight * p[token].item())
+
+    with torch.no_grad():
+        walk([], 1.0)
+    return total
+
+
+def p_value(model, count=20_000, draft="ahead", length=4):
+    """G-test of sampled continuations against the exact law; outcomes expected less than 5 times are put together."""
+    prompt = [0, 1, 2, 0, 1]
+    want = exact_law(model, prompt, length)
+    writer = Speculation(model, torch.tensor([prompt] * count), SAMPLING["temperature"], 0, SAMPLING["top_p"],
+                         generator=torch.Generator().manual_seed(3), draft=draft)
+    rows = [tuple(row) for row in writer.generate(length)[:, len(prompt):].tolist()]
+    seen = {}
+    for row in rows:
+        seen[row] = seen.get(row, 0) + 1
+    if any(row not in want for row in seen): # a token of probability 0
+        return 0.0
+    often = [k for k, p in want.items() if p * count >= 5]
+    pairs = [(seen.get(k, 0), want[k] * count) for k in often]
+    rest = count - sum(a for a, _ in pairs), count - sum(b for _, b in pairs)
+    pairs += [rest] if rest[1] > 1 else []
+    G = 2 * sum(a * math.log(a / b) for a, b in pairs if a)
+    assert writer.kept > count / 10 and writer.kept < writer.drafted
+    return torch.special.gammaincc(torch.tensor((len(pairs) - 1) / 2), torch.tensor(max(G, 0) / 2)).item()
+
+
+def small():
+    return build(scale=0.15, vocab_size=4, block_size=32, n_ahead=2)
+
+
+@pytest.mark.parametrize("draft", ["ahead", "ngram"])
+def test_sampled_text_has_the_models_distribution(draft):
+    assert p_value(small(), draft=draft) > 0.01
+
+
+@pytest.mark.parametrize("fault", ["resample from p", "forgotten division by q", "wrong temperature in q", "bonus off by one"])
+def test_the_same_test_rejects(fault, monkeypatch):
+    right, ahead = M.judge, Speculation.ahead
+
+    def wrong(p, q, drafts):
+        keep, after = right(p, q, drafts)
+        if fault == "resample from p":
+            after = p
+        if fault == "forgotten division by q":
+            keep = p[:, :-1].gather(2, drafts.unsqueeze(-1)).squeeze(2)
+        if fault == "bonus off by one" and drafts.size(1):
+            after = torch.cat([after[:, :-1], p[:, -2:-1]], dim=1)
+        return keep, after
+
+    def flat(self, limits):
+        drafts, q, limits = ahead(self, limits)
+        return drafts, (q.sqrt() / q.sqrt().sum(-1, keepdim=True) if fault == "wrong temperature in q" else q), limits
+
+    monkeypatch.setattr(M, "judge", wrong)
+    monkeypatch.setattr(Speculation, "ahead", flat)
+    assert p_value(small()) < 1e-4
+
+
+def test_drafts_are_kept_as_often_as_theory_says():
+    """The mean of sum_x min(p, q) over the drafts that were looked at."""
+    model, want = build(vocab_size=8, n_ahead=1), []
+    right = M.judge
+
+    def watching(p, q, drafts):
+        want.append(torch.minimum(p[:, :1], q).sum(-1).mean().item()) if drafts.size(1) else None
+        return right(p, q, drafts)
+
+    M.judge = watching
+    try:
+        writer = Speculation(model, torch.randint(8, (200, 3)), generator=torch.Generator().manual_seed(1))
+        writer.COST = 0 # never pause
+        for _ in range(60):
+            writer.step()
+    finally:
+        M.judge = right
+    assert writer.kept / writer.drafted == pytest.approx(sum(want) / len(want), abs=0.02)
+
+
+# --- what it does beside ---
+
+
+def test_the_same_seed_writes_the_same_text():
+    model, idx = build(), torch.randint(17, (3, 5))
+    a, b, c = (model.generate(idx, 50, speculative=True, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_drafting_stops_where_it_cannot_pay_and_is_tried_again():
+    model = build() # its cell knows nothing
+    writer = Speculation(model, torch.randint(17, (1, 5)))
+    writer.generate(1500)
+    assert writer.drafted < 0.3 * 1500 * model.config.n_ahead
+    keen = Speculation(model, torch.randint(17, (1, 5)))
+    keen.COST = 0
+    keen.generate(1500)
+    assert keen.drafted > 2 * writer.drafted
+
+
+def test_ngram_drafts_what_followed_before():
+    writer = Speculation(build(n_ahead=0), torch.tensor([[1, 2, 3, 4, 5, 1, 2, 3], [9, 8, 7, 6, 5, 4, 3, 2]]))
+    writer.step()
+    for row in writer.rows:
+        row.pop()
+    drafts, q, limits = writer.ngram([3, 3])
+    assert drafts[0].tolist() == [4, 5, 1] and limits == [3, 0] and (q[0].argmax(-1) == drafts[0]).all()
+
+
+def test_stop_tokens_and_lengths():
+    model = build()
+    idx = torch.randint(17, (4, 5))
+    plain = model.generate(idx, 60, temperature=0, stop=(3, 4))
+    assert torch.equal(model.generate(idx, 60, temperature=0, stop=(3, 4), speculative=True), plain)
+    assert model.generate(idx, 7, speculative=True).shape == (4, 12) and model.training is False
+    assert model.train().generate(idx, 7, speculative=True).shape == (4, 12) and model.training
+
+
+def test_under_autocast():
+    model = build(attention="diff_mla").float()
+    idx = torch.randint(17, (3, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(idx, 40, speculative=True).shape == (3, 45)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda m: Speculation(m, torch.zeros(1, 1, dtype=torch.long), draft="ahead"), "n_ahead"),
+    (lambda m: Speculation(m, torch.zeros(1, 1, dtype=torch.long), draft="oracle"), "auto, ahead, ngram"),
+    (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long), 3, speculative=True), "prompt is empty"),
+    (lambda m: m.generate(torch.zeros(1, 1, dtype=torch.long), 3, temperature=-1, speculative=True), "temperature"),
+])
+def test_refusals(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(build(n_ahead=0))
