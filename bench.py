@@ -12,13 +12,14 @@ Every speed and size that the README reports, as named suites.
   sinkhorn   32,768 matrices of 4 x 4, 20 iterations, forward and backward: kernel, PyTorch's loop, torch.compile of it
   mhc        coefficients of 1,024 and 4,096 tokens, 4 streams of 384, forward and backward: kernel, PyTorch, torch.compile of it
   activations  forward and backward of each name, plain and gated: kernel, eager PyTorch, torch.compile; GB/s beside those of a copy
-  residual   forward and backward of plain, hyper and mhc at width 384, 6 layers, and the memory that the graph keeps
+  residual   forward and backward of plain, hyper and mhc at width 384, 6 layers, what the graph keeps, peak memory of training
   cross_entropy  of a linear head, forward and backward, at V = 50,304 and 65: in chunks, against F.cross_entropy(F.linear); the memory
              that each adds to the peak of a process beyond the two gradients
   rope       rotation of 12 x 256 tokens with 12 heads of 64 and of 8 x 128 with 8 of 16, as attention gives them: eager, torch.compile
+  speculative  tokens/s of drafting and judging against plain cached decoding, on the trained model of --out_dir
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
-Without a name, all but the last. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
+Without a name, all but the last two. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
 call each per round; the figure is the median over the rounds, the ratio the median of the ratios within a round (a busy
 machine slows both sides).
 The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
@@ -39,13 +40,14 @@ import torch.nn.functional as F
 
 import kernels
 from configurator import UserError, configure, git_commit, user_errors
-from model import GPT, GPTConfig, Linear, choose_device
+from model import GPT, GPTConfig, Linear, Speculation, choose_device
 from optim import build_optimizer
 
 rounds = 11 # turns of each arm
-batch_size = 8 # sequences per step (train)
+batch_size = 8 # sequences per step (train); half as many (residual); 64 times as many rows (cross_entropy)
 block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
+out_dir = "out/shakespeare_diffmla" # speculative: folder of a run of train.py
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
 compiled = True # sinkhorn, mhc, activations, rope: time torch.compile of the formulas too
@@ -386,7 +388,7 @@ def activations():
 
 def residual():
     print(f"residual: 6 layers of 384, 4 streams, batch {batch_size // 2} x 256, forward and backward, fp32, eager")
-    idx, arms, kept = torch.randint(65, (max(1, batch_size // 2), 256), device=device), {}, {}
+    idx, arms, kept, peaks = torch.randint(65, (max(1, batch_size // 2), 256), device=device), {}, {}, {}
     for name, choice in {"plain": {}, "hyper": {"residual": "hyper"}, "mhc": {"residual": "mhc"},
                          "mhc, permutations": {"residual": "mhc", "h_res": "permutations"}}.items():
         model, seen = build(**CHAR, **choice), {}
@@ -398,6 +400,7 @@ def residual():
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             graph = model(idx, idx)[1]["ce"] # alive until measured, or storages would be counted at one address
         kept[name] = sum(seen.values()) - sum(p.nbytes for p in model.parameters())
+        peaks[name] = in_new_process(peak_memory, {**CHAR, **choice}, "adamw")
         del graph
 
         def step(model=model):
@@ -407,10 +410,8 @@ def residual():
         arms[name] = step
     results = [row(f"{name} step", 1e3 * median, "ms", "plain", ratio, low, high)
                for name, (median, ratio, low, high) in in_turn(arms).items()]
-    return results + [row(f"{name} kept for backward", size / 1e6, "MB", "plain", size / kept["plain"]) for name, size in kept.items()]
-
-
-HEADS = {"V=50304": (12 * 256, 50304, 384), "V=65": (1024, 65, 128)} # rows, vocabulary, channels
+    results += [row(f"{name} kept for backward", size / 1e6, "MB", "plain", size / kept["plain"]) for name, size in kept.items()]
+    return results + [row(f"{name} peak of a process", size / 1e6, "MB", "plain", size / peaks["plain"]) for name, size in peaks.items()]
 
 
 def head_and_loss(name, rows, V, C):
@@ -435,13 +436,14 @@ def peak_of_loss(name, rows, V, C):
 
 
 def cross_entropy():
-    print("cross_entropy: x W^T and its loss, forward and backward, fp32, eager")
+    print(f"cross_entropy: x W^T and its loss, {64 * batch_size} rows of 384 and 1,024 of 128, forward and backward, fp32, eager")
     results, names = [], {"F.cross_entropy(F.linear)": "linear_cross_entropy_reference", "linear_cross_entropy": "linear_cross_entropy"}
-    for size, shape in HEADS.items():
+    large = 64 * batch_size, 50304, 384 # rows, vocabulary, channels
+    for size, shape in (("V=50304", large), ("V=65", (1024, 65, 128))):
         arms = {f"{size}, {label}": head_and_loss(name, *shape) for label, name in names.items()}
         results += [row(label, 1e3 * median, "ms", "F.linear", ratio, low, high)
                     for label, (median, ratio, low, high) in in_turn(arms, warm=1).items()]
-    peaks = {label: in_new_process(peak_of_loss, name, *HEADS["V=50304"]) for label, name in names.items()}
+    peaks = {label: in_new_process(peak_of_loss, name, *large) for label, name in names.items()}
     base = next(iter(peaks.values()))
     return results + [row(f"V=50304, {label}, memory", peak / 1e6, "MB", "F.linear", peak / base) for label, peak in peaks.items()]
 
@@ -460,6 +462,36 @@ def rope():
     return results
 
 
+def speculative():
+    path = os.path.join(out_dir, "best.pt")
+    if not os.path.exists(path):
+        raise UserError(f"there is no {path}\ntrain a model with n_ahead first: python train.py config/train_shakespeare_diffmla.py")
+    with user_errors():
+        model = GPT.from_checkpoint(path, device)
+    prompt, results = torch.zeros(1, 1, dtype=torch.long, device=device), []
+    print(f"speculative: {path}, 256 tokens after a prompt of one, batch 1, fp32, eager")
+    for temperature in (1.0, 0.8, 0.0):
+        writers = {name: [] for name in ("ahead", "ngram")}
+
+        def plain():
+            for _ in model.stream(prompt, 256, temperature, generator=torch.Generator(device).manual_seed(len(writers["ahead"]))):
+                pass
+
+        def drafting(name):
+            seed = torch.Generator(device).manual_seed(len(writers[name]))
+            writers[name].append(Speculation(model, prompt, temperature, generator=seed, draft=name))
+            writers[name][-1].generate(256)
+
+        arms = {"plain": plain, **{name: partial(drafting, name) for name in writers if name in (*model.extras, "ngram")}}
+        for name, (median, ratio, low, high) in in_turn(arms).items():
+            results.append(row(f"{name}, temperature {temperature}", 256 / median, "tokens/s", "plain", 1 / ratio, 1 / high, 1 / low))
+        for name, done in writers.items():
+            if done:
+                tokens, forwards, kept, drafted = (sum(getattr(w, k) for w in done) for k in ("tokens", "forwards", "kept", "drafted"))
+                results.append(row(f"{name}, {kept / max(1, drafted):.0%} of drafts kept", tokens / forwards, "tokens/forward"))
+    return results
+
+
 def kv_cache():
     print("kv_cache: 6 layers, 6 heads of 64, latent 96 with a rotary key of 32, fp32")
     results = []
@@ -472,7 +504,9 @@ def kv_cache():
 
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn, "mhc": mhc,
-          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "rope": rope, "nanogpt": against_nanogpt}
+          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "rope": rope, "speculative": speculative,
+          "nanogpt": against_nanogpt}
+NEED_MORE = {"speculative", "nanogpt"} # than this repository holds
 
 
 def keep(file, name, description, commit, results):
@@ -499,7 +533,7 @@ if __name__ == "__main__":
         raise UserError("rounds, batch_size, block_size and steps must be at least 1")
     (file, description), commit = hardware(), git_commit() # now: the results themselves will make the checkout dirty
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
-    for name in words or [name for name in SUITES if name != "nanogpt"]:
+    for name in words or [name for name in SUITES if name not in NEED_MORE]:
         results = SUITES[name]()
         if save:
             keep(file, name, description, commit, results)

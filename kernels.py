@@ -1408,7 +1408,8 @@ def few_rows(x, weight):
     reading W, at which the BLAS behind F.linear is slow: all matrices of a model of 10.65M take it 2.2 ms for one row and 4.2
     for five, this 0.9 and 1.9 (AMD EPYC, 2 threads). Small matrices, which lie in the cache, and many rows are BLAS's.
     """
-    if x.numel() > 16 * x.size(-1) or weight.numel() <= 2**17 or path_for(weight) != "c" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+    pays = x.numel() <= 16 * x.size(-1) and weight.numel() > 2**17
+    if not pays or path_for(weight) != "c" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     launches["few_rows", "c"] += 1
     x, y = x.contiguous(), torch.empty((*x.shape[:-1], weight.size(0)), dtype=x.dtype, device=x.device)

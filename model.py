@@ -132,7 +132,8 @@ def complaints(c):
     for knob in ("block_size", "vocab_size", "n_layer", "n_embd", "n_head"):
         if getattr(c, knob) < 1:
             yield f"{knob}={getattr(c, knob)} must be at least 1"
-    for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream", "n_ahead"):
+    for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream",
+                 "n_ahead"):
         if getattr(c, knob) < 0:
             yield f"{knob}={getattr(c, knob)} must not be negative; 0 takes the usual value"
     if not 0 <= c.dropout < 1:
@@ -1183,7 +1184,8 @@ class Speculation:
         wrote = [[] for _ in self.rows]
         together = len(moved) == len(self.rows) and len(set(lengths)) == 1
         for part in [slice(0, len(self.rows))] if together else [slice(b, b + 1) for b in moved]:
-            h = self.model.trunk(self.tensor([row[start:] for row, start in zip(self.rows[part], self.starts[part])]), self.cache.part(part))[:, -1]
+            window = self.tensor([row[start:] for row, start in zip(self.rows[part], self.starts[part])])
+            h = self.model.trunk(window, self.cache.part(part))[:, -1]
             self.h = h.new_zeros(len(self.rows), h.size(1)) if self.h is None else self.h
             self.h[part] = h
             new = draw(distribution(self.model.logits(h), *self.sampling), self.uniform(len(h)))
@@ -1251,7 +1253,8 @@ class Speculation:
         return torch.tensor(ids, dtype=torch.long, device=self.device)
 
     def uniform(self, *shape):
-        return torch.rand(shape, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device, generator=self.generator)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64 # which mps has not
+        return torch.rand(shape, dtype=dtype, device=self.device, generator=self.generator)
 
     def __str__(self):
         rate = f"{self.kept / self.drafted:.0%} of {self.drafted:,} drafts kept" if self.drafted else "nothing drafted"

@@ -3,9 +3,10 @@ Prompt in, text out, from a checkpoint that train.py left behind (the tokenizer 
 
   python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:"
   python sample.py --out_dir=out/shakespeare_diffmla --num_samples=4 --temperature=0.8 --top_p=0.95
-  python sample.py --out_dir=out/shakespeare_diffmla --speculative        the same distribution, from fewer forwards
+  python sample.py --speculative                                          the newest run; the same distribution from fewer forwards
   python sample.py --out_dir=out/shakespeare_diffmla --interactive        a prompt a line; `temperature=0.5` changes it; quit
 """
+import glob
 import itertools
 import os
 import sys
@@ -18,7 +19,7 @@ from configurator import UserError, configure, user_errors
 from data import tokenizer_from_dict
 from model import GPT, GPTConfig, Speculation, check_sampling, choose_device, load_checkpoint, previous_checkpoint
 
-out_dir = "out" # folder of the run
+out_dir = "" # folder of the run; empty: the newest below out
 start = "\n" # the prompt; FILE:prompt.txt reads it from a file
 num_samples = 1 # continuations of the same prompt, drawn as one batch
 max_new_tokens = 500 # length of each
@@ -35,8 +36,17 @@ device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 ADJUSTABLE = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "max_new_tokens": int} # at the prompt
 
 
+def newest_run():
+    """The folder below out (or out itself) that a checkpoint was written to last."""
+    checkpoints = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
+    if not checkpoints:
+        raise UserError("there is no run below out yet\ntrain first: python train.py config/train_shakespeare_diffmla.py, or name one: --out_dir=...")
+    return os.path.dirname(max(checkpoints, key=os.path.getmtime))
+
+
 def load(folder, device):
     """Model, tokenizer, dtype and a line about the best checkpoint in the folder, or the newest if there is no best one yet."""
+    folder = folder or newest_run()
     newest = os.path.join(folder, "ckpt.pt")
     found = [p for p in (os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)) if os.path.exists(p)]
     if not found:

@@ -591,7 +591,8 @@ while True:
                 noted.update(watch(model, hooks["forward"], *micro_batches[0]))
         noted = {"hooks": {name: {k: finite(float(v)) for k, v in result.items()} for name, result in noted.items()}} if noted else {}
         log(step=run["step"], tokens=run["step"] * tokens_per_step, time_s=round(now - clock, 3), train_loss=finite(loss),
-            **{name: finite(v) for name, v in beside.items()}, lr=lr, grad_norm=finite(norm), tokens_per_s=round(rate * tokens_per_step), **density(), **noted)
+            **{name: finite(v) for name, v in beside.items()}, lr=lr, grad_norm=finite(norm),
+            tokens_per_s=round(rate * tokens_per_step), **density(), **noted)
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
         print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s"
               f"{mfu}  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)

@@ -1,5 +1,6 @@
 """sample.py and bench.py through their command lines, on a run of a few steps."""
 import json
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 def run(tmp_path_factory):
     d = tmp_path_factory.mktemp("sample")
     (d / "play.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
-    flags = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --attention=diff_mla --max_iters=30 --learning_rate=1e-2 --warmup_iters=5".split()
+    flags = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --attention=diff_mla --max_iters=30 --learning_rate=1e-2 --warmup_iters=5 --n_ahead=2".split()
     for out, more in (("char", []), ("byte", ["--tokenizer=byte", f"--data_dir={d / 'bytes'}"])):
         subprocess.run([sys.executable, ROOT / "train.py", f"--dataset={d / 'play.txt'}", f"--out_dir={d / out}", f"--data_dir={d / 'data'}",
                         *flags, *more], check=True, cwd=d)
@@ -107,6 +108,41 @@ def test_a_damaged_best_is_said_and_the_newest_is_used(run, tmp_path):
     (tmp_path / "char/best.pt").write_bytes((tmp_path / "char/best.pt").read_bytes()[:-9])
     done = sample(tmp_path, "--max_new_tokens=3")
     assert "WARNING" in done.stderr and "ckpt.pt: diff_mla" in done.stderr
+
+
+@pytest.mark.parametrize("draft", ["ahead", "ngram"])
+def test_speculative_text_is_the_same(run, draft):
+    plain, ours = (sample(run, "--start=to be", "--max_new_tokens=60", "--temperature=0", *more) for more in ([], ["--speculative", f"--draft={draft}"]))
+    assert printed(ours).splitlines()[-1:] == printed(plain).splitlines()[-1:] and "to be" in printed(ours)
+    assert "tokens per forward" in ours.stderr and "drafts kept" in ours.stderr and "plain cached decoding" in ours.stderr
+
+
+def test_speculative_samples_of_several_rows(run):
+    parts = printed(sample(run, "--num_samples=3", "--max_new_tokens=20", "--start=to", "--speculative")).split("---------------")
+    assert len(parts) == 4 and len(set(parts[:3])) > 1
+
+
+def test_the_newest_run_is_taken_and_none_is_said(run, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sample.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "no run below out yet" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "out").mkdir()
+    for name, age in (("older", 2000), ("newer", 1000)):
+        subprocess.run(["cp", "-r", run / "char", tmp_path / "out" / name], check=True)
+        for f in (tmp_path / "out" / name).glob("*.pt"):
+            os.utime(f, (10**9 - age, 10**9 - age))
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--max_new_tokens=3"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "out/newer/best.pt" in done.stderr
+
+
+def test_drafts_of_a_cell_that_is_not_there(run, tmp_path):
+    state = load_checkpoint(run / "char/best.pt")
+    state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("extras")}
+    state["config"]["model"]["n_ahead"] = 0
+    (tmp_path / "o").mkdir()
+    save_checkpoint(tmp_path / "o/ckpt.pt", state)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path / 'o'}", "--speculative", "--draft=ahead"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--n_ahead=4" in done.stderr and "Traceback" not in done.stderr
+    assert "tokens per forward" in sample(tmp_path, "--speculative", "--max_new_tokens=9", out="o").stderr
 
 
 def test_bench_ends_with_json():
