@@ -591,14 +591,14 @@ MHC_SOURCE = SINKHORN_SOURCE + """
 
 def mhc_forward_c(x, phi, alpha, b, N, iters, eps):
     z, square = product(x, phi.t()), x.new_empty(len(x))
-    pre, post, res = (torch.empty(len(x), k, dtype=x.dtype) for k in (N, N, N * N))
+    pre, post, res = (x.new_empty(len(x), k) for k in (N, N, N * N))
     sizes = len(x), x.size(1), iters, eps
     sinkhorn_library(N, MHC_SOURCE).mhc_forward(threads(), *sizes, *map(address, (x, z, alpha, b, square, pre, post, res)))
     return z, square, pre, post, res
 
 
 def mhc_backward_c(width, z, square, alpha, b, g_pre, g_post, g_res, N, iters, eps):
-    g_z, factor, sums = like(z), like(square), torch.empty(-(-len(z) // LANES), 3 + len(b), dtype=torch.float32)
+    g_z, factor, sums = like(z), like(square), z.new_empty(-(-len(z) // LANES), 3 + len(b))
     tensors = z, square, alpha, b, g_pre, g_post, g_res, g_z, factor, sums, sinkhorn_scratch(N, iters)
     sizes = len(z), width, iters, eps
     sinkhorn_library(N, MHC_SOURCE).mhc_backward(threads(), *sizes, *map(address, tensors))
@@ -1271,7 +1271,9 @@ def rmsnorm(x, weight=None, eps=1e-6):
     arXiv:1910.07467. g_x = r (w g - x r^2 mean(w g x)); g_w = sum over rows of g x r.
     """
     path = path_for(x) if x.numel() and not (KERNEL == "auto" and torch.compiler.is_compiling()) else "torch"
-    if path == "torch" or (weight is not None and weight.dtype != x.dtype):
+    fits = weight is None or (
+        weight.shape == x.shape[-1:] and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous())
+    if path == "torch" or not fits: # which says what is wrong with a shape
         launches["rmsnorm", "torch"] += 1
         return rmsnorm_reference(x, weight, eps)
     return run(RMSNormFunction, x, weight, eps, path)
@@ -1402,19 +1404,20 @@ class RMSNormFunction(torch.autograd.Function):
 # --- a few rows times a large matrix: decoding ---
 
 
-def few_rows(x, weight):
+def few_rows(x, weight, bias=None):
     """
-    x W^T, (..., n_in), (n_out, n_in) -> (..., n_out), for inference. Decoding a token, or judging a few drafts, is bound by
+    x W^T (+ b), (..., n_in), (n_out, n_in), (n_out,) -> (..., n_out), for inference. Decoding a token, or judging a few drafts, is bound by
     reading W, at which the BLAS behind F.linear is slow: all matrices of a model of 10.65M take it 2.2 ms for one row and 4.2
     for five, this 0.9 and 1.9 (AMD EPYC, 2 threads). Small matrices, which lie in the cache, and many rows are BLAS's.
     """
-    pays = x.numel() <= 16 * x.size(-1) and weight.numel() > 2**17
-    if not pays or path_for(weight) != "c" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight)
+    pays = x.numel() <= 16 * x.size(-1) and weight.numel() > 2**17 and not torch.compiler.is_compiling()
+    fits = x.size(-1) == weight.size(1) and x.dtype == weight.dtype and x.device == weight.device # else F.linear says what is wrong
+    if not pays or not fits or path_for(weight) != "c" or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
     launches["few_rows", "c"] += 1
     x, y = x.contiguous(), torch.empty((*x.shape[:-1], weight.size(0)), dtype=x.dtype, device=x.device)
     needed(FEW_ROWS_SOURCE).few_rows(threads(), x.numel() // x.size(-1), *weight.shape, address(weight), address(x), address(y))
-    return y
+    return y if bias is None else y + bias
 
 
 # Four outputs for up to four rows of x at a time: 16 sums in registers, each number of W loaded once for all four rows.
@@ -1509,7 +1512,7 @@ def linear_cross_entropy_reference(x, weight, targets, cap=0.0):
 def cross_entropy_in_chunks(x, weight, targets, cap):
     if x.is_cpu and not -1 <= targets.min() <= targets.max() < weight.size(0):
         raise ValueError(f"targets {targets.min()} to {targets.max()} are not all in [-1, {weight.size(0)}); -1 is ignored")
-    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    autocast = x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if not autocast and weight.dtype != dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; give both one dtype, or use autocast")
@@ -1680,7 +1683,7 @@ def rotate(x, table):
     if not asked or not x.numel() or table.dim() > 3 or path_for(x) != "triton":
         launches["rotate", "torch"] += 1
         return rotate_reference(x, table)
-    return Rotate.apply(x, table)
+    return run(Rotate, x, table)
 
 
 def rotate_reference(x, table):

@@ -32,6 +32,8 @@ import itertools
 import math
 import os
 import struct
+import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -81,6 +83,7 @@ class GPTConfig:
     tie_embeddings: bool = True # the head reuses the token embedding
     logit_softcap: float = 0.0 # logits become cap * tanh(logits / cap): 0 = off
     gradient_checkpointing: bool = False # recompute each block in backward: less memory, about a third more time
+    thought_tokens: int = 0 # learned vectors in front of the text, which every token sees: 0 = off
     n_ahead: int = 0 # tokens beyond the next that a small cell learns to draft, for speculative decoding: 0 = off, 4 is usual
 
     def __post_init__(self):
@@ -133,7 +136,7 @@ def complaints(c):
         if getattr(c, knob) < 1:
             yield f"{knob}={getattr(c, knob)} must be at least 1"
     for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream",
-                 "n_ahead"):
+                 "thought_tokens", "n_ahead"):
         if getattr(c, knob) < 0:
             yield f"{knob}={getattr(c, knob)} must not be negative; 0 takes the usual value"
     if not 0 <= c.dropout < 1:
@@ -201,8 +204,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if torch.is_grad_enabled():
             return super().forward(x)
-        y = few_rows(x, self.weight) # which leaves many rows to F.linear
-        return y if self.bias is None else y + self.bias
+        return few_rows(x, self.weight, self.bias) # which leaves many rows to F.linear
 
     def flops(self, T):
         return 2 * self.in_features * self.out_features
@@ -294,7 +296,8 @@ NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# position: (token embeddings, first position) -> (embeddings, turn). Attention calls turn(q or k) on what it compares.
+# position: (token embeddings, first position, vectors before them) -> (embeddings, turn). Attention calls turn(q or k) on what
+# it compares; turn counts the vectors before the text from -1 down, so that they shift no token.
 
 
 def positions(start, T, device):
@@ -310,7 +313,7 @@ class Learned(nn.Module):
         super().__init__()
         self.table = Embedding(c.block_size, c.n_embd, outer_std(c))
 
-    def forward(self, h, start):
+    def forward(self, h, start, before=0):
         m = positions(start, h.size(1), h.device).clamp(max=self.table.num_embeddings - 1) # a draft past the end is thrown away
         return h + self.table.weight[m].view(-1, *h.shape[1:]), unturned
 
@@ -327,8 +330,8 @@ class Rope(nn.Module):
         super().__init__()
         self.width, self.base = c.rotary_width, c.rope_base
 
-    def forward(self, h, start):
-        m = positions(start, h.size(1), h.device).to(widen(h[:0]).dtype)
+    def forward(self, h, start, before=0):
+        m = positions(start - before, before + h.size(1), h.device).to(widen(h[:0]).dtype)
         table = rope_table(m, self.width, self.base) # (T, P/2, 2) or (B, 1, T, P/2, 2), for all layers
         return h, partial(rotate, table=table)
 
@@ -339,7 +342,7 @@ class NoPosition(nn.Module):
     def __init__(self, c):
         super().__init__()
 
-    def forward(self, h, start):
+    def forward(self, h, start, before=0):
         return h, unturned
 
 
@@ -761,14 +764,15 @@ class Pass:
 class Cache:
     """
     What attention keeps of the tokens it has read: for each layer the tensors that its cache_layout lists, (B, heads,
-    capacity, width), filled up to `length`: an int, or a tensor (B,) where rows differ. Rolling back is setting the length:
-    what lies beyond it is never read.
+    before + capacity, width): the vectors before the text, which come with the first tokens, then `length` tokens: an int, or
+    a tensor (B,) where rows differ. Rolling back is setting the length: what lies beyond it counts for nothing.
     """
 
-    def __init__(self, layouts, batch_size, capacity, dtype, device):
-        self.layers = [[torch.empty(batch_size, heads, capacity, width, dtype=dtype, device=device) for heads, width in layout]
+    def __init__(self, layouts, batch_size, capacity, dtype, device, before=0):
+        # zeros: a row that is behind the others masks what lies ahead of it, but 0 times a NaN would be NaN
+        self.layers = [[torch.zeros(batch_size, heads, before + capacity, width, dtype=dtype, device=device) for heads, width in layout]
                        for layout in layouts]
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.before = capacity, 0, before
 
     def part(self, rows):
         """An empty cache for these rows (a slice), which lies in this one: what is read into it is there afterwards."""
@@ -779,27 +783,33 @@ class Cache:
     def longest(self):
         return int(self.length.max()) if torch.is_tensor(self.length) else self.length
 
+    def filled(self):
+        """Places taken: an int, or (B,)."""
+        return self.before + self.length if torch.is_tensor(self.length) or self.length else 0
+
     def append(self, layer, *new):
-        T, end = new[0].size(2), self.longest() + new[0].size(2)
+        T, filled = new[0].size(2), self.filled()
+        end = T + (int(filled.max()) if torch.is_tensor(filled) else filled)
         for store, x in zip(self.layers[layer], new):
             if torch.is_tensor(self.length): # each row at its own place
-                rows, at = torch.arange(len(x), device=x.device)[:, None], self.length[:, None] + torch.arange(T, device=x.device)
-                store[rows, :, at] = x.transpose(1, 2)
+                rows, at = torch.arange(len(x), device=x.device)[:, None], filled[:, None] + torch.arange(T, device=x.device)
+                store[rows, :, at] = x.transpose(1, 2).to(store.dtype)
             else:
-                store[:, :, self.length : end] = x
+                store[:, :, filled:end] = x
         return [store[:, :, :end] for store in self.layers[layer]]
 
     def mask(self, T):
         """(B, 1, T, S), whether each of T new tokens sees each of S; None where all rows are of one length: attend knows that."""
         if not torch.is_tensor(self.length):
             return None
-        new, every = (torch.arange(n, device=self.length.device) for n in (T, self.longest() + T))
-        return every <= self.length[:, None, None, None] + new[:, None]
+        new, every = (torch.arange(n, device=self.length.device) for n in (T, self.before + self.longest() + T))
+        return every <= self.filled()[:, None, None, None] + new[:, None]
 
     def truncate(self, n):
-        """Forget all but the first n tokens, (B,) for rows of their own. ValueError if there are not as many."""
-        n_, have = torch.as_tensor(n), torch.as_tensor(self.length)
-        if (n_ < 0).any() or (n_ > have).any():
+        """Forget all but the first n tokens; n an int, or a tensor (B,) for rows of their own. ValueError if there are not as many."""
+        device = self.layers[0][0].device
+        n = n.to(device) if torch.is_tensor(n) and n.dim() else int(n)
+        if (torch.as_tensor(n, device=device) < 0).any() or (torch.as_tensor(n, device=device) > self.length).any():
             raise ValueError(f"cannot keep {n} of {self.length} cached tokens")
         self.length = n
 
@@ -835,7 +845,24 @@ class CheckpointedBlock(Block):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# extras around the trunk: loss(model, h, idx, targets) is what trains them, beside the model's own
+# extras around the trunk. Where one has a loss(model, h, idx, targets), that trains it, beside the model's own.
+
+
+class Thoughts(nn.Module):
+    """
+    K learned vectors in front of the text: every token attends to them, they attend to each other, none is ever predicted.
+    Registers of a transformer (Darcet et al. 2023, arXiv:2309.16588), for text. They depend on nothing that is read, so they
+    leak nothing, and a cache holds them once.
+    """
+
+    role = "embedding"
+
+    def __init__(self, c):
+        super().__init__()
+        self.vectors = nn.Parameter(outer_std(c) * torch.randn(c.thought_tokens, c.n_embd))
+
+    def forward(self, h): # (B, T, C) -> (B, K + T, C)
+        return torch.cat([self.vectors.expand(h.size(0), -1, -1).type_as(h), h], dim=1)
 
 
 class Ahead(nn.Module):
@@ -866,7 +893,8 @@ class Ahead(nn.Module):
         s, idx, targets, losses = h[:few].detach(), idx[:few], targets[:few], []
         for i in range(1, min(self.n, idx.size(1) - 1) + 1):
             s = self(s[:, :-1], F.embedding(idx[:, i:], model.embed.weight.detach()))
-            losses.append(linear_cross_entropy(s, model.head.weight.detach(), targets[:, i:], self.softcap))
+            loss = linear_cross_entropy(s, model.head.weight.detach(), targets[:, i:], self.softcap)
+            losses.append(loss.nan_to_num(0)) # of rows without a target
         return torch.stack(losses).mean() if losses else h.new_zeros(())
 
     def flops(self, T): # n cells and heads on a quarter of the tokens, less the one cell that Linears count themselves
@@ -895,6 +923,7 @@ class GPT(nn.Module):
         self.block_size = c.block_size
         self.embed = Embedding(c.vocab_size, c.n_embd, outer_std(c))
         self.position = POSITION[c.position](c)
+        self.thoughts, self.before = Thoughts(c) if c.thought_tokens else nn.Identity(), c.thought_tokens
         self.dropout = nn.Dropout(c.dropout)
         self.streams, self.n_stream = RESIDUAL[c.residual], c.streams
         self.blocks = nn.ModuleList((CheckpointedBlock if c.gradient_checkpointing else Block)(c, i) for i in range(c.n_layer))
@@ -917,7 +946,8 @@ class GPT(nn.Module):
             return logits, {}
         ce = (F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) if with_logits else
               linear_cross_entropy(h, self.head.weight, targets, self.softcap))
-        return logits, {"ce": ce, **{name: extra.loss(self, h, idx, targets) for name, extra in self.extras.items()}}
+        extras = self.extras.items() if self.training else () # what trains them is of no use elsewhere
+        return logits, {"ce": ce, **{name: extra.loss(self, h, idx, targets) for name, extra in extras}}
 
     def trunk(self, idx, cache=None):
         """(B, T) -> (B, T, C): what the head reads."""
@@ -925,13 +955,16 @@ class GPT(nn.Module):
         longest, room = (T, self.block_size) if cache is None else (cache.longest() + T, cache.capacity)
         if longest > room:
             raise ValueError(f"{longest} tokens do not fit into block_size={room}; give at most the last {room} of them")
-        h, turn = self.position(self.embed(idx), start)
+        starts = not torch.is_tensor(start) and start == 0 # with the first tokens come the vectors before them
+        before = self.before if starts else 0
+        h, turn = self.position(self.embed(idx), start, before)
+        h = self.thoughts(h) if starts else h
         h, pass_ = self.streams.expand(self.dropout(h), self.n_stream), Pass(turn, cache, cache and cache.mask(T))
         for block in self.blocks:
             h = block(h, pass_)
         if cache is not None:
             cache.length = cache.length + T
-        return self.norm(self.streams.reduce(h))
+        return self.norm(self.streams.reduce(h[:, before:]))
 
     def logits(self, h):
         return self.cap(widen(self.head(h))) # (..., V)
@@ -948,7 +981,8 @@ class GPT(nn.Module):
         if dtype is None:
             autocast = torch.is_autocast_enabled(weight.device.type)
             dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return Cache([b.attention.cache_layout for b in self.blocks], batch_size, self.block_size + spare, dtype, weight.device)
+        return Cache([b.attention.cache_layout for b in self.blocks], batch_size, self.block_size + spare, dtype, weight.device,
+                     self.before)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, use_cache=True):
@@ -957,7 +991,7 @@ class GPT(nn.Module):
         Of n tokens the model sees those from window_start(n) on. With and without a cache that is the same rule, so
         both write the same text.
         """
-        check_sampling(idx, temperature, top_k, top_p, min_p)
+        check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
         was_training, L = self.training, self.block_size
         self.eval()
         cache, start = (self.new_cache(idx.size(0)) if use_cache else None), 0
@@ -984,6 +1018,8 @@ class GPT(nn.Module):
         verify (Speculation), the same distribution in fewer forwards. A row that has written a token of `stop` repeats it;
         generation ends when every row has. ValueError for values out of range.
         """
+        if speculative and not use_cache:
+            raise ValueError("speculative decoding is made of its cache; drop use_cache=False")
         if speculative:
             return Speculation(self, idx, temperature, top_k, top_p, min_p, generator).generate(max_new_tokens, stop)
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
@@ -1003,7 +1039,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T=None):
         """Floating-point operations of one training step per token at context T: forward, and twice that for backward."""
-        return 3 * forward_flops(self, T or self.block_size)
+        T = T or self.block_size
+        return 3 * (forward_flops(self, T + self.before) + forward_flops(self.blocks, T + self.before) * self.before // T)
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
@@ -1056,8 +1093,9 @@ def window_start(n, block_size):
     return 0 if n <= block_size else math.ceil((n - block_size) / half) * half
 
 
-def check_sampling(idx, temperature, top_k, top_p, min_p):
+def check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens=0):
     for bad, sentence in [
+        (max_new_tokens < 0, f"max_new_tokens={max_new_tokens} must not be negative"),
         (temperature < 0, f"temperature={temperature} must not be negative; 0 is greedy"),
         (top_k < 0, f"top_k={top_k} must not be negative; 0 keeps every token"),
         (not 0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]; 1 keeps every token"),
@@ -1121,6 +1159,7 @@ class Speculation:
     tokens earlier in the text. Drafting stops for a while where too few drafts are kept to pay for themselves.
     """
 
+    TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
     COST = 0.12 # of drafting a token and judging it, in plain forwards; a constant, so that a seed writes one text on any machine
 
     def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, draft="auto"):
@@ -1134,32 +1173,28 @@ class Speculation:
         self.source = self.ahead if "ahead" in model.extras and draft != "ngram" else self.ngram
         self.n = min(model.config.n_ahead or 4, model.block_size - 1)
         self.starts = [-1] * len(self.rows) # first token of each row's window; -1: nothing has been read
-        self.cache = model.new_cache(len(self.rows), spare=self.n)
-        for store in itertools.chain(*self.cache.layers):
-            store.zero_() # a row that is behind masks what lies ahead of it, but NaN times 0 would be NaN
+        self.cache = model.new_cache(len(self.rows), spare=self.n) # a row at the end of its window still takes drafts, none is kept
         self.h = None # (B, C) the trunk's output at the last token that was read
-        self.seen = [{} for _ in self.rows] # of ngram: the last tokens -> where they were followed by something
-        self.forwards = self.tokens = self.drafted = self.kept = 0 # of all rows; what the statistics are made of
-        self.trial, self.pause = [0, 0, 0], 0 # drafting forwards, drafts, kept ones of this trial; tokens until the next
+        self.seen, self.noted = [{} for _ in self.rows], [2] * len(self.rows) # of ngram: last tokens -> what place followed them
+        self.forwards = self.tokens = self.drafted = self.kept = 0 # of all rows
+        self.seconds, self.timed = 0.0, 0 # spent in step, and tokens written; without the first, which reads the prompt
+        self.trial, self.pause = Counter(), 0 # what the drafts of the last few forwards came to; tokens until the next trial
 
     def generate(self, max_new_tokens, stop=()):
         """(B, T + new), as GPT.generate."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            while not all(self.ended(row, max_new_tokens, stop) for row in self.rows):
-                self.step()
-        finally:
-            self.model.train(was_training)
-        longest = max(self.ended(row, max_new_tokens, stop) for row in self.rows)
-        cut = [row[: self.ended(row, max_new_tokens, stop)] for row in self.rows]
-        return torch.tensor([row + row[-1:] * (longest - len(row)) for row in cut], device=self.device)
-
-    def ended(self, row, max_new_tokens, stop):
-        """The length at which the row is complete; 0: not yet."""
-        end = self.prompt + max_new_tokens
-        first = next((i + 1 for i in range(self.prompt, min(end, len(row))) if row[i] in stop), 0) if stop else 0
-        return first or (end if len(row) >= end else 0)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
+        stop, end = {int(token) for token in stop}, self.prompt + max_new_tokens
+        ends = [end if not max_new_tokens else None for _ in self.rows] # the length of each row when it is complete
+        while None in ends:
+            before = [len(row) for row in self.rows]
+            self.step()
+            for b, row in enumerate(self.rows):
+                stopped = next((i + 1 for i in range(before[b], len(row)) if row[i] in stop), end)
+                if ends[b] is None and (len(row) >= end or stopped < end):
+                    ends[b] = min(stopped, end)
+        longest = max(ends, default=0)
+        return torch.tensor([row[:e] + row[e - 1 : e] * (longest - e) for row, e in zip(self.rows, ends)], device=self.device)
 
     def __iter__(self):
         """Of a single row: its tokens, without end."""
@@ -1169,12 +1204,19 @@ class Speculation:
     @torch.no_grad()
     def step(self):
         """One forward -> for each row the tokens that it wrote: one or more, or none while another row's window is read."""
+        began, was_training = time.perf_counter(), self.model.training
         starts = [window_start(len(row), self.model.block_size) for row in self.rows]
-        moved = [b for b in range(len(starts)) if starts[b] != self.starts[b]]
+        moved = [b for b, (new, old) in enumerate(zip(starts, self.starts)) if new != old]
         self.starts = starts
-        wrote = self.read(moved) if moved else self.draft_and_judge()
+        self.model.eval()
+        try:
+            wrote = self.read(moved) if moved else self.draft_and_judge()
+        finally:
+            self.model.train(was_training)
         for row, new in zip(self.rows, wrote):
             row.extend(new)
+        if self.forwards:
+            self.seconds, self.timed = self.seconds + time.perf_counter() - began, self.timed + sum(map(len, wrote))
         self.forwards, self.tokens = self.forwards + 1, self.tokens + sum(map(len, wrote))
         return wrote
 
@@ -1188,20 +1230,20 @@ class Speculation:
             h = self.model.trunk(window, self.cache.part(part))[:, -1]
             self.h = h.new_zeros(len(self.rows), h.size(1)) if self.h is None else self.h
             self.h[part] = h
-            new = draw(distribution(self.model.logits(h), *self.sampling), self.uniform(len(h)))
+            new = draw(self.distribution(h), self.uniform(len(h)))
             wrote[part] = [[token] for token in new.tolist()]
         return wrote
 
     def draft_and_judge(self):
         B, L = len(self.rows), self.model.block_size
         inside = [len(row) - start for row, start in zip(self.rows, self.starts)] # tokens of the window, the last one unread
-        limits = [min(self.n, L - m) if not self.pause else 0 for m in inside] # drafts that a row can take
-        drafts, q, limits = self.source(limits)
+        room = [min(self.n, L - m) if not self.pause else 0 for m in inside] # for drafts
+        drafts, q, limits = self.source(room)
         n = drafts.size(1)
         lengths = [m - 1 for m in inside]
         self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
         h = self.model.trunk(torch.cat([self.tensor([row[-1:] for row in self.rows]), drafts], dim=1), self.cache) # (B, n+1, C)
-        p = distribution(self.model.logits(h), *self.sampling) # (B, n+1, V)
+        p = self.distribution(h) # (B, n+1, V)
         keep, after = judge(p, q, drafts)
         for b, limit in enumerate(limits):
             if limit < n: # no draft there: not a rejection
@@ -1209,17 +1251,26 @@ class Speculation:
         u = self.uniform(B, n + 1)
         kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,)
         every = torch.arange(B, device=self.device)
-        new, self.h = draw(after[every, kept], u[:, n]), h[every, kept]
+        new, self.h = draw(after[every, kept], u[:, n]), h[every, kept] # h of the last token kept: the new one is still unread
         wrote = [row[:k] + [last] for row, k, last in zip(drafts.tolist(), kept.tolist(), new.tolist())]
         self.judge_drafting(sum(limits), sum(map(len, wrote)) - B, sum(map(len, wrote)))
         return wrote
 
     def judge_drafting(self, drafted, kept, written):
-        """After each 32 forwards with drafts: where they saved less than they cost, 512 tokens without."""
+        """Where the drafts of TRIAL forwards saved less than they cost, the next PAUSE tokens go without."""
         self.drafted, self.kept, self.pause = self.drafted + drafted, self.kept + kept, max(0, self.pause - written)
-        self.trial = [a + b for a, b in zip(self.trial, (drafted > 0, drafted, kept))]
-        if self.trial[0] == 32:
-            self.pause, self.trial = 512 * len(self.rows) * (self.trial[2] < self.COST * self.trial[1]), [0, 0, 0]
+        self.trial.update(forwards=drafted > 0, drafted=drafted, kept=kept)
+        if self.trial["forwards"] == self.TRIAL:
+            if self.trial["kept"] < self.COST * self.trial["drafted"]:
+                self.pause = self.PAUSE * len(self.rows)
+            self.trial.clear()
+
+    def distribution(self, h):
+        """What the model draws from after h (..., C). ValueError for numbers that are not finite: every token would be the first."""
+        p = distribution(self.model.logits(h), *self.sampling)
+        if not p.isfinite().all():
+            raise ValueError("the model's probabilities are not finite; its weights may be damaged, or half precision overflows")
+        return p
 
     def ahead(self, limits):
         """Drafts (B, n) of the cell, what they were drawn from (B, n, V), and how many of them each row can take."""
@@ -1234,10 +1285,10 @@ class Speculation:
     def ngram(self, limits):
         """The same from the text: what followed the longest of the last 6 to 2 tokens that were there before."""
         found = []
-        for row, seen, limit in zip(self.rows, self.seen, limits):
-            for end in range(max(2, seen.get("read", 0)), len(row)): # each place is noted once, when something follows it
+        for b, (row, seen, limit) in enumerate(zip(self.rows, self.seen, limits)):
+            for end in range(self.noted[b], len(row)): # each place once, when something follows it
                 seen.update({tuple(row[end - m : end]): end for m in (2, 3, 4, 6) if m <= end})
-            seen["read"] = max(2, len(row))
+            self.noted[b] = max(2, len(row))
             at = next((seen[key] for m in (6, 4, 3, 2) if (key := tuple(row[-m:])) in seen), len(row))
             found.append(row[at : at + limit])
         limits = [len(f) for f in found]
@@ -1360,14 +1411,15 @@ def describe(config, T, batch_size=1):
     cache = model.new_cache(1, torch.float32)
     print(f"\n{model.num_params():,} parameters{' (head and embedding share theirs)' if config.tie_embeddings else ''}; "
           f"{model.flops_per_token(T):,} training FLOPs per token at context {T}")
-    print(f"cache: {cache.nbytes() // cache.capacity:,} bytes per token in fp32, {cache.nbytes() // cache.capacity // 2:,} in bf16")
+    per_token = cache.nbytes() // (cache.before + cache.capacity)
+    print(f"cache: {per_token:,} bytes per token in fp32, {per_token // 2:,} in bf16")
 
 
 def show_presets():
     """Prints the table of sizes, each built on the meta device so that the count is the model's own."""
     print(f"{'--model_size':<14}{'layers':>7}{'heads':>7}{'width':>7}{'context':>9}{'parameters':>15}")
-    for name, fields in PRESETS.items():
-        c = GPTConfig(**fields)
+    for name, preset in PRESETS.items():
+        c = GPTConfig(**preset)
         with torch.device("meta"):
             count = GPT(c).num_params()
         print(f"{name:<14}{c.n_layer:>7}{c.n_head:>7}{c.n_embd:>7}{c.block_size:>9}{count:>15,}")

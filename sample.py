@@ -40,7 +40,8 @@ def newest_run():
     """The folder below out (or out itself) that a checkpoint was written to last."""
     checkpoints = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
     if not checkpoints:
-        raise UserError("there is no run below out yet\ntrain first: python train.py config/train_shakespeare_diffmla.py, or name one: --out_dir=...")
+        raise UserError("there is no run below out yet\n"
+                        "train first: python train.py config/train_shakespeare_diffmla.py, or name one: --out_dir=...")
     return os.path.dirname(max(checkpoints, key=os.path.getmtime))
 
 
@@ -119,21 +120,27 @@ def continue_many(ids, writer):
 
 def answer(text):
     ids = encode(text).expand(num_samples, -1)
-    with user_errors():
-        check_sampling(ids, temperature, top_k, top_p, min_p)
+    with user_errors(), autocast:
+        check_sampling(ids, temperature, top_k, top_p, min_p, max_new_tokens)
         writer = Speculation(model, ids, temperature, top_k, top_p, min_p, generator, draft) if speculative else None
     print(safe(text), end="", flush=True)
     with autocast:
         began = time.perf_counter()
         count = (continue_one if num_samples == 1 else continue_many)(ids, writer)
-        seconds = time.perf_counter() - began
-        print(f"{count} tokens, {count / seconds:.0f} tokens/s; {about}", file=sys.stderr)
+        print(f"{count} tokens, {count / (time.perf_counter() - began):.0f} tokens/s; {about}", file=sys.stderr)
         if writer:
-            few, began = min(100, count // num_samples), time.perf_counter()
-            for _ in model.stream(ids, few, temperature, top_k, top_p, min_p): # what the same would take without drafts
-                pass
-            plain = (time.perf_counter() - began) / max(1, few * num_samples)
-            print(f"{writer}; {plain * count / seconds:.1f} times as fast as plain cached decoding", file=sys.stderr)
+            print(f"{writer}; {speed_up(writer, ids):.1f} times as fast as plain cached decoding", file=sys.stderr)
+
+
+def speed_up(writer, ids):
+    """Tokens per second of the writer's steps, against as many tokens (100 at most) written plainly now, nothing printed meanwhile."""
+    few = max(1, min(100, writer.timed // num_samples))
+    for count in (2, few): # the first time to warm up
+        began = time.perf_counter()
+        for _ in model.stream(ids, count, temperature, top_k, top_p, min_p):
+            pass
+    plain = few * num_samples / (time.perf_counter() - began)
+    return writer.timed / max(writer.seconds, 1e-9) / plain
 
 
 def adjust(line):

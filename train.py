@@ -23,7 +23,7 @@ import sys
 import time
 import uuid
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import torch
@@ -60,7 +60,6 @@ weight_decay = 0.1 # on matrices and embeddings
 beta1 = 0.9 # Adam's decay of the first moment
 beta2 = 0.99 # Adam's decay of the second moment
 grad_clip = 1.0 # largest norm of the gradient; 0 = no clipping
-ahead_weight = 0.1 # of the loss of n_ahead's cell; its gradient reaches the cell alone
 schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, then linear over the last fifth) | constant
 warmup_iters = 100 # steps of linear warm-up
 lr_decay_iters = 0 # step at which min_lr is reached; 0 = max_iters
@@ -153,8 +152,9 @@ def set_aside(path):
 
 def adopt(saved):
     """Settings of the earlier run, where the command line does not say otherwise; refuse what would make it another run."""
-    was, asked = {**saved["train"], **saved["model"]}, {k: v for k, v in given.items() if v != "auto"}
-    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in asked.items() if k in {*FIXED, *saved["model"]} and v != was.get(k, v)]
+    usual = {f.name: f.default for f in fields(GPTConfig)} # of a field that the earlier run did not know yet
+    was, asked = {**usual, "model_size": "", **saved["train"], **saved["model"]}, {k: v for k, v in given.items() if v != "auto"}
+    clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in asked.items() if k in {*FIXED, *usual} and v != was.get(k, v)]
     if clash:
         raise UserError(f"cannot resume with another {', '.join(clash)}\ndrop it, or train anew in another --out_dir")
     for k, v in saved["train"].items():
@@ -183,7 +183,7 @@ for bad, sentence in [
     (not 0 <= seed < 2**32, f"seed={seed} must be in [0, 2**32)"),
     (learning_rate <= 0, f"learning_rate={learning_rate} must be above 0"),
     (min_lr > learning_rate or min_lr < 0, f"min_lr={min_lr} must be between 0 and learning_rate={learning_rate}"),
-    (min(weight_decay, grad_clip, ahead_weight) < 0, "weight_decay, grad_clip and ahead_weight must not be negative"),
+    (min(weight_decay, grad_clip) < 0, "weight_decay and grad_clip must not be negative"),
     (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f"beta1={beta1} and beta2={beta2} must be in [0, 1)"),
     (schedule not in ("cosine", "linear", "wsd", "constant"), f"schedule={schedule!r} is not one of: cosine, linear, wsd, constant"),
     (sparse and schedule != "wsd", f"sparse={sparse} chooses weights while the learning rate is constant; use --schedule=wsd"),
@@ -222,8 +222,6 @@ def choose_compile(model, tokens):
 # dense half-precision FLOP/s, from the makers' data sheets; the first name found in the device's name counts
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
         "4090": 165e12, "3090": 71e12, "V100": 125e12, "Tesla T4": 65e12}
-
-weights = {"ce": 1.0, "ahead": ahead_weight} # of the losses that a model may give
 
 with user_errors():
     device, device_reason = choose_device(device)
@@ -301,9 +299,9 @@ print(f"data {corpus.name}: {len(corpus.train):,} training and {len(corpus.val):
 for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two for code that a user may add
     seeding(seed)
 with user_errors():
-    fields = earlier["model"] if earlier else {
+    chosen = earlier["model"] if earlier else {
         **size, "vocab_size": corpus.vocab_size, **{k: given[k] for k in given if k not in SETTINGS}}
-    config = GPTConfig(**fields)
+    config = GPTConfig(**chosen)
     if config.vocab_size < corpus.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is smaller than the {corpus.vocab_size} of {corpus.name}; drop --vocab_size")
     corpus.train.batch(0, 1, config.block_size, seed) # refuse too short a text now
@@ -437,19 +435,19 @@ def lr_at(step):
 
 @torch.no_grad()
 def evaluate():
-    """Mean losses in nats per token, ce first: every target of the validation split once, or eval_iters random batches."""
+    """Mean cross-entropy in nats per token: every target of the validation split once, or eval_iters random batches."""
     model.eval()
     if eval_iters:
         batches = (corpus.val.batch(i, batch_size, config.block_size, seed) for i in range(eval_iters))
     else:
         batches = corpus.val.windows(config.block_size, batch_size)
-    totals, count = {}, 0
+    total, count = 0.0, 0
     for x, y in batches:
         with autocast:
             _, losses = model(x.to(device), y.to(device), with_logits=False) # never the compiled one: odd last batches would compile again
-        totals, count = {name: totals.get(name, 0.0) + loss.item() * y.numel() for name, loss in losses.items()}, count + y.numel()
+        total, count = total + losses["ce"].item() * y.numel(), count + y.numel()
     model.train()
-    return {name: total / count for name, total in totals.items()}
+    return total / count
 
 
 def write_sample():
@@ -472,12 +470,12 @@ def next_batch(step):
 
 
 def gradient(micro_batches):
-    """Adds up the gradient of the weighted losses over the micro-batches; returns the mean of each, as tensors."""
+    """Adds up the gradient of the losses over the micro-batches; returns the mean of each, as tensors."""
     means = {}
     for x, y in micro_batches:
         with autocast:
             _, losses = step_model(x, y, with_logits=False)
-        scaler.scale(sum(weights[name] * loss for name, loss in losses.items()) / gradient_accumulation_steps).backward()
+        scaler.scale(sum(losses.values()) / gradient_accumulation_steps).backward()
         means = {name: means.get(name, 0) + loss.detach() / gradient_accumulation_steps for name, loss in losses.items()}
     return means
 
@@ -519,19 +517,18 @@ step_model = compiled_or_eager()
 saved_ok, window_time, window_steps = True, time.monotonic(), 0 # compiling counts as time, not as slow steps
 model.train()
 parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+# what the extras learn beside the model is clipped by itself, so that the model's own steps are the same with and without them
+clipped = [[p for name, p in parameters.items() if name.startswith("extras.") == apart] for apart in (False, True)]
 while True:
     step = run["step"]
 
     # once in a while: validation loss over the whole split, a sample, the best model
     if (step % eval_interval == 0 or step >= max_iters) and step != run["evaluated"] and not caught:
         paused = time.monotonic()
-        beside = evaluate()
-        val_loss = beside.pop("ce")
+        val_loss = evaluate()
         sample = write_sample() if math.isfinite(val_loss) else {}
-        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=finite(val_loss),
-            **{f"val_{name}": finite(v) for name, v in beside.items()}, **density(), **sample)
-        print(f"step {step}: val loss {val_loss:.4f}" + "".join(f"  {name} {v:.4f}" for name, v in beside.items())
-              + (f"   {sample['sample_text']!r}" if sample else ""), flush=True)
+        log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=finite(val_loss), **density(), **sample)
+        print(f"step {step}: val loss {val_loss:.4f}" + (f"   {sample['sample_text']!r}" if sample else ""), flush=True)
         clock += time.monotonic() - paused
         window_time += time.monotonic() - paused
         run["evaluated"], before = step, run["best"]
@@ -561,7 +558,7 @@ while True:
     noted = run_update_hooks(hooks["update"], step, parameters)
     if sparsity:
         sparsity.mask_gradients(step)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    norm, *_ = [torch.nn.utils.clip_grad_norm_(part, grad_clip or math.inf).item() for part in clipped if part]
     beside = {name: float(v) for name, v in beside.items()}
     loss = beside.pop("ce")
     if math.isfinite(loss + sum(beside.values())) and math.isfinite(norm):

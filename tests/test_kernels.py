@@ -481,6 +481,20 @@ def test_rope_torch():
             bad()
 
 
+@needs_c
+def test_what_does_not_fit_is_not_given_to_c():
+    """C reads where it is told to: what is strided goes to PyTorch, and what has a wrong shape is refused by it."""
+    x, strided = torch.randn(4, 32), torch.randn(64)[::2]
+    torch.testing.assert_close(kernels.rmsnorm(x, strided), kernels.rmsnorm_reference(x, strided))
+    with torch.no_grad():
+        for call in (lambda: kernels.rmsnorm(x, torch.ones(4)), lambda: kernels.few_rows(torch.randn(2, 256), torch.randn(600, 512))):
+            with pytest.raises(RuntimeError):
+                call()
+    inputs = [torch.randn(s) for s in ((5, 4, 8), (24, 32), (3,), (24,))]
+    with torch.device("meta"): # buffers follow the tensors, not the default device
+        assert kernels.mhc_coefficients(*inputs)[2].device.type == "cpu"
+
+
 # --- activations: the references ---
 
 

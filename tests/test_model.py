@@ -40,6 +40,7 @@ CHOICES = {
     "tie_embeddings": (False, True),
     "logit_softcap": (0.0, 15.0),
     "gradient_checkpointing": (False, True),
+    "thought_tokens": (0, 2),
     "n_ahead": (0, 3),
 }
 SMALL = dict(vocab_size=29, block_size=16, n_layer=2, n_head=4, n_embd=32)
@@ -255,6 +256,11 @@ def test_loss_is_next_token_cross_entropy_in_nats():
     targets[0, 3:5] = -1
     logits, losses = model(idx, targets)
     by_hand = [-logits[b, t].double().log_softmax(-1)[targets[b, t]].item() for b in range(2) for t in range(9) if targets[b, t] >= 0]
+    model_ahead = build({"n_ahead": 2}, 0.3)
+    targets[:, 1:] = -1 # nothing for the cell to learn from: 0, and no NaN in anybody's gradient
+    sum((beside := model_ahead(idx, targets)[1]).values()).backward()
+    assert beside["ahead"] == 0 and all(p.grad.isfinite().all() for p in model_ahead.parameters() if p.grad is not None)
+    assert list(model_ahead.eval()(idx, targets)[1]) == ["ce"] # the rest is for training
     assert list(losses) == ["ce"] and losses["ce"].item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
 
 
@@ -325,6 +331,37 @@ def test_training_on_a_gpu_runs_on_a_fused_kernel(attention):
     assert abs(got - want) < 0.02
 
 
+def test_autocast_gives_one_dtype_with_and_without_gradients():
+    linear = M.Linear(8, 6, True, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = linear(torch.randn(2, 8)).dtype
+        with torch.no_grad():
+            assert linear(torch.randn(2, 8)).dtype == kept == torch.bfloat16
+
+
+@pytest.mark.parametrize("choice", [dict(bias=True), dict(attention="diff_mla"), dict(attention="diff", thought_tokens=2)], ids=str)
+def test_rows_of_different_lengths_in_one_cache(choice):
+    """Each row equals itself alone, in fp64; and under autocast, where the cache is bf16."""
+    model = build(choice, 0.3).double().eval()
+    idx, lengths = tokens(model, 3, 12), torch.tensor([2, 8, 5])
+    cache = model.new_cache(3)
+    with torch.no_grad():
+        model(idx[:, :8], cache=cache)
+        cache.truncate(lengths)
+        got = model(idx[:, 8:], cache=cache)[0]
+        for b, n in enumerate(lengths.tolist()):
+            alone = torch.cat([idx[b, :n], idx[b, 8:]])[None]
+            torch.testing.assert_close(got[b], model(alone, alone)[0][0, n:], atol=1e-9, rtol=1e-9)
+        assert cache.length.tolist() == [6, 12, 9]
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = (model := model.float()).new_cache(3)
+            model(idx[:, :8], cache=cache)
+            cache.truncate(lengths)
+            assert model(idx[:, 8:], cache=cache)[0].isfinite().all()
+    with pytest.raises(ValueError, match="cannot keep"):
+        cache.truncate(torch.tensor([1, 99, 1]))
+
+
 def test_gradient_checkpointing_changes_memory_not_numbers():
     grads = []
     for on in (False, True):
@@ -346,7 +383,7 @@ def test_gradient_checkpointing_changes_memory_not_numbers():
 OTHER = dict(block_size=8, vocab_size=31, n_layer=3, n_embd=64, norm="layernorm", position="none", rope_base=100.0, attention="mla",
              n_head=2, n_kv_head=1, head_dim=4, qk_norm=True, kv_rank=4, q_rank=4, rope_dim=2, diff_form="v1", activation="silu",
              glu=True, mlp_hidden=8, init_std=0.1, zero_init=True, dropout=0.5, bias=True, tie_embeddings=False,
-             logit_softcap=1.0, gradient_checkpointing=True, residual="mhc", n_stream=2, h_res="permutations", sinkhorn_iters=3, n_ahead=2)
+             logit_softcap=1.0, gradient_checkpointing=True, residual="mhc", n_stream=2, h_res="permutations", sinkhorn_iters=3, n_ahead=2, thought_tokens=2)
 
 
 @pytest.mark.parametrize("knob", [f.name for f in fields(GPTConfig)])
@@ -467,6 +504,29 @@ def test_flops_are_the_matrix_multiplications(monkeypatch):
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(idx, idx)
     assert model.flops_per_token(64) == pytest.approx(3 * counter.get_total_flops() / 256, rel=0.01)
+
+
+def test_thoughts_are_seen_and_never_counted():
+    model = build({"thought_tokens": 3, "attention": "mla"}, 0.3).double()
+    idx = tokens(model, 2, 16)
+    logits, losses = model(idx, idx)
+    assert logits.shape == (2, 16, 29) # a full window of text beside them
+    assert losses["ce"].item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), idx.flatten()).item())
+    q = torch.randn(1, 4, 19, 8, dtype=torch.float64)
+    for choice in ("rope", "learned", "none"): # a token's place does not depend on them
+        position = build({"thought_tokens": 3, "position": choice}).double().position
+        h = torch.randn(1, 16, 32, dtype=torch.float64)
+        (with_, turn), (without, plain) = position(h, 0, 3), position(h, 0)
+        assert torch.equal(with_, without) and torch.allclose(turn(q)[:, :, 3:], plain(q[:, :, 3:]), atol=1e-12)
+    cache = model.new_cache(2)
+    assert cache.nbytes() == 2 * 2 * (16 + 3) * (8 + 4) * 8 # layers, rows, places, latent and rotary key, bytes
+    with torch.no_grad():
+        model(idx[:, :5], cache=cache)
+        held = [store[:, :, :3].clone() for layer in cache.layers for store in layer]
+        model(idx[:, 5:], cache=cache)
+    assert all(torch.equal(a, store[:, :, :3]) for a, store in zip(held, (s for layer in cache.layers for s in layer)))
+    model.thoughts.vectors.data += 1
+    assert ((model(idx, idx)[0] - logits).abs().amax((0, 2)) > 1e-6).all() # every position sees them
 
 
 def test_cache_bytes():
@@ -617,9 +677,9 @@ def test_describe_prints_every_part(capsys):
     for residual in ("hyper", "mhc"):
         M.describe(GPTConfig(**SMALL, residual=residual), 16)
     capsys.readouterr()
-    M.describe(GPTConfig(**SMALL, attention="diff_mla"), 16)
+    M.describe(GPTConfig(**SMALL, attention="diff_mla", n_ahead=2, thought_tokens=1), 16)
     text = capsys.readouterr().out
     for part in ("attention.kv_down", "attention.kv_up", "maps.gate", "mlp.up", "head", "(1, 16, 29)", "bytes per token"):
         assert part in text
-    model = GPT(GPTConfig(**SMALL, attention="diff_mla"))
+    model = GPT(GPTConfig(**SMALL, attention="diff_mla", n_ahead=2, thought_tokens=1))
     assert f"{model.num_params():,} parameters" in text

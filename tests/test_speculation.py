@@ -118,8 +118,11 @@ def test_greedy_text_is_the_same(choice, draft):
     assert writer.kept > 0 and writer.kept < writer.drafted
 
 
-@pytest.mark.parametrize("change", [dict(residual="mhc"), dict(residual="hyper"), dict(position="learned"), dict(position="none"),
-                                    dict(norm="layernorm", bias=True), dict(logit_softcap=5.0), dict(tie_embeddings=False), dict(block_size=4)], ids=str)
+OTHER = [dict(residual="mhc"), dict(residual="hyper"), dict(position="learned"), dict(position="none"), dict(norm="layernorm", bias=True),
+         dict(logit_softcap=5.0), dict(tie_embeddings=False), dict(block_size=4), dict(block_size=2, n_ahead=1), dict(thought_tokens=2)]
+
+
+@pytest.mark.parametrize("change", OTHER, ids=str)
 def test_greedy_text_is_the_same_with_the_other_choices(change):
     model = build(**change)
     idx = torch.randint(17, (5, 3))
@@ -277,7 +280,9 @@ def test_stop_tokens_and_lengths():
     model = build()
     idx = torch.randint(17, (4, 5))
     plain = model.generate(idx, 60, temperature=0, stop=(3, 4))
-    assert torch.equal(model.generate(idx, 60, temperature=0, stop=(3, 4), speculative=True), plain)
+    for stop in ((3, 4), torch.tensor([3, 4]), iter([3, 4])):
+        assert torch.equal(model.generate(idx, 60, temperature=0, stop=stop, speculative=True), plain)
+    assert torch.equal(model.generate(idx, 0, speculative=True), idx)
     assert model.generate(idx, 7, speculative=True).shape == (4, 12) and model.training is False
     assert model.train().generate(idx, 7, speculative=True).shape == (4, 12) and model.training
 
@@ -287,6 +292,10 @@ def test_under_autocast():
     idx = torch.randint(17, (3, 5))
     with torch.autocast("cpu", torch.bfloat16):
         assert model.generate(idx, 40, speculative=True).shape == (3, 45)
+    writer, seen = Speculation(model.train(), idx), []
+    model.blocks[0].register_forward_hook(lambda m, i, o: seen.append(m.training))
+    writer.step(), writer.step()
+    assert not any(seen) and model.training
 
 
 @pytest.mark.parametrize("call, words", [
@@ -294,6 +303,10 @@ def test_under_autocast():
     (lambda m: Speculation(m, torch.zeros(1, 1, dtype=torch.long), draft="oracle"), "auto, ahead, ngram"),
     (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long), 3, speculative=True), "prompt is empty"),
     (lambda m: m.generate(torch.zeros(1, 1, dtype=torch.long), 3, temperature=-1, speculative=True), "temperature"),
+    (lambda m: m.generate(torch.zeros(1, 1, dtype=torch.long), -1, speculative=True), "max_new_tokens=-1"),
+    (lambda m: m.generate(torch.zeros(1, 1, dtype=torch.long), -1), "max_new_tokens=-1"),
+    (lambda m: m.generate(torch.zeros(1, 1, dtype=torch.long), 3, speculative=True, use_cache=False), "use_cache"),
+    (lambda m: [m.embed.weight.data.fill_(math.nan), m.generate(torch.zeros(1, 1, dtype=torch.long), 3, speculative=True)], "not finite"),
 ])
 def test_refusals(call, words):
     with pytest.raises(ValueError, match=words):
