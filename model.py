@@ -1208,11 +1208,13 @@ class Speculation:
         starts = [window_start(len(row), self.model.block_size) for row in self.rows]
         moved = [b for b, (new, old) in enumerate(zip(starts, self.starts)) if new != old]
         self.starts = starts
-        self.model.eval()
+        if was_training: # a walk through all modules, so not for nothing
+            self.model.eval()
         try:
             wrote = self.read(moved) if moved else self.draft_and_judge()
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
         for row, new in zip(self.rows, wrote):
             row.extend(new)
         if self.forwards:
