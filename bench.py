@@ -11,7 +11,7 @@ Every speed and size that the README reports, as named suites.
              the update against torch's fused AdamW, loss after equal steps; --large times the update at 97.5M parameters too
   sinkhorn   32,768 matrices of 4 x 4, 20 iterations, forward and backward: kernel, PyTorch's loop, torch.compile of it
   mhc        coefficients of 1,024 and 4,096 tokens, 4 streams of 384, forward and backward: kernel, PyTorch, torch.compile of it
-  activations  forward and backward of each name, plain and gated: kernel, eager PyTorch, torch.compile; GB/s beside those of a copy
+  activations  forward, and forward and backward, of each name, plain and gated: kernel, eager PyTorch, torch.compile; GB/s beside a copy's
   residual   forward and backward of plain, hyper and mhc at width 384, 6 layers, what the graph keeps, peak memory of training
   cross_entropy  of a linear head, forward and backward, at V = 50,304 and 65: in chunks, against F.cross_entropy(F.linear); the memory
              that each adds to the peak of a process beyond the two gradients
@@ -338,20 +338,27 @@ def upstream(f, *inputs):
 
 
 def three(eager, kernel, *inputs):
-    """Eager PyTorch, torch.compile of it and the kernel, each with forward and backward, in turn."""
-    arms = {"eager": upstream(eager, *inputs)}
-    try:
-        arms |= {"torch.compile": upstream(torch.compile(eager), *inputs)} if compiled else {}
-    except Exception as error: # whatever a compiler that is not there raises
-        print(f"  (torch.compile fails here: {str(error).splitlines()[0][:100]})")
-    return in_turn({**arms, kernels.path_for(inputs[0]): upstream(kernel, *inputs)})
+    """name -> function: eager PyTorch, torch.compile of it, and the kernel."""
+    functions = {"eager": eager}
+    if compiled:
+        try:
+            functions["torch.compile"] = torch.compile(eager)
+            upstream(functions["torch.compile"], *inputs)()
+        except Exception as error: # whatever a compiler that is not there raises
+            print(f"  (torch.compile fails here: {str(error).splitlines()[0][:100]})")
+            del functions["torch.compile"]
+    return {**functions, kernels.path_for(inputs[0]): kernel}
+
+
+def both_ways(functions, *inputs):
+    return in_turn({name: upstream(f, *inputs) for name, f in functions.items()})
 
 
 def sinkhorn():
     print("sinkhorn: 32,768 matrices of 4 x 4, 20 iterations, forward and backward, fp32")
     logits = torch.randn(32768, 4, 4, device=device)
     return [row(f"sinkhorn, {name}", 1e3 * median, "ms", "eager", ratio, low, high)
-            for name, (median, ratio, low, high) in three(kernels.sinkhorn_reference, kernels.sinkhorn, logits).items()]
+            for name, (median, ratio, low, high) in both_ways(three(kernels.sinkhorn_reference, kernels.sinkhorn, logits), logits).items()]
 
 
 def mhc():
@@ -359,20 +366,20 @@ def mhc():
     phi, alpha, b = 0.02 * torch.randn(24, 1536, device=device), torch.ones(3, device=device), torch.randn(24, device=device)
     results = []
     for tokens in (1024, 4096):
-        h = torch.randn(tokens, 4, 384, device=device)
-        arms = three(kernels.mhc_coefficients_reference, kernels.mhc_coefficients, h, phi, alpha, b)
+        inputs = torch.randn(tokens, 4, 384, device=device), phi, alpha, b
+        arms = both_ways(three(kernels.mhc_coefficients_reference, kernels.mhc_coefficients, *inputs), *inputs)
         results += [row(f"mhc of {tokens:,} tokens, {name}", 1e3 * median, "ms", "eager", ratio, low, high)
                     for name, (median, ratio, low, high) in arms.items()]
     return results
 
 
 def activations():
-    """Bytes: what has to be read and written once, 5 tensors forward and backward of a plain one (x, y; x, g, g_x), 8 of a gated one."""
+    """Bytes: what has to be read and written once: 2 tensors forward (x, y) and 3 backward (x, g, g_x), of a gated one 3 and 5."""
     n = 2048 * 1536
     x, eps, results = torch.randn(2048, 1536, device=device), torch.tensor(0.01, device=device), []
     y = torch.empty_like(x)
     speed = 8 * n / in_turn({"copy": lambda: y.copy_(x)})["copy"][0] / 1e9
-    print(f"activations: {n:,} numbers, forward and backward, fp32; a copy of as many moves {speed:.0f} GB/s")
+    print(f"activations: {n:,} numbers, fp32, forward, and forward and backward (both); a copy of as many moves {speed:.0f} GB/s")
     for name in kernels.ACTIVATIONS:
         more = [eps] * (name == "crrelu")
         for gating in (False, True):
@@ -380,9 +387,12 @@ def activations():
                 lambda x, *e: kernels.activation_reference(x, None, name, *e or [None]))
             kernel = (lambda x, *e: kernels.gated_pair(x, name, *e)) if gating else (lambda x, *e: kernels.activate(x, name, *e))
             data = torch.cat([x, x.flip(0)], dim=-1) if gating else x
-            for path, (median, ratio, low, high) in three(reference, kernel, data, *more).items():
-                label = f"{'gated ' * gating}{name}, {path}, {4 * n * (8 if gating else 5) / median / 1e9:.0f} GB/s"
-                results.append(row(label, 1e3 * median, "ms", "eager", ratio, low, high))
+            functions, inputs = three(reference, kernel, data, *more), [t.detach().requires_grad_() for t in (data, *more)]
+            forward = in_turn({path: partial(f, *inputs) for path, f in functions.items()})
+            for part, tensors, times in (("forward", 2 + gating, forward), ("both", 8 if gating else 5, both_ways(functions, data, *more))):
+                for path, (median, ratio, low, high) in times.items():
+                    label = f"{'gated ' * gating}{name} {part}, {path}, {4 * n * tensors / median / 1e9:.0f} GB/s"
+                    results.append(row(label, 1e3 * median, "ms", "eager", ratio, low, high))
     return results
 
 

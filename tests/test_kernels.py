@@ -696,14 +696,16 @@ def test_coefficients_by_interpreter(N, poisoned):
 def test_streams_by_interpreter(N, poisoned):
     use_kernel("triton")
     check_streams("triton", "cpu", N, ((1, 1), (5, 63), (3, 1000)))
-    check_streams("triton", "cpu", N, ((5, 63),), torch.float16)
+    for dtype in (torch.float16, torch.bfloat16):
+        check_streams("triton", "cpu", N, ((5, 63),), dtype)
 
 
 @interpreted
 def test_rmsnorm_by_interpreter(poisoned):
     use_kernel("triton")
     check_rmsnorm("triton", "cpu", ((100, 5), (50, 63), (70, 100)))
-    check_rmsnorm("triton", "cpu", ((70, 63),), torch.float16)
+    for dtype in (torch.float16, torch.bfloat16):
+        check_rmsnorm("triton", "cpu", ((70, 63),), dtype)
 
 
 @interpreted
