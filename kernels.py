@@ -1270,7 +1270,10 @@ def rmsnorm(x, weight=None, eps=1e-6):
     y = x r w with r = 1 / sqrt(mean(x^2) + eps) over the last axis; weight (width,) or None for 1. Zhang & Sennrich 2019,
     arXiv:1910.07467. g_x = r (w g - x r^2 mean(w g x)); g_w = sum over rows of g x r.
     """
-    path = path_for(x) if x.numel() and not (KERNEL == "auto" and torch.compiler.is_compiling()) else "torch"
+    compiling = KERNEL == "auto" and torch.compiler.is_compiling()
+    if x.is_cpu and not compiling: # heads and parts of a latent lie apart: a copy is one walk more, PyTorch's own way several
+        x = x.contiguous()
+    path = path_for(x) if x.numel() and not compiling else "torch"
     fits = weight is None or (
         weight.shape == x.shape[-1:] and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous())
     if path == "torch" or not fits: # which says what is wrong with a shape

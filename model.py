@@ -363,7 +363,7 @@ POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
 def attend(q, k, v, mask=None, scale=None):
     """
     Causal softmax attention; the T queries are the last T of the S positions. q (B, H, T, D), k and v (B, K, S, D) with
-    H a multiple of K (head h reads key head h // (H/K)) -> (B, H, T, D). mask (B, 1, T, S): where the rows differ in it.
+    H a multiple of K (head h reads key head h // (H/K)) -> (B, H, T, D). mask (1 or B, 1, T, S): made once for all layers.
     scale: 1/sqrt(D) if not given.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
@@ -511,8 +511,8 @@ class LatentHeads(nn.Module):
         self.cache_layout = ((1, self.R + self.P),)
 
     def forward(self, x, pass_):
-        q = self.q_up(self.q_latent_norm(self.q_down(x))).unflatten(-1, (self.Q, self.D)).transpose(1, 2) # (B, Q, T, D)
-        q_n, q_r = self.norm_q(q).split([self.N, self.P], dim=-1)
+        q = self.norm_q(self.q_up(self.q_latent_norm(self.q_down(x))).unflatten(-1, (self.Q, self.D))) # (B, T, Q, D)
+        q_n, q_r = q.transpose(1, 2).split([self.N, self.P], dim=-1) # (B, Q, T, N), (B, Q, T, P)
         c, r = self.kv_down(x).unsqueeze(1).split([self.R, self.P], dim=-1) # (B, 1, T, R), (B, 1, T, P)
         q_r, r = pass_.turn(q_r), pass_.turn(self.norm_r(r))
         (latent,) = pass_.remember(self.layer, torch.cat([self.kv_norm(c), r], dim=-1)) # (B, 1, S, R + P)
@@ -799,9 +799,10 @@ class Cache:
         return [store[:, :, :end] for store in self.layers[layer]]
 
     def mask(self, T):
-        """(B, 1, T, S), whether each of T new tokens sees each of S; None where all rows are of one length: attend knows that."""
+        """(1 or B, 1, T, S), whether each of T new tokens sees each of S; None for a single token, and for the first ones: all causal."""
         if not torch.is_tensor(self.length):
-            return None
+            S, device = self.filled() + T, self.layers[0][0].device
+            return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None] if 1 < T < S else None
         new, every = (torch.arange(n, device=self.length.device) for n in (T, self.before + self.longest() + T))
         return every <= self.filled()[:, None, None, None] + new[:, None]
 
