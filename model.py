@@ -138,7 +138,7 @@ def complaints(c):
     for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream",
                  "thought_tokens", "n_ahead"):
         if getattr(c, knob) < 0:
-            yield f"{knob}={getattr(c, knob)} must not be negative; 0 takes the usual value"
+            yield f"{knob}={getattr(c, knob)} must not be negative; 0 is the default"
     if not 0 <= c.dropout < 1:
         yield f"dropout={c.dropout} must be in [0, 1)"
     if c.rope_base <= 1:
