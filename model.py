@@ -891,8 +891,8 @@ class Ahead(nn.Module):
 
     def loss(self, model, h, idx, targets):
         """
-        Mean cross-entropy of the n tokens after the next, in nats, on a quarter of the rows: on all of them a step takes 1.4
-        times as long and 3% more of the drafts are kept.
+        Mean cross-entropy of the n tokens after the next, in nats, on a quarter of the rows: on all of them a step takes about
+        1.4 times as long as without the cell, not 1.16, and 53% of the drafts are kept, not 51% (one seed).
         """
         few = max(1, len(h) // 4)
         s, idx, targets, losses = h[:few].detach(), idx[:few], targets[:few], []
