@@ -304,7 +304,16 @@ def pystdlib(data_dir):
         raise UserError("this Python has no readable standard library: prepare a text file of your own instead")
     return f"the standard library of Python {sys.version.split()[0]}", [text]
 
-DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib}
+def recall(data_dir):
+    """8,192 lines of 63 pairs such as a3c5a3: in each line its own digit for each of 8 letters; a test of memory (no network)"""
+    rng, lines = random.Random(0), []
+    for _ in range(8192):
+        digit = {letter: int(10 * rng.random()) for letter in "abcdefgh"}
+        letters = ("abcdefgh"[int(8 * rng.random())] for _ in range(63))
+        lines.append("".join(f"{letter}{digit[letter]}" for letter in letters) + ".") # with its newline 128 characters: 4 windows of 32
+    return "made by data.py", lines
+
+DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib, "recall": recall}
 
 def dataset_name(stem):
     """stem as a folder name: letters of any script, digits and . _ - only, so that it cannot lead elsewhere."""

@@ -84,9 +84,16 @@ class GPTConfig:
     logit_softcap: float = 0.0 # logits become cap * tanh(logits / cap): 0 = off
     gradient_checkpointing: bool = False # recompute each block in backward: less memory, about a third more time
     thought_tokens: int = 0 # learned vectors in front of the text, which every token sees: 0 = off
+    memory_slots: int = 0 # slots of a memory that each segment of the text writes and later ones read: 0 = off
+    memory_segment: int = 0 # tokens that are written to memory together: 0 = block_size / 4
+    document_token: int = -1 # the token at which memory is emptied; train.py takes it from the tokenizer: -1 = none
+    future_peek: int = 0 # tokens to come whose mean is predicted, and the prediction given to the layers above: 0 = off
+    depths: tuple = () # layers after which a token may be done, the last one n_layer: (2, 4, 8); () = all layers for all
+    mean_depth: float = 0.0 # layers that a token is to take on average, with depths: 0 = halfway from the first to the last
     n_ahead: int = 0 # tokens beyond the next that a small cell learns to draft, for speculative decoding: 0 = off, 4 is usual
 
     def __post_init__(self):
+        self.depths = tuple(self.depths) # JSON makes lists of tuples
         for sentence in complaints(self):
             raise ValueError(sentence)
 
@@ -122,6 +129,22 @@ class GPTConfig:
         return (self.n_stream or 4) if self.residual != "plain" else 1
 
     @property
+    def segment(self):
+        return self.memory_segment or max(1, self.block_size // 4)
+
+    @property
+    def stage_depths(self): # layers above which the stages end, one stage without depths
+        return self.depths or (self.n_layer,)
+
+    @property
+    def target_depth(self):
+        return self.mean_depth or (self.stage_depths[0] + self.n_layer) / 2
+
+    @property
+    def middle(self): # the layer above which memory and future peek lie: all tokens are there, and have read each other
+        return min(max(1, self.n_layer // 2), self.stage_depths[0])
+
+    @property
     def hidden(self):
         return self.mlp_hidden or (math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.glu else 4 * self.n_embd)
 
@@ -136,7 +159,7 @@ def complaints(c):
         if getattr(c, knob) < 1:
             yield f"{knob}={getattr(c, knob)} must be at least 1"
     for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream",
-                 "thought_tokens", "n_ahead"):
+                 "thought_tokens", "memory_slots", "memory_segment", "future_peek", "mean_depth", "n_ahead"):
         if getattr(c, knob) < 0:
             yield f"{knob}={getattr(c, knob)} must not be negative; 0 is the default"
     if not 0 <= c.dropout < 1:
@@ -161,6 +184,14 @@ def complaints(c):
         yield f"kv_rank={c.latent_rank} and head_dim={c.head_width} must be even with attention={c.attention}: rotary pairs lie after them"
     if c.n_ahead >= c.block_size:
         yield f"n_ahead={c.n_ahead} must be below block_size={c.block_size}; 4 is usual"
+    if c.memory_slots and (c.block_size // 2) % c.segment:
+        yield f"memory_segment={c.segment} must divide half of block_size={c.block_size}: the window moves by halves; change one of them"
+    if c.future_peek >= c.block_size:
+        yield f"future_peek={c.future_peek} must be below block_size={c.block_size}; 8 is usual"
+    if c.depths and (sorted({*c.depths, c.n_layer}) != list(c.depths) or c.depths[0] < 1 or len(c.depths) < 2):
+        yield f"depths={c.depths} must rise from at least 1 to n_layer={c.n_layer} in two steps or more, as in ({max(1, c.n_layer // 2)}, {c.n_layer})"
+    if c.depths and not c.depths[0] <= c.target_depth <= c.n_layer:
+        yield f"mean_depth={c.mean_depth} must lie between {c.depths[0]} and {c.n_layer}, the first and the last of depths"
     if c.sinkhorn_iters < 1:
         yield f"sinkhorn_iters={c.sinkhorn_iters} must be at least 1; 20 is usual"
     if c.h_res == "permutations" and c.streams > 4:
@@ -175,6 +206,8 @@ def complaints(c):
         (c.position == "rope", "position=rope", ("rope_base", "rope_dim")),
         (c.residual != "plain", "residual=hyper or mhc", ("n_stream",)),
         (c.residual == "mhc", "residual=mhc", ("h_res", "sinkhorn_iters")),
+        (c.memory_slots, "memory_slots", ("memory_segment", "document_token")),
+        (c.depths, "depths", ("mean_depth",)),
     ):
         for knob in knobs:
             if getattr(c, knob) != usual[knob] and not owned:
@@ -296,8 +329,8 @@ NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# position: (token embeddings, first position, vectors before them) -> (embeddings, turn). Attention calls turn(q or k) on what
-# it compares; turn counts the vectors before the text from -1 down, so that they shift no token.
+# position: (token embeddings, first position, vectors before them) -> (embeddings, table). By the table, Pass.turn turns what
+# attention compares; it counts the vectors before the text from -1 down, so that they shift no token.
 
 
 def positions(start, T, device):
@@ -315,7 +348,7 @@ class Learned(nn.Module):
 
     def forward(self, h, start, before=0):
         m = positions(start, h.size(1), h.device).clamp(max=self.table.num_embeddings - 1) # a draft past the end is thrown away
-        return h + self.table.weight[m].view(-1, *h.shape[1:]), unturned
+        return h + self.table.weight[m].view(-1, *h.shape[1:]), None
 
 
 class Rope(nn.Module):
@@ -332,8 +365,7 @@ class Rope(nn.Module):
 
     def forward(self, h, start, before=0):
         m = positions(start - before, before + h.size(1), h.device).to(widen(h[:0]).dtype)
-        table = rope_table(m, self.width, self.base) # (T, P/2, 2) or (B, 1, T, P/2, 2), for all layers
-        return h, partial(rotate, table=table)
+        return h, rope_table(m, self.width, self.base) # (T, P/2, 2) or (B, 1, T, P/2, 2), for all layers
 
 
 class NoPosition(nn.Module):
@@ -343,11 +375,7 @@ class NoPosition(nn.Module):
         super().__init__()
 
     def forward(self, h, start, before=0):
-        return h, unturned
-
-
-def unturned(x):
-    return x
+        return h, None
 
 
 POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
@@ -753,16 +781,45 @@ SLOTS = {"norm": NORM, "position": POSITION, "attention": ATTENTION, "diff_form"
 
 
 class Pass:
-    """What belongs to one forward and to nothing else: made in GPT.trunk, handed down, then dropped."""
+    """
+    What belongs to one forward and to nothing else: made in GPT.trunk, handed down, then dropped. notes: what the losses beside
+    the model's own will ask for, name -> tensor.
+    """
 
-    def __init__(self, turn, cache, mask=None):
-        self.turn = turn # rotates queries and keys to their positions
-        self.cache = cache
-        self.mask = mask # what each query sees, where the rows of the cache differ
+    def __init__(self, idx, table, cache, before, windows, notes):
+        self.idx, self.windows = idx, windows # (B, T): as `windows` rows each, where a memory carries the text over several windows
+        self.before = before # places in front of the text in h: the thoughts, with the first tokens
+        self.table, self.cache, self.notes = table, cache, notes
+        self.start = 0 if cache is None else cache.length # tokens before these
+        self.stage, self.real = 0, None # of depths; which of its tokens are no padding, None: all
+        self.mask = None if cache is None else cache.mask(before + idx.size(1)) # what each query sees, where it is not all before it
+
+    def turn(self, x):
+        """Queries or keys (B, heads, T, D), turned to their positions."""
+        return x if self.table is None else rotate(x, self.table)
 
     def remember(self, layer, *new):
         """New keys, values or latents (B, heads, T, width) -> the same of all S tokens, the cached ones in front."""
-        return new if self.cache is None else self.cache.append(layer, *new)
+        return new if self.cache is None else self.cache.append(layer, self.cache.filled(self.stage), *new)
+
+    def text(self, x):
+        """(B windows, before + T, C) -> (B, windows T, C)."""
+        return x[:, self.before :].unflatten(0, (-1, self.windows)).flatten(1, 2)
+
+    def folded(self, x):
+        """The way back: nothing for the places in front."""
+        return F.pad(x.unflatten(1, (self.windows, -1)).flatten(0, 1), (0, 0, self.before, 0))
+
+    def deeper(self, order, real):
+        """For the tokens that go on: order (B, T') their places among these, None: all. real (B, T'): False where a row has fewer."""
+        new = copy.copy(self)
+        new.stage, new.real = self.stage + 1, real
+        if self.table is not None and order is not None: # positions of their own
+            table = self.table.squeeze(1) if self.table.dim() == 5 else self.table.expand(len(order), *self.table.shape)
+            new.table = table[torch.arange(len(order), device=order.device)[:, None], order].unsqueeze(1) # (B, 1, T', P/2, 2)
+        if self.cache is not None:
+            new.mask = self.cache.mask(self.idx.size(1) + self.before if order is None else order.size(1), new.stage)
+        return new
 
 
 class Cache:
@@ -770,45 +827,76 @@ class Cache:
     What attention keeps of the tokens it has read: for each layer the tensors that its cache_layout lists, (B, heads,
     before + capacity, width): the vectors before the text, which come with the first tokens, then `length` tokens: an int, or
     a tensor (B,) where rows differ. Rolling back is setting the length: what lies beyond it counts for nothing.
+
+    Layers of a later stage (depths) hold the tokens that reached it: reached[i] (B, capacity + 1) says how many of the first t
+    tokens of stage i went on. memory (B, heads, segments + 1, slots, width), if there is one, holds what it was when each segment began.
     """
 
-    def __init__(self, layouts, batch_size, capacity, dtype, device, before=0):
+    def __init__(self, layouts, batch_size, capacity, dtype, device, before=0, stages=1, memory=()):
         # zeros: a row that is behind the others masks what lies ahead of it, but 0 times a NaN would be NaN
         self.layers = [[torch.zeros(batch_size, heads, before + capacity, width, dtype=dtype, device=device) for heads, width in layout]
                        for layout in layouts]
-        self.capacity, self.length, self.before = capacity, 0, before
+        self.capacity, self.before, self.lengths = capacity, before, [0] * stages
+        self.reached = [torch.zeros(batch_size, capacity + 1, dtype=torch.long, device=device) for _ in range(stages - 1)]
+        self.memory = None
+        if memory:
+            heads, self.segment, slots, width = memory
+            self.memory = torch.zeros(batch_size, heads, capacity // self.segment + 1, slots, width, device=device,
+                                      dtype=torch.promote_types(dtype, torch.float32))
+
+    @property
+    def length(self):
+        return self.lengths[0]
+
+    @length.setter
+    def length(self, n):
+        self.lengths[0] = n
+        for stage, reached in enumerate(self.reached):
+            counts = reached[torch.arange(len(reached), device=reached.device), self.lengths[stage]]
+            self.lengths[stage + 1] = counts if len(counts) > 1 else int(counts) # an int where it can: no mask for a single row
 
     def part(self, rows):
         """An empty cache for these rows (a slice), which lies in this one: what is read into it is there afterwards."""
         part = copy.copy(self)
-        part.layers, part.length = [[store[rows] for store in layer] for layer in self.layers], 0
+        part.layers, part.reached = [[store[rows] for store in layer] for layer in self.layers], [r[rows] for r in self.reached]
+        part.lengths, part.memory = [0] * len(self.lengths), None if self.memory is None else self.memory[rows]
         return part
 
     def longest(self):
         return int(self.length.max()) if torch.is_tensor(self.length) else self.length
 
-    def filled(self):
+    def filled(self, stage=0):
         """Places taken: an int, or (B,)."""
-        return self.before + self.length if torch.is_tensor(self.length) or self.length else 0
+        begun = torch.is_tensor(self.length) or self.length
+        return self.before + self.lengths[stage] if begun else 0
 
-    def append(self, layer, *new):
-        T, filled = new[0].size(2), self.filled()
-        end = T + (int(filled.max()) if torch.is_tensor(filled) else filled)
+    def append(self, layer, filled, *new):
+        T, many = new[0].size(2), torch.is_tensor(filled)
+        end = T + (int(filled.max()) if many else filled)
         for store, x in zip(self.layers[layer], new):
-            if torch.is_tensor(self.length): # each row at its own place
+            if many: # each row at its own place
                 rows, at = torch.arange(len(x), device=x.device)[:, None], filled[:, None] + torch.arange(T, device=x.device)
                 store[rows, :, at] = x.transpose(1, 2).to(store.dtype)
             else:
                 store[:, :, filled:end] = x
         return [store[:, :, :end] for store in self.layers[layer]]
 
-    def mask(self, T):
+    def note(self, stage, went):
+        """Of the new tokens of this stage, which went on: (B, T)."""
+        start, reached = self.lengths[stage], self.reached[stage]
+        start = start if torch.is_tensor(start) else torch.full((len(went),), start, device=went.device)
+        rows = torch.arange(len(went), device=went.device)
+        at = start[:, None] + torch.arange(1, went.size(1) + 1, device=went.device)
+        reached[rows[:, None], at] = reached[rows, start][:, None] + went.cumsum(1)
+
+    def mask(self, T, stage=0):
         """(1 or B, 1, T, S), whether each of T new tokens sees each of S; None for a single token, and for the first ones: all causal."""
-        if not torch.is_tensor(self.length):
-            S, device = self.filled() + T, self.layers[0][0].device
+        filled = self.filled(stage)
+        if not torch.is_tensor(filled):
+            S, device = filled + T, self.layers[0][0].device
             return causal_mask(T, S, device) if 1 < T < S else None
-        new, every = (torch.arange(n, device=self.length.device) for n in (T, self.before + self.longest() + T))
-        return every <= self.filled()[:, None, None, None] + new[:, None]
+        new, every = (torch.arange(n, device=filled.device) for n in (T, int(filled.max()) + T))
+        return every <= filled[:, None, None, None] + new[:, None]
 
     def truncate(self, n):
         """Forget all but the first n tokens; n an int, or a tensor (B,) for rows of their own. ValueError if there are not as many."""
@@ -818,9 +906,16 @@ class Cache:
             raise ValueError(f"cannot keep {n} of {self.length} cached tokens")
         self.length = n
 
+    def slide(self, n):
+        """Forget all tokens. A memory stays, as it was after the first n."""
+        if self.memory is not None:
+            self.memory[:, :, 0] = self.memory[:, :, n // self.segment]
+        self.length = 0
+
     def nbytes(self):
         """Bytes allocated, as the tensors themselves report them; for its full capacity, whatever the length."""
-        return sum(store.nbytes for layer in self.layers for store in layer)
+        beside = [t for t in (*self.reached, self.memory) if t is not None]
+        return sum(t.nbytes for t in beside) + sum(store.nbytes for layer in self.layers for store in layer)
 
 
 class Block(nn.Module):
@@ -850,7 +945,7 @@ class CheckpointedBlock(Block):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# extras around the trunk. Where one has a loss(model, h, idx, targets), that trains it, beside the model's own.
+# extras around and inside the trunk. Where one has a loss(model, h, idx, targets, notes), that trains it, beside the model's own.
 
 
 class Thoughts(nn.Module):
@@ -868,6 +963,175 @@ class Thoughts(nn.Module):
 
     def forward(self, h): # (B, T, C) -> (B, K + T, C)
         return torch.cat([self.vectors.expand(h.size(0), -1, -1).type_as(h), h], dim=1)
+
+
+class Between(nn.Module):
+    """One more sublayer, between two blocks: h + body(norm(h)) on whatever streams there are."""
+
+    def __init__(self, c, body, sublayer):
+        super().__init__()
+        self.residual, self.norm, self.body = RESIDUAL[c.residual](c, sublayer), NORM[c.norm](c.n_embd, c.bias), body
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, h, pass_):
+        x, mix = self.residual.read(h)
+        return self.residual.write(h, self.dropout(self.body(self.norm(x), pass_)), mix)
+
+
+class Memory(nn.Module):
+    """
+    Attention to the text beyond the window, through M slots. At the end of each segment of S tokens, slot m with its learned
+    query s_m looks over them, and over what it holds:
+
+        w = softmax([keep_m, s_m k_1, ..., s_m k_S])        slot m = w_0 slot m + sum_i w_i [k_i, v_i]
+
+    Tokens of later segments attend to the slots, as to M tokens, and to `nothing`, whose value is 0 and whose weight is the gate.
+    Keys and values are read at unit size: what was written with a small w speaks as loudly.
+    So the memory of a text is a function of that text alone: nothing is stored on the module. At document_token it is emptied.
+    In the line of the Recurrent Memory Transformer (Bulatov et al. 2022, arXiv:2207.06881), whose slots pass through all layers.
+    """
+
+    role = "vector"
+
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.D, self.M, self.S = c.n_head, c.head_width, c.memory_slots, c.segment
+        self.layer, self.document = c.n_layer, c.document_token # its place in the cache, after the blocks
+        width = self.H * self.D
+        self.qkv = linear(c, c.n_embd, 3 * width, c.bias, fused=(width,) * 3, blocks=(self.D,) * (2 * self.H) + (1,) * width)
+        # Both starts decide whether recall is learned (bench.py, memory): sharp queries, so that a slot takes few tokens and not
+        # the mean of all; and slots that keep nearly nothing beside slots that keep nearly all from segment to segment.
+        self.slots = nn.Parameter(3 * torch.randn(self.H, self.M, self.D))
+        self.keep = nn.Parameter(math.log(self.S) + torch.linspace(-1, 4, self.M).repeat(self.H, 1))
+        self.nothing = nn.Parameter(torch.zeros(self.H, 1, self.D))
+        self.out = residual_out(c, width)
+        self.cache_layout = ((self.H, self.D), (self.H, self.D), (1, 1)) # keys, values, where documents begin
+        self.memory_layout = (self.H, self.S, self.M, 2 * self.D)
+
+    def forward(self, x, pass_):
+        q, k, v = self.qkv(pass_.text(x)).unflatten(-1, (-1, self.D)).transpose(1, 2).chunk(3, dim=1) # (B, H, T, D)
+        begins = (pass_.idx == self.document)[:, None, :, None].type_as(k) # (B, 1, T, 1)
+        if pass_.cache is not None:
+            k, v, begins = pass_.cache.append(self.layer, pass_.start, k, v, begins) # (B, ., S, .)
+        begins = begins[:, 0, :, 0]
+        first, memory = self.write(k, v, begins, pass_)
+        return pass_.folded(self.out(self.read(q, memory, first, begins, pass_)))
+
+    def write(self, k, v, begins, pass_):
+        """The first segment that has a new token, and what the memory holds when each from there on begins, (B, H, n, M, 2D)."""
+        S, start, cache = self.S, pass_.start, pass_.cache
+        first, end = (int(start.min()) if torch.is_tensor(start) else start) // S, k.size(2) // S
+        state = k.new_zeros(len(k), self.H, self.M, 2 * self.D, dtype=widen(k[:0]).dtype) if cache is None else cache.memory[:, :, first]
+        states = [state]
+        if end > first:
+            kv = torch.cat([k, v], dim=-1)[:, :, first * S : end * S].unflatten(2, (-1, S)) # (B, H, n, S, 2D)
+            score = torch.einsum("hmd,bhnsd->bhnms", self.slots.type_as(k), kv[..., : self.D]) / math.sqrt(self.D)
+            begins = begins[:, None, first * S : end * S].unflatten(2, (-1, 1, S)) # (B, 1, n, 1, S)
+            after = begins.flip(-1).cumsum(-1).flip(-1) - begins # documents that begin after a token: it is not of the last one
+            keep = self.keep[:, None, :, None].expand(*score.shape[:-1], 1)
+            w = torch.cat([keep.masked_fill(begins.sum(-1, keepdim=True) > 0, -torch.inf),
+                           widen(score).masked_fill(after > 0, -torch.inf)], dim=-1).softmax(-1) # (B, H, n, M, 1 + S)
+            new = w[..., 1:] @ widen(kv) # (B, H, n, M, 2D)
+            for n in range(end - first):
+                states.append(w[:, :, n, :, :1] * states[-1] + new[:, :, n])
+        memory = torch.stack(states, dim=2)
+        if cache is not None:
+            cache.memory[:, :, first : end + 1] = memory
+        return first, memory
+
+    def read(self, q, memory, first, begins, pass_):
+        """Each token attends to what the memory held when its segment began, if no document has begun since. -> (B, T, H D)."""
+        (B, H, T, _), n = q.shape, memory.size(2)
+        at = positions(pass_.start, T, q.device).reshape(-1, T) # (1 or B, T)
+        counts = F.pad(begins.cumsum(1), (1, 0)).expand(B, -1) # documents begun before each token
+        here, segment = counts.gather(1, (at + 1).expand(B, T)), counts.gather(1, (at // self.S * self.S).expand(B, T))
+        mask = (at // self.S - first)[..., None] == torch.arange(n, device=q.device).repeat_interleave(self.M) # (1 or B, T, n M)
+        mask = F.pad(mask & (here == segment)[..., None], (1, 0), value=True)[:, None] # (B, 1, T, 1 + n M)
+        k, v = rmsnorm(memory.flatten(2, 3).unflatten(-1, (2, self.D))).type_as(q).unbind(3) # (B, H, n M, D)
+        k = torch.cat([self.nothing.type_as(q).expand(B, -1, -1, -1), k], dim=2)
+        o = F.scaled_dot_product_attention(q, k, F.pad(v, (0, 0, 1, 0)), attn_mask=mask)
+        return o.transpose(1, 2).flatten(2)
+
+    def flops(self, T): # as if each token looked at M slots, and each slot at each token
+        return 4 * self.H * self.D * self.M + 2 * self.H * self.D * 3 * self.M
+
+
+class Peek(nn.Module):
+    """
+    A hint about the next n tokens, predicted from the past: their mean embedding (each of unit size) as an MLP sees it coming.
+    Its own loss trains the prediction against what really came, to which no gradient flows; what the layers above get is the
+    prediction, gated, and nothing of the future.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.n = c.future_peek
+        self.up, self.down = linear(c, c.n_embd, 2 * c.n_embd), linear(c, 2 * c.n_embd, c.n_embd)
+        self.gate, self.out = linear(c, c.n_embd, 1, role="gate"), residual_out(c, c.n_embd)
+
+    def forward(self, x, pass_):
+        hint = self.down(activate(self.up(x), "relu2"))
+        pass_.notes["peek"] = pass_.text(hint) # (B, T, C)
+        return self.gate(x).sigmoid() * self.out(hint.detach())
+
+    def loss(self, model, h, idx, targets, notes):
+        """Squared error over the mean square of what was to be predicted: 1 for a prediction that says nothing, 0 for a perfect one."""
+        real = (targets >= 0).unsqueeze(-1) # (B, T, 1)
+        e = F.rms_norm(widen(model.embed.weight.detach()), (h.size(-1),))[targets.clamp(min=0)] * real # (B, T, C)
+        sums = F.pad(torch.cat([e, real.type_as(e)], dim=-1), (0, 0, 0, self.n - 1)).unfold(1, self.n, 1).sum(-1) # (B, T, C + 1)
+        count = sums[..., -1:]
+        mean = sums[..., :-1] / count.clamp(min=1)
+        off = (widen(notes["peek"])[:, : idx.size(1)] - mean) * (count > 0)
+        return off.square().sum() / mean.square().sum().clamp(min=1e-6)
+
+
+class Router(nn.Module):
+    """
+    Lets each token decide, from its own state alone, whether it is done or goes on to the next stage of layers: by the same
+    rule, score > 0, in training and in decoding. The others are gathered, so what is skipped is not computed; they keep their
+    positions, and there attend to each other only. What a stage adds is multiplied by p = sigmoid(score), which is how the
+    score hears of the loss; the mean depth is held by a loss of its own, through the same sigmoid (straight-through).
+    In the line of Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258), whose top-k over the sequence is not causal.
+    """
+
+    def __init__(self, c, stage):
+        super().__init__()
+        self.reduce, (here, beyond) = RESIDUAL[c.residual].reduce, c.stage_depths[stage : stage + 2]
+        self.layers, self.first, self.target = beyond - here, c.stage_depths[0], c.target_depth
+        self.norm, self.gate = NORM[c.norm](c.n_embd, c.bias), linear(c, c.n_embd, 1, True, role="gate")
+
+    def forward(self, h, pass_, through):
+        """h (B, T, ...) after one stage -> after all. through(h, pass_) is what the tokens that go on are put through."""
+        score = widen(self.gate(self.norm(self.reduce(h)))).squeeze(-1) # (B, T)
+        p, go = score.sigmoid(), score > 0
+        go = go if pass_.real is None else go & pass_.real
+        asked = (go + p - p.detach())[:, pass_.before :] # of the text; its gradient is that of p
+        asked = asked if pass_.real is None else asked * pass_.real[:, pass_.before :]
+        pass_.notes["depth"] = pass_.notes.get("depth", self.first) + self.layers * asked.sum() / pass_.idx.numel()
+        if pass_.cache is not None:
+            pass_.cache.note(pass_.stage, go[:, pass_.before :])
+        if pass_.before:
+            go = go | (torch.arange(go.size(1), device=go.device) < pass_.before) # thoughts are there for all
+        counts = go.sum(1)
+        most = go.size(1) if go.is_meta else int(counts.max())
+        if most == 0:
+            return h
+        if most == go.size(1) and len(go) == 1: # a single row, all of which goes on
+            return torch.lerp(h, through(h, pass_.deeper(None, None)), like(p, h))
+        order = go.sort(dim=1, descending=True, stable=True).indices[:, :most] # those that go on, in their order, then others
+        rows, real = torch.arange(len(go), device=go.device)[:, None], torch.arange(most, device=go.device) < counts[:, None]
+        few = h[rows, order] # (B, T', ...)
+        deep = through(few, pass_.deeper(order, real))
+        return h.index_put((rows, order), torch.lerp(few, deep, like(p[rows, order] * real, h)))
+
+    def loss(self, model, h, idx, targets, notes):
+        """Squared distance of the mean depth from the one asked for, in layers."""
+        return (notes["depth"] - self.target).square()
+
+
+def like(p, h):
+    """(B, T) -> (B, T, 1, ...), in the dtype of h."""
+    return p.view(*p.shape, *[1] * (h.dim() - 2)).type_as(h)
 
 
 class Ahead(nn.Module):
@@ -889,7 +1153,7 @@ class Ahead(nn.Module):
     def forward(self, s, e): # (..., C), (..., C) -> (..., C)
         return s + self.down(activate(self.up(torch.cat([self.norm_s(s), self.norm_e(e)], dim=-1)), "relu2"))
 
-    def loss(self, model, h, idx, targets):
+    def loss(self, model, h, idx, targets, notes):
         """
         Mean cross-entropy of the n tokens after the next, in nats, on a quarter of the rows: on all of them a step takes about
         1.4 times as long as without the cell, not 1.16, and 53% of the drafts are kept, not 51% (one seed).
@@ -907,7 +1171,8 @@ class Ahead(nn.Module):
         return self.n * (cell + self.head_flops) // 4 - cell
 
 
-EXTRAS = {"ahead": ("n_ahead", Ahead)} # name of the loss: (knob, class)
+BETWEEN = {"memory_slots": Memory, "future_peek": Peek} # knob: what lies between two blocks
+EXTRAS = {"ahead": ("n_ahead", Ahead)} # name of the loss: (knob, class), after the trunk
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -932,6 +1197,11 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.streams, self.n_stream = RESIDUAL[c.residual], c.streams
         self.blocks = nn.ModuleList((CheckpointedBlock if c.gradient_checkpointing else Block)(c, i) for i in range(c.n_layer))
+        self.between = nn.ModuleList(Between(c, make(c), 2 * c.n_layer + i) for i, (knob, make) in enumerate(BETWEEN.items()) if getattr(c, knob))
+        self.memory = next((b.body for b in self.between if isinstance(b.body, Memory)), None)
+        self.routers = nn.ModuleList(Router(c, i) for i in range(len(c.stage_depths) - 1))
+        bottom = [*self.blocks[: c.middle], *self.between, *self.blocks[c.middle : c.stage_depths[0]]]
+        self.stages = [bottom, *(list(self.blocks[a:b]) for a, b in itertools.pairwise(c.stage_depths))]
         self.norm = NORM[c.norm](c.n_embd, c.bias)
         self.head = Linear(c.n_embd, c.vocab_size, False, outer_std(c), role="head")
         if c.tie_embeddings:
@@ -939,11 +1209,15 @@ class GPT(nn.Module):
         self.softcap = c.logit_softcap
         self.cap = partial(softcap, c.logit_softcap) if c.logit_softcap else nn.Identity()
         self.extras = nn.ModuleDict({name: make(c) for name, (knob, make) in EXTRAS.items() if getattr(c, knob)})
+        inside = {"peek": next((b.body for b in self.between if isinstance(b.body, Peek)), None),
+                  "depth": self.routers[0] if c.depths else None}
+        self.beside = {**{name: part for name, part in inside.items() if part}, **self.extras} # who has a loss
 
     def forward(self, idx, targets=None, cache=None, with_logits=True):
         if not with_logits and targets is None:
             raise ValueError("with_logits=False leaves nothing to return without targets; give targets")
-        h = self.trunk(idx, cache)
+        notes = {}
+        h = self.trunk(idx, cache, notes)
         if cache is None and targets is None:
             h = h[:, -1:] # all that sampling needs
         logits = self.logits(h) if with_logits else None
@@ -951,25 +1225,36 @@ class GPT(nn.Module):
             return logits, {}
         ce = (F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) if with_logits else
               linear_cross_entropy(h, self.head.weight, targets, self.softcap))
-        extras = self.extras.items() if self.training else () # what trains them is of no use elsewhere
-        return logits, {"ce": ce, **{name: extra.loss(self, h, idx, targets) for name, extra in extras}}
+        beside = self.beside.items() if self.training else () # what trains them is of no use elsewhere
+        return logits, {"ce": ce, **{name: part.loss(self, h, idx, targets, notes) for name, part in beside}}
 
-    def trunk(self, idx, cache=None):
-        """(B, T) -> (B, T, C): what the head reads."""
+    def trunk(self, idx, cache=None, notes=None):
+        """(B, T) -> (B, T, C): what the head reads. notes: a dict, filled with what Pass.notes says."""
         T, start = idx.size(1), cache.length if cache is not None else 0
         longest, room = (T, self.block_size) if cache is None else (cache.longest() + T, cache.capacity)
-        if longest > room:
+        windows = 1
+        if cache is None and self.memory is not None and T > room: # as several windows, which only memory connects
+            windows = math.ceil(T / room)
+            idx = F.pad(idx, (0, windows * room - T)) # tokens that come last change nothing
+        elif longest > room:
             raise ValueError(f"{longest} tokens do not fit into block_size={room}; give at most the last {room} of them")
         starts = not torch.is_tensor(start) and start == 0 # with the first tokens come the vectors before them
         before = self.before if starts else 0
-        h, turn = self.position(self.embed(idx), start, before)
+        h, table = self.position(self.embed(idx.unflatten(1, (windows, -1)).flatten(0, 1)), start, before)
         h = self.thoughts(h) if starts else h
-        h, pass_ = self.streams.expand(self.dropout(h), self.n_stream), Pass(turn, cache, cache and cache.mask(T))
-        for block in self.blocks:
-            h = block(h, pass_)
+        pass_ = Pass(idx, table, cache, before, windows, {} if notes is None else notes)
+        h = self.through(self.streams.expand(self.dropout(h), self.n_stream), pass_)
         if cache is not None:
             cache.length = cache.length + T
-        return self.norm(self.streams.reduce(h[:, before:]))
+        return self.norm(pass_.text(self.streams.reduce(h)))[:, :T]
+
+    def through(self, h, pass_):
+        """The layers from a stage on: all that come, or a stage of them, above which the router lets some tokens go on."""
+        for layer in self.stages[pass_.stage]:
+            h = layer(h, pass_)
+        if pass_.stage == len(self.routers):
+            return h
+        return self.routers[pass_.stage](h, pass_, self.through)
 
     def logits(self, h):
         return self.cap(widen(self.head(h))) # (..., V)
@@ -986,28 +1271,43 @@ class GPT(nn.Module):
         if dtype is None:
             autocast = torch.is_autocast_enabled(weight.device.type)
             dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return Cache([b.attention.cache_layout for b in self.blocks], batch_size, self.block_size + spare, dtype, weight.device,
-                     self.before)
+        memory = self.memory
+        layouts = [b.attention.cache_layout for b in self.blocks] + ([memory.cache_layout] if memory else [])
+        return Cache(layouts, batch_size, self.block_size + spare, dtype, weight.device, self.before, len(self.stages),
+                     memory.memory_layout if memory else ())
+
+    def slide(self, cache, idx, old, new):
+        """
+        The window moves from the token `old` of idx (B, T) on to `new`, by halves: the cache is emptied. A memory is carried on, as
+        each window's first half left it; halves that were never read in this cache, of a long prompt, are read now.
+        """
+        half = max(1, self.block_size // 2)
+        for begin in range(old, new, half):
+            if self.memory is not None and cache.length < half:
+                cache.length = 0
+                self.trunk(idx[:, begin : begin + half], cache)
+            cache.slide(half)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, use_cache=True):
         """
         Yields max_new_tokens tensors (B, 1), each token drawn given all before it; idx (B, T) is the prompt, T >= 1.
-        Of n tokens the model sees those from window_start(n) on. With and without a cache that is the same rule, so
-        both write the same text.
+        Of n tokens the model sees those from window_start(n) on, and a memory of the rest. With and without a cache that is
+        the same rule, so both write the same text.
         """
         check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
         was_training, L = self.training, self.block_size
         self.eval()
-        cache, start = (self.new_cache(idx.size(0)) if use_cache else None), 0
+        cache, start = self.new_cache(idx.size(0)) if use_cache else None, 0
         try:
             for _ in range(max_new_tokens):
                 slid, start = start, window_start(idx.size(1), L)
+                if not use_cache and self.memory is not None: # everything anew
+                    cache, slid = self.new_cache(idx.size(0)), 0
                 if cache is None:
                     logits, _ = self(idx[:, start:])
                 else:
-                    if start != slid:
-                        cache.truncate(0) # positions moved: read the window again
+                    self.slide(cache, idx, slid, start) # if positions moved, the window is read again
                     logits, _ = self(idx[:, start + cache.length :], cache=cache)
                 p = distribution(logits[:, -1], temperature, top_k, top_p, min_p)
                 new = torch.multinomial(p, 1, generator=generator) # (B, 1)
@@ -1045,7 +1345,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Floating-point operations of one training step per token at context T: forward, and twice that for backward."""
         T = T or self.block_size
-        return 3 * (forward_flops(self, T + self.before) + forward_flops(self.blocks, T + self.before) * self.before // T)
+        blocks = forward_flops(self.blocks, T + self.before)
+        saved = blocks - int(blocks * self.config.target_depth / self.config.n_layer) if self.config.depths else 0
+        return 3 * (forward_flops(self, T + self.before) + blocks * self.before // T - saved)
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
@@ -1214,11 +1516,11 @@ class Speculation:
         began, was_training = time.perf_counter(), self.model.training
         starts = [window_start(len(row), self.model.block_size) for row in self.rows]
         moved = [b for b, (new, old) in enumerate(zip(starts, self.starts)) if new != old]
-        self.starts = starts
+        old, self.starts = self.starts, starts
         if was_training: # a walk through all modules, so not for nothing
             self.model.eval()
         try:
-            wrote = self.read(moved) if moved else self.draft_and_judge()
+            wrote = self.read(moved, old) if moved else self.draft_and_judge()
         finally:
             if was_training:
                 self.model.train()
@@ -1229,14 +1531,16 @@ class Speculation:
         self.forwards, self.tokens = self.forwards + 1, self.tokens + sum(map(len, wrote))
         return wrote
 
-    def read(self, moved):
-        """Rows whose window starts elsewhere (all, at first) are read from there, and write one token each."""
-        lengths = [len(row) - start for row, start in zip(self.rows, self.starts)]
+    def read(self, moved, before):
+        """Rows whose window starts elsewhere than before (all, at first) are read from there, and write one token each."""
         wrote = [[] for _ in self.rows]
-        together = len(moved) == len(self.rows) and len(set(lengths)) == 1
+        together = len(moved) == len(self.rows) and len({*zip(map(len, self.rows), before)}) == 1
         for part in [slice(0, len(self.rows))] if together else [slice(b, b + 1) for b in moved]:
-            window = self.tensor([row[start:] for row, start in zip(self.rows[part], self.starts[part])])
-            h = self.model.trunk(window, self.cache.part(part))[:, -1]
+            old, start, cache = max(0, before[part][0]), self.starts[part][0], self.cache.part(part)
+            row = self.tensor([row[old:] for row in self.rows[part]]) # (rows, T), of which the last token is unread
+            cache.length = row.size(1) - 1 if before[part][0] >= 0 else 0
+            self.model.slide(cache, row, 0, start - old)
+            h = self.model.trunk(row[:, start - old :], cache)[:, -1]
             self.h = h.new_zeros(len(self.rows), h.size(1)) if self.h is None else self.h
             self.h[part] = h
             new = draw(self.distribution(h), self.uniform(len(h)))

@@ -52,6 +52,7 @@ val_fraction = 0.1 # last part of the text, kept for validation (used when train
 offline_dataset = "" # taken instead, aloud, when dataset has to be downloaded and cannot be; empty: stop
 # --- optimization ---
 batch_size = 16 # sequences per forward
+windows = 1 # of block_size tokens in a sequence; only a memory (memory_slots) sees from one into the next
 gradient_accumulation_steps = 1 # forwards per optimizer step
 max_iters = 2000 # optimizer steps
 optimizer = "adamw" # adamw | fadam | adam_mini | muon
@@ -92,7 +93,7 @@ with user_errors():
     size = preset(model_size) # below everything given; a resumed run has its checkpoint's fields instead
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
 # what a resumed run cannot change, besides the model
-FIXED = {"seed", "model_size", "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype",
+FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2", "dtype",
          "kernel", "update_hooks", "sparse", "sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps"}
 LOCAL = {"out_dir", "resume", "device"} # these are the command line's, not the checkpoint's
 MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
@@ -153,6 +154,7 @@ def set_aside(path):
 def adopt(saved):
     """Settings of the earlier run, where the command line does not say otherwise; refuse what would make it another run."""
     usual = {f.name: f.default for f in fields(GPTConfig)} # of a field that the earlier run did not know yet
+    saved["model"]["depths"] = tuple(saved["model"].get("depths", ())) # run.json has a list
     was, asked = {**usual, "model_size": "", **saved["train"], **saved["model"]}, {k: v for k, v in given.items() if v != "auto"}
     clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in asked.items() if k in {*FIXED, *usual} and v != was.get(k, v)]
     if clash:
@@ -180,6 +182,7 @@ for bad, sentence in [
      "batch_size, gradient_accumulation_steps, eval_interval and log_interval must be at least 1"),
     (min(max_iters, warmup_iters, lr_decay_iters, eval_iters, checkpoint_interval, sample_tokens) < 0,
      "max_iters, warmup_iters, lr_decay_iters, eval_iters, checkpoint_interval and sample_tokens must not be negative"),
+    (windows < 1, f"windows={windows} must be at least 1"),
     (not 0 <= seed < 2**32, f"seed={seed} must be in [0, 2**32)"),
     (learning_rate <= 0, f"learning_rate={learning_rate} must be above 0"),
     (min_lr > learning_rate or min_lr < 0, f"min_lr={min_lr} must be between 0 and learning_rate={learning_rate}"),
@@ -301,11 +304,16 @@ for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two 
 with user_errors():
     chosen = earlier["model"] if earlier else {
         **size, "vocab_size": corpus.vocab_size, **{k: given[k] for k in given if k not in SETTINGS}}
+    if not earlier and given.get("memory_slots") and corpus.tokenizer and corpus.tokenizer.eot is not None:
+        chosen.setdefault("document_token", corpus.tokenizer.eot)
     config = GPTConfig(**chosen)
+    if windows > 1 and not config.memory_slots:
+        raise UserError(f"windows={windows} needs a memory, nothing else sees from one window into the next; add --memory_slots=16, or drop it")
+    sequence = windows * config.block_size # tokens
     if config.vocab_size < corpus.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is smaller than the {corpus.vocab_size} of {corpus.name}; drop --vocab_size")
-    corpus.train.batch(0, 1, config.block_size, seed) # refuse too short a text now
-    corpus.val.batch(0, 1, config.block_size, seed) if eval_iters else next(corpus.val.windows(config.block_size, 1))
+    corpus.train.batch(0, 1, sequence, seed) # refuse too short a text now
+    corpus.val.batch(0, 1, sequence, seed) if eval_iters else next(corpus.val.windows(sequence, 1))
     model = GPT(config).to(device)
     opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     constant = warmup_iters, warmup_iters + int(0.8 * ((lr_decay_iters or max_iters) - warmup_iters)) # steps at the peak of wsd
@@ -315,7 +323,7 @@ with user_errors():
 
 if earlier and (checkpoint or began)["data_sha256"] != corpus.sha256:
     raise UserError(f"cannot resume: {data_dir}/{corpus.name} is not the data this run was trained on; prepare it as before")
-tokens_per_step = batch_size * gradient_accumulation_steps * config.block_size
+tokens_per_step = batch_size * gradient_accumulation_steps * sequence
 flops_per_step = model.flops_per_token() * tokens_per_step
 compiling, compile_reason = choose_compile(model, tokens_per_step * max_iters)
 compile = str(compiling).lower() # kept, so that a longer run that goes on from this one computes as it did
@@ -438,9 +446,9 @@ def evaluate():
     """Mean cross-entropy in nats per token: every target of the validation split once, or eval_iters random batches."""
     model.eval()
     if eval_iters:
-        batches = (corpus.val.batch(i, batch_size, config.block_size, seed) for i in range(eval_iters))
+        batches = (corpus.val.batch(i, batch_size, sequence, seed) for i in range(eval_iters))
     else:
-        batches = corpus.val.windows(config.block_size, batch_size)
+        batches = corpus.val.windows(sequence, batch_size)
     total, count = 0.0, 0
     for x, y in batches:
         with autocast:
@@ -462,7 +470,7 @@ def write_sample():
 
 def next_batch(step):
     """The micro-batches of a step: its data is a function of (seed, step) alone."""
-    x, y = corpus.train.batch(step, batch_size * gradient_accumulation_steps, config.block_size, seed)
+    x, y = corpus.train.batch(step, batch_size * gradient_accumulation_steps, sequence, seed)
     if kind == "cuda":
         x, y = x.pin_memory(), y.pin_memory()
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
