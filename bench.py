@@ -16,10 +16,13 @@ Every speed and size that the README reports, as named suites.
   cross_entropy  of a linear head, forward and backward, at V = 50,304 and 65: in chunks, against F.cross_entropy(F.linear); the memory
              that each adds to the peak of a process beyond the two gradients
   rope       rotation of 12 x 256 tokens with 12 heads of 64 and of 8 x 128 with 8 of 16, as attention gives them: eager, torch.compile
+  depth      a step and a token of depths=(2, 6) at mean depth 3, against all 6 layers: the time saved beside the operations saved
+  memory     what the run of --out_dir (train_recall.py) recalls from further back than attention sees, with its memory and without;
+             what a memory costs in a step and in decoding
   speculative  tokens/s of drafting and judging against plain cached decoding, on the trained model of --out_dir
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
-Without a name, all but the last two. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
+Without a name, all but those that need a run or a clone: memory, speculative, nanogpt. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
 call each per round; the figure is the median over the rounds, the ratio the median of the ratios within a round (a busy
 machine slows both sides).
 The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
@@ -35,9 +38,12 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import kernels
 from configurator import UserError, configure, git_commit, user_errors
 from model import GPT, GPTConfig, Linear, Speculation, choose_device
@@ -47,7 +53,8 @@ rounds = 11 # turns of each arm
 batch_size = 8 # sequences per step (train); half as many (residual); 64 times as many rows (cross_entropy)
 block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
-out_dir = "out/shakespeare_diffmla" # speculative: folder of a run of train.py
+out_dir = "" # folder of a run of train.py; empty: out/recall for memory, else out/shakespeare_diffmla
+data_dir = "data" # memory: where the run's dataset lies
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
 compiled = True # sinkhorn, mhc, activations, rope: time torch.compile of the formulas too
@@ -472,12 +479,100 @@ def rope():
     return results
 
 
-def speculative():
-    path = os.path.join(out_dir, "best.pt")
+def trained(folder, advice):
+    """The best model of out_dir, or of the usual folder, and where it lies."""
+    path = os.path.join(out_dir or folder, "best.pt")
     if not os.path.exists(path):
-        raise UserError(f"there is no {path}\ntrain a model with n_ahead first: python train.py config/train_shakespeare_diffmla.py")
+        raise UserError(f"there is no {path}\n{advice}, or name the run's folder: --out_dir=...")
     with user_errors():
-        model = GPT.from_checkpoint(path, device)
+        return GPT.from_checkpoint(path, device), path
+
+
+def depth():
+    """Routers of untrained models, set to let exactly a quarter of the tokens of each forward on."""
+    T, results = 256, []
+    print(f"depth: 6 layers of 384, 6 heads, fp32, eager; depths=(2, 6) at mean depth 3; batch {batch_size} x {T}, then one token at context {T // 2}")
+    models = {"6 layers": build(**CHAR), "depths": build(**CHAR, depths=(2, 6), mean_depth=3.0), "3 layers": build(**{**CHAR, "n_layer": 3})}
+    router, idx = models["depths"].routers[0], torch.randint(65, (batch_size, T), device=device)
+    set_bias = router.gate.register_forward_hook(lambda m, args, out: m.bias.data.sub_(out.quantile(0.75)) and None)
+    models["depths"].eval().trunk(idx)
+    set_bias.remove()
+
+    def flops(f):
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            f()
+        return counter.get_total_flops()
+
+    def report(what, arms, value, unit):
+        counted = {name: flops(f) for name, f in arms.items()}
+        for name, (median, ratio, low, high) in in_turn(arms).items():
+            results.append(row(f"{name}, {what}", value(median), unit, "6 layers", ratio, low, high))
+            if name != "6 layers":
+                saved = 1 - counted[name] / counted["6 layers"]
+                results.append(row(f"{name}, {what}: operations saved", 100 * saved, "%"))
+                results.append(row(f"{name}, {what}: of these in time", 100 * (1 - ratio) / saved, "%"))
+
+    def step(model):
+        return lambda: model.train()(idx, idx)[1]["ce"].backward()
+
+    def decoding(model):
+        model, cache = model.eval(), model.new_cache(1)
+        with torch.no_grad():
+            model(idx[:1, : T // 2], cache=cache)
+
+        @torch.no_grad()
+        def write(): # tokens that were drawn before: an untrained model would write one token for ever
+            cache.truncate(T // 2)
+            for t in range(T // 2, T // 2 + 32):
+                model(idx[:1, t : t + 1], cache=cache)
+
+        return write
+
+    report("forward + backward", {name: step(m) for name, m in models.items()}, lambda s: 1e3 * s, "ms")
+    report("32 tokens", {name: decoding(m) for name, m in models.items()}, lambda s: 1e3 * s, "ms")
+    notes = {}
+    models["depths"].trunk(idx, notes=notes)
+    results.append(row("depths, mean depth", notes["depth"].item(), "layers"))
+    return results
+
+
+def memory():
+    model, path = trained("out/recall", "train it first: python train.py config/train_recall.py")
+    if model.memory is None:
+        raise UserError(f"{path} has no memory\ntrain one that has: python train.py config/train_recall.py")
+    corpus, L = data.load("recall", data_dir), model.block_size
+    lines = torch.from_numpy(np.array(corpus.val.shards[0]).astype(np.int64))
+    ends = (lines == corpus.tokenizer.encode("\n")[0]).nonzero()[:, 0]
+    lines = torch.stack([lines[e + 1 : e + 1024] for e in ends[:-1]]) # (lines, 1023): pairs, then a full stop
+    print(f"memory: {path}, windows of {L}, {len(lines)} lines of the validation split, each read as one text of {-(-1022 // L)} windows")
+    asked = torch.zeros(len(lines), 1022, dtype=torch.bool) # where a letter's digit is to be said, last mentioned more than L tokens ago
+    for b, line in enumerate(lines.tolist()):
+        last = {}
+        for t in range(0, 1022, 2):
+            asked[b, t] = t - last.get(line[t], t) > L
+            last[line[t]] = t
+    whole = -(-1022 // L) * L
+    idx = F.pad(lines, (0, whole - 1023)).to(device)
+
+    @torch.no_grad()
+    def recalled(ids):
+        guess = torch.cat([model(some, some)[0].argmax(-1) for some in ids.split(16 * whole // ids.size(1))]).view(len(lines), whole).cpu()
+        return (guess[:, :1022] == lines[:, 1:])[asked].double().mean().item()
+
+    results = [row(f"recall of {int(asked.sum())}, with memory", 100 * recalled(idx), "%"),
+               row("each window by itself", 100 * recalled(idx.reshape(-1, L)), "%")]
+    config = dict(SMALL, block_size=block_size)
+    arms = {"without": build(**config), "16 slots": build(**config, memory_slots=16)}
+    idx = torch.randint(65, (batch_size, block_size), device=device)
+    steps = {name: lambda m=m: m(idx, idx)[1]["ce"].backward() for name, m in arms.items()}
+    results += [row(f"{name}, forward + backward", 1e3 * s, "ms", "without", *ratios) for name, (s, *ratios) in in_turn(steps).items()]
+    writers = {name: continuing(m.eval(), idx[:1, : block_size // 2], 16) for name, m in arms.items()}
+    return results + [row(f"{name}, decoding", 16 / s, "tokens/s", "without", 1 / ratio, 1 / high, 1 / low)
+                      for name, (s, ratio, low, high) in in_turn(writers).items()]
+
+
+def speculative():
+    model, path = trained("out/shakespeare_diffmla", "train a model with n_ahead first: python train.py config/train_shakespeare_diffmla.py")
     prompt, results = torch.zeros(1, 1, dtype=torch.long, device=device), []
     print(f"speculative: {path}, 256 tokens after a prompt of one, batch 1, fp32, eager")
     for temperature in (1.0, 0.8, 0.0):
@@ -514,9 +609,9 @@ def kv_cache():
 
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn, "mhc": mhc,
-          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "rope": rope, "speculative": speculative,
-          "nanogpt": against_nanogpt}
-NEED_MORE = {"speculative", "nanogpt"} # than this repository holds
+          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "rope": rope, "depth": depth, "memory": memory,
+          "speculative": speculative, "nanogpt": against_nanogpt}
+NEED_MORE = {"memory", "speculative", "nanogpt"} # than this repository holds
 
 
 def keep(file, name, description, commit, results):

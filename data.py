@@ -305,12 +305,12 @@ def pystdlib(data_dir):
     return f"the standard library of Python {sys.version.split()[0]}", [text]
 
 def recall(data_dir):
-    """8,192 lines of 63 pairs such as a3c5a3: in each line its own digit for each of 8 letters; a test of memory (no network)"""
+    """1,024 lines of 511 pairs such as a3c5a3: in each line its own digit for each of 8 letters; a test of memory (no network)"""
     rng, lines = random.Random(0), []
-    for _ in range(8192):
+    for _ in range(1024):
         digit = {letter: int(10 * rng.random()) for letter in "abcdefgh"}
-        letters = ("abcdefgh"[int(8 * rng.random())] for _ in range(63))
-        lines.append("".join(f"{letter}{digit[letter]}" for letter in letters) + ".") # with its newline 128 characters: 4 windows of 32
+        letters = ("abcdefgh"[int(8 * rng.random())] for _ in range(511))
+        lines.append("".join(f"{letter}{digit[letter]}" for letter in letters) + ".") # with its newline 1024 characters
     return "made by data.py", lines
 
 DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib, "recall": recall}

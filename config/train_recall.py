@@ -1,5 +1,6 @@
-# A text whose answers lie further back than attention sees: after "a3", every "a" of the line is followed by "3". Windows of 32
-# characters, lines of 128: what is asked again in a later window, only memory can know. python bench.py memory counts it.
+# A text whose answers lie further back than attention sees: after "a3", every "a" of the line is followed by "3". Attention sees
+# windows of 32 characters, lines have 1024: what is asked again in a later window, only memory can know.
+# python bench.py memory --out_dir=out/recall counts how much of it the model knows.
 # python train.py config/train_recall.py
 
 out_dir = "out/recall"
@@ -14,8 +15,9 @@ memory_slots = 8
 document_token = 0
 
 batch_size = 16
-max_iters = 1500
-learning_rate = 3e-3
+max_iters = 1000
+optimizer = "muon"
+learning_rate = 5e-3
 schedule = "linear"
 warmup_iters = 100
 min_lr = 0.0

@@ -1,0 +1,282 @@
+"""Memory, future peek and depth routing, each against the slow way to say the same thing."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as M
+from model import GPT, GPTConfig
+from optim import build_optimizer
+
+SMALL = dict(vocab_size=29, block_size=16, n_layer=4, n_head=2, n_embd=16)
+
+
+def build(scale=0.3, **change):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**SMALL, **change})).double()
+    for name, p in model.named_parameters():
+        p.data.normal_(std=scale)
+    return model
+
+
+def tokens(batch, length, vocab=29):
+    return torch.randint(vocab, (batch, length))
+
+
+# --- memory ---
+
+
+def memory_by_loop(memory, x, idx):
+    """One row x (T, C): slot by slot, token by token."""
+    H, D, S = memory.H, memory.D, memory.S
+    q, k, v = (t.view(len(x), H, D) for t in memory.qkv(x).chunk(3, dim=-1))
+    keys, values = torch.zeros(H, memory.M, D, dtype=x.dtype), torch.zeros(H, memory.M, D, dtype=x.dtype)
+    out, unit = [], lambda a: F.rms_norm(a, (D,), eps=1e-6)
+    for t in range(len(x)):
+        here = range(t // S * S, t + 1)
+        y = []
+        for h in range(H):
+            scores = [memory.nothing[h, 0] @ q[t, h] / math.sqrt(D)]
+            if not any(idx[i] == memory.document for i in here): # else the memory is of another document
+                scores += [unit(keys[h, m]) @ q[t, h] / math.sqrt(D) for m in range(memory.M)]
+            w = torch.stack(scores).softmax(0)
+            y.append(sum((w[1 + m] * unit(values[h, m]) for m in range(len(w) - 1)), torch.zeros(D, dtype=x.dtype)))
+        out.append(torch.cat(y))
+        if (t + 1) % S:
+            continue
+        last = max((i for i in here if idx[i] == memory.document), default=None) # only what is of the last document is written
+        new_keys, new_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for h in range(H):
+            for m in range(memory.M):
+                taken = [i for i in here if last is None or i >= last]
+                w = torch.stack([memory.keep[h, m]] * (last is None) + [memory.slots[h, m] @ k[i, h] / math.sqrt(D) for i in taken]).softmax(0)
+                old = w[0] if last is None else 0.0
+                w = w[1:] if last is None else w
+                new_keys[h, m] = old * keys[h, m] + sum(a * k[i, h] for a, i in zip(w, taken))
+                new_values[h, m] = old * values[h, m] + sum(a * v[i, h] for a, i in zip(w, taken))
+        keys, values = new_keys, new_values
+    return memory.out(torch.stack(out))
+
+
+def test_memory_against_a_loop():
+    memory = build(memory_slots=3, memory_segment=4, document_token=5).memory
+    x, idx = torch.randn(2, 32, 16, dtype=torch.float64), tokens(2, 32)
+    idx[0], idx[1] = idx[0].masked_fill(idx[0] == 5, 6), idx[1].index_fill(0, torch.tensor([3, 9, 10, 16, 23]), 5)
+    folded = x.reshape(4, 16, 16) # two windows of each row
+    with torch.no_grad():
+        got = memory(folded, M.Pass(idx, None, None, 0, 2, {})).reshape(2, 32, 16)
+        for b in range(2):
+            torch.testing.assert_close(got[b], memory_by_loop(memory, x[b], idx[b]), atol=1e-11, rtol=1e-11)
+    assert (got[:, :4] == 0).all() # the first segment has nothing to read
+
+
+@pytest.mark.parametrize("change", [{}, dict(attention="diff_mla", residual="mhc", thought_tokens=2, depths=(2, 4))], ids=str)
+def test_windows_at_once_are_windows_one_by_one(change):
+    model = build(memory_slots=3, document_token=5, **change).eval()
+    idx = tokens(2, 41)
+    full, losses = model(idx, idx)
+    assert full.shape == (2, 41, 29) and losses["ce"].item() == pytest.approx(F.cross_entropy(full.flatten(0, 1), idx.flatten()).item())
+    cache, out = model.new_cache(2), []
+    with torch.no_grad():
+        for window in idx.split(16, dim=1):
+            out += [model(piece, cache=cache)[0] for piece in window.split([1, 5, 10] if window.size(1) == 16 else 9, dim=1)]
+            cache.slide(window.size(1) // 4 * 4)
+    torch.testing.assert_close(torch.cat(out, 1), full, atol=1e-9, rtol=1e-9)
+
+
+def test_memory_reaches_back_over_windows_and_not_over_documents():
+    model = build(memory_slots=3, document_token=28, future_peek=3)
+    idx = tokens(1, 64, vocab=28)
+    seen = []
+    model.embed.register_forward_hook(lambda m, i, o: seen.append(o) or o.retain_grad())
+    for document in (False, True):
+        if document:
+            idx[0, 35] = 28 # in the third window, the first token of its first segment but three
+        seen.clear()
+        model(idx, idx)[0][0, 50].square().sum().backward()
+        grad = seen[0].grad.flatten(0, 1)[:64].abs().sum(-1)
+        assert (grad[51:] == 0).all() and (grad[48:51] > 0).all() # its own window
+        assert (grad[35:48] > 0).all() and (grad[:32] > 0).all().item() is not document # what memory brings: from three windows back
+    for at in (3, 20, 37, 63): # one token later in the text changes nothing before it, windows or not
+        other = idx.clone()
+        other[0, at] = (other[0, at] + 1) % 28
+        a, b = model(idx, idx)[0], model(other, idx)[0]
+        assert torch.equal(a[:, :at], b[:, :at]) and not torch.equal(a[:, at:], b[:, at:])
+    grads = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert not {name for name in grads if "between.0" in name}
+
+
+@pytest.mark.parametrize("change", [{}, dict(document_token=5), dict(thought_tokens=2, depths=(1, 2, 4), residual="hyper")], ids=str)
+@pytest.mark.parametrize("prompt", (5, 50))
+def test_memory_is_carried_on_in_generation(change, prompt):
+    """Past block_size, from a prompt longer than it, with rows of their own pace: all ways write the same text, and memory has a say in it."""
+    model = build(memory_slots=3, **change)
+    idx = tokens(3, prompt)
+    cached = model.generate(idx, 60, temperature=0)
+    assert torch.equal(cached, model.generate(idx, 60, temperature=0, use_cache=False))
+    assert torch.equal(cached, model.generate(idx, 60, temperature=0, speculative=True))
+    model.memory.out.weight.data.zero_()
+    assert not torch.equal(cached, model.generate(idx, 60, temperature=0))
+
+
+def test_slots_differ_and_stay_so():
+    model = GPT(GPTConfig(**SMALL, memory_slots=4))
+    opt = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95))
+    for _ in range(20):
+        idx = tokens(4, 33)
+        opt.zero_grad()
+        model(idx[:, :-1], idx[:, 1:])[1]["ce"].backward()
+        opt.step()
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(tokens(1, 16), cache=cache)
+    slots = F.normalize(cache.memory[0, :, 4], dim=-1) # (H, M, 2 D) after four segments
+    assert (slots @ slots.mT).mean() < 0.9 # two may hold the same, all of them never do
+
+
+# --- future peek ---
+
+
+def test_peek_predicts_the_mean_of_what_comes():
+    model = build(future_peek=3)
+    idx, targets = tokens(2, 12), tokens(2, 12)
+    targets[0, 7:10] = -1
+    notes = {}
+    model.trunk(idx, notes=notes)
+    off = size = 0.0
+    for b in range(2):
+        for t in range(12):
+            coming = [F.rms_norm(model.embed.weight[i], (16,)) for i in targets[b, t : t + 3].tolist() if i >= 0]
+            if coming:
+                mean = torch.stack(coming).mean(0)
+                off, size = off + (notes["peek"][b, t] - mean).square().sum().item(), size + mean.square().sum().item()
+    loss = model(idx, targets)[1]["peek"]
+    assert loss.item() == pytest.approx(off / size, rel=1e-3) # rms_norm's own epsilon
+    loss.backward()
+    assert model.head.weight.grad is None or model.config.tie_embeddings
+    peek = model.between[0].body
+    assert peek.down.weight.grad.abs().sum() > 0 and peek.out.weight.grad is None # trained by its own loss, which does not see its use
+    model.zero_grad()
+    model(idx, targets)[1]["ce"].backward()
+    assert peek.out.weight.grad.abs().sum() > 0 and peek.down.weight.grad is None # and the use does not train the prediction
+
+
+def test_what_really_came_gets_no_gradient():
+    model = build(future_peek=3, tie_embeddings=False)
+    idx, targets = torch.full((1, 8), 3), torch.full((1, 8), 4)
+    model(idx, targets)[1]["peek"].backward()
+    grad = model.embed.weight.grad.abs().sum(-1)
+    assert grad[3] > 0 and grad[4] == 0
+
+
+# --- depths ---
+
+
+def densely(model, idx):
+    """All layers for all tokens; a mask hides those that did not go on. (B, T, C), and how many layers each token took."""
+    (B, T), depth = idx.shape, torch.zeros(idx.shape)
+    h, table = model.position(model.embed(idx), 0)
+
+    def through(h, stage, there): # there (B, T): who is in this stage
+        pass_ = M.Pass(idx, table, None, 0, 1, {})
+        pass_.mask = (there[:, None] & torch.ones(T, T).tril().bool() | torch.eye(T, dtype=torch.bool))[:, None]
+        for layer in model.stages[stage]:
+            depth.add_(there if isinstance(layer, M.Block) else 0)
+            h = layer(h, pass_)
+        if stage == len(model.routers):
+            return h
+        router = model.routers[stage]
+        score = router.gate(router.norm(router.reduce(h))).squeeze(-1)
+        on = there & (score > 0)
+        share = torch.where(on, score.sigmoid(), 0).view(B, T, *[1] * (h.dim() - 2))
+        return h + share * (through(h, stage + 1, on) - h)
+
+    return model.norm(model.streams.reduce(through(model.streams.expand(h, model.n_stream), 0, torch.ones(B, T, dtype=torch.bool)))), depth
+
+
+@pytest.mark.parametrize("change", [{}, dict(attention="diff_mla", residual="mhc"), dict(position="learned", memory_slots=2, attention="diff")], ids=str)
+@pytest.mark.parametrize("depths", ((2, 4), (1, 2, 4)), ids=str)
+def test_gathered_tokens_equal_a_mask(change, depths):
+    """Also what is not computed: a layer sees as many places as the row with the most tokens has, and no more."""
+    model, idx, notes, seen = build(depths=depths, **change).eval(), tokens(3, 16), {}, {}
+    for router in model.routers: # half of them go on: weights this large send all tokens the same way
+        router.gate.bias.data.zero_()
+        handle = router.gate.register_forward_hook(lambda m, args, out: m.bias.data.sub_(out.median()) and None)
+        model.trunk(idx)
+        handle.remove()
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda m, args, i=i: seen.__setitem__(i, args[0].size(1)))
+    with torch.no_grad():
+        h = model.trunk(idx, notes=notes)
+        widths = dict(seen)
+        want, depth = densely(model, idx)
+    torch.testing.assert_close(h, want, atol=1e-9, rtol=1e-9)
+    assert notes["depth"].item() == pytest.approx(depth.mean().item())
+    assert 1 < len(set(depth.flatten().tolist())) # some went on, some did not
+    ends = [next(d for d in depths if i < d) for i in range(4)]
+    assert all(widths[i] == max((row >= ends[i]).sum().item() for row in depth) for i in widths)
+
+
+def test_cache_holds_only_those_that_went_on():
+    model = build(depths=(1, 2, 4), thought_tokens=2).eval()
+    idx = tokens(3, 16)
+    cache, notes = model.new_cache(3), {}
+    with torch.no_grad():
+        for piece in idx[:, :12].split([5, 1, 6], dim=1):
+            model.trunk(piece, cache)
+        held = [n.clone() if torch.is_tensor(n) else n for n in cache.lengths]
+        model.trunk(idx[:, 12:], cache)
+        cache.truncate(12) # back again, and all stages with it
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(held, cache.lengths))
+        model.trunk(idx[:, :12], notes=notes)
+    layers = held[0] + held[1].double().mean().item() + 2 * held[2].double().mean().item()
+    assert notes["depth"].item() == pytest.approx(layers / 12)
+
+
+def test_budget_moves_the_mean_depth():
+    """From either side the loss pulls towards what was asked for; alone, it gets there."""
+    for target in (1.3, 3.4):
+        model = GPT(GPTConfig(**SMALL, depths=(1, 4), mean_depth=target))
+        opt, notes = build_optimizer(model, "adamw", 3e-3, 0.0, (0.9, 0.95)), {}
+        for step in range(150):
+            idx = tokens(8, 17)
+            opt.zero_grad()
+            sum(model(idx[:, :-1], idx[:, 1:])[1].values()).backward()
+            opt.step()
+        model.trunk(tokens(64, 16), notes=notes)
+        assert abs(notes["depth"].item() - target) < 0.4, target
+
+
+def test_a_row_that_stops_costs_nothing():
+    """One token of one row: blocks above its depth are not called."""
+    model = build(depths=(2, 4)).eval()
+    called = []
+    model.blocks[3].register_forward_hook(lambda *a: called.append(1))
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        for t in range(16):
+            before, calls = cache.lengths[1], len(called)
+            model(tokens(1, 1), cache=cache)
+            assert cache.lengths[1] - before == len(called) - calls
+    assert 0 < len(called) < 16
+
+
+# --- all of them: nothing can be learned from the future ---
+
+
+@pytest.mark.parametrize("knobs", [dict(thought_tokens=2, memory_slots=3), dict(memory_slots=3, future_peek=4), dict(depths=(1, 2, 4), future_peek=4),
+                                   dict(depths=(2, 4), memory_slots=3, n_ahead=2), dict(depths=(2, 4), thought_tokens=2, future_peek=2)], ids=str)
+def test_random_tokens_stay_random(knobs):
+    """Trained on uniform tokens, fresh ones each step: a loss clearly below ln(V) would be read from the future."""
+    model = GPT(GPTConfig(**{**SMALL, "vocab_size": 8}, **knobs))
+    opt, losses = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95)), []
+    for _ in range(120):
+        x = tokens(16, 33 if "memory_slots" in knobs else 17, vocab=8)
+        parts = model(x[:, :-1], x[:, 1:])[1]
+        opt.zero_grad()
+        sum(parts.values()).backward()
+        opt.step()
+        losses.append(parts["ce"].item())
+    last = torch.tensor(losses[-40:])
+    assert last.mean() > math.log(8) - 4 * last.std() / math.sqrt(40)
