@@ -20,9 +20,13 @@ Every speed and size that the README reports, as named suites.
   memory     what the run of --out_dir (train_recall.py) recalls from further back than attention sees, with its memory and without;
              what a memory costs in a step and in decoding
   speculative  tokens/s of drafting and judging against plain cached decoding, on the trained model of --out_dir
+  uncertainty  how well max-probability and the head of --uncertainty know where the likeliest token is wrong: calibration error, Brier,
+             AUROC and a reliability table over the validation split of the trained model of --out_dir, less every tenth batch, on which
+             temperatures are fitted
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
-Without a name, all but those that need a run or a clone: memory, speculative, nanogpt. Rules: same seed, widths and data for all arms; every arm warmed up; the arms take turns, one
+Without a name, all but those that need a run or a clone (depth, memory, speculative, uncertainty, nanogpt). Rules: same seed,
+widths and data for all arms; every arm warmed up; the arms take turns, one
 call each per round; the figure is the median over the rounds, the ratio the median of the ratios within a round (a busy
 machine slows both sides).
 The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
@@ -33,6 +37,7 @@ import json
 import multiprocessing
 import os
 import platform
+import runpy
 import statistics
 import sys
 import time
@@ -46,14 +51,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import kernels
 from configurator import UserError, configure, git_commit, user_errors
-from model import GPT, GPTConfig, Linear, Speculation, choose_device
+from model import GPT, GPTConfig, Linear, Speculation, choose_device, load_checkpoint
 from optim import build_optimizer
 
 rounds = 11 # turns of each arm
-batch_size = 8 # sequences per step (train); half as many (residual); 64 times as many rows (cross_entropy)
+batch_size = 8 # sequences per step (train, uncertainty); half as many (residual); 64 times as many rows (cross_entropy)
 block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
-out_dir = "" # folder of a run of train.py; empty: out/recall for memory, else out/shakespeare_diffmla
+out_dir = "" # depth, memory, speculative, uncertainty: folder of a run of train.py; empty: where the suite's own config puts it
 data_dir = "data" # memory: where the run's dataset lies
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
@@ -111,9 +116,9 @@ def in_turn(arms, warm=2):
     return {name: (statistics.median(times[name]), statistics.median(r), min(r), max(r)) for name, r in ratios.items()}
 
 
-def row(name, value, unit, baseline=None, ratio=None, low=None, high=None):
+def row(name, value, unit, baseline=None, ratio=None, low=None, high=None, digits=2):
     spread = f"   ({low:.2f} to {high:.2f})" if low is not None else ""
-    print(f"  {name:<34}{value:>12,.2f} {unit:<14}" + (f"{ratio:>8.2f} x {baseline}{spread}" if baseline else ""))
+    print(f"  {name:<34}{value:>12,.{digits}f} {unit:<14}" + (f"{ratio:>8.2f} x {baseline}{spread}" if baseline else ""))
     return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
 
 
@@ -479,13 +484,14 @@ def rope():
     return results
 
 
-def trained(folder, advice):
-    """The best model of out_dir, or of the usual folder, and where it lies."""
-    path = os.path.join(out_dir or folder, "best.pt")
+def trained(command):
+    """(path, model) of the run in out_dir, or of the one that `command` leaves behind. UserError with the command if there is none."""
+    config = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), command.split()[0]))
+    path = os.path.join(out_dir or config["out_dir"], "best.pt")
     if not os.path.exists(path):
-        raise UserError(f"there is no {path}\n{advice}, or name the run's folder: --out_dir=...")
+        raise UserError(f"there is no {path}\ntrain one first: python train.py {command}, or name the folder of a run: --out_dir=...")
     with user_errors():
-        return GPT.from_checkpoint(path, device), path
+        return path, GPT.from_checkpoint(path, device)
 
 
 def depth():
@@ -537,7 +543,7 @@ def depth():
 
 
 def memory():
-    model, path = trained("out/recall", "train it first: python train.py config/train_recall.py")
+    path, model = trained("config/train_recall.py")
     if model.memory is None:
         raise UserError(f"{path} has no memory\ntrain one that has: python train.py config/train_recall.py")
     corpus, L = data.load("recall", data_dir), model.block_size
@@ -572,7 +578,7 @@ def memory():
 
 
 def speculative():
-    model, path = trained("out/shakespeare_diffmla", "train a model with n_ahead first: python train.py config/train_shakespeare_diffmla.py")
+    path, model = trained("config/train_shakespeare_diffmla.py")
     prompt, results = torch.zeros(1, 1, dtype=torch.long, device=device), []
     print(f"speculative: {path}, 256 tokens after a prompt of one, batch 1, fp32, eager")
     for temperature in (1.0, 0.8, 0.0):
@@ -597,6 +603,76 @@ def speculative():
     return results
 
 
+def fit_temperature(logits, targets):
+    """
+    The T in [0.001, 1000] at which softmax(logits / T) has the lowest mean cross-entropy: logits (n, V), targets (n,). Guo et al.
+    2017, arXiv:1706.04599. That loss is convex in 1/T, with slope E[z] - z_target, so halving the range of log T finds it.
+    """
+    z, low, high = logits.double(), 1e-3, 1e3
+    of_target = z.gather(1, targets[:, None]).mean()
+    for _ in range(50):
+        T = (low * high) ** 0.5
+        too_sure = ((z / T).softmax(-1) * z).sum(-1).mean() > of_target
+        low, high = (T, high) if too_sure else (low, T)
+    return T
+
+
+def reliability(p, right, equal_mass=False, bins=15):
+    """[(n, mean p, share right)] of the bins that hold any: of equal width, or of equally many. p, right (n,); right is bool."""
+    order, counts = p.argsort(stable=True), torch.bincount((p * bins).long().clamp(max=bins - 1), minlength=bins)
+    parts = order.tensor_split(bins) if equal_mass else order.split(counts.tolist())
+    return [(len(part), p[part].mean().item(), right[part].double().mean().item()) for part in parts if len(part)]
+
+
+def calibration_error(p, right, equal_mass=False, bins=15):
+    """ECE: the mean over all n of |share right - mean p| of the bin that each is in. Naeini et al. 2015; Guo et al. 2017."""
+    return sum(n * abs(share - mean) for n, mean, share in reliability(p, right, equal_mass, bins)) / len(p)
+
+
+def auroc(p, right):
+    """The probability that one that is right has a larger p than one that is not, ties counted half. nan if all are alike."""
+    _, which, counts = p.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[which] # of equal p, their mean
+    n = right.sum().double()
+    return ((ranks[right].sum() - n * (n + 1) / 2) / (n * (len(p) - n))).item()
+
+
+@torch.no_grad()
+def judged(model, split):
+    """Yields (logits (n, V), z (n, 2), targets (n,)), all on the CPU: z are the logits of the head's "right" and "wrong"."""
+    for x, y in split.windows(model.block_size, batch_size):
+        h = model.trunk(x.to(device))
+        logits = model.logits(h)
+        wrong = model.uncertainty(h, logits).flatten().double().logit(eps=1e-7).cpu()
+        yield logits.flatten(0, 1).cpu(), torch.stack([torch.zeros_like(wrong), wrong], dim=1), y.flatten()
+
+
+def uncertainty():
+    path, model = trained("config/train_shakespeare_diffmla.py --uncertainty")
+    with user_errors():
+        settings = load_checkpoint(path)["config"]["train"]
+        batches = list(judged(model, data.load(settings["dataset"], settings["data_dir"]).val))
+    # every tenth batch: a tenth of the text at its front is easier than the rest, and has another temperature
+    held, rest = batches[::10], [batch for i, batch in enumerate(batches) if i % 10]
+    if not rest:
+        raise UserError(f"{settings['dataset']} has too little validation text to fit a temperature on a part of it\nlower --batch_size")
+    (logits, z, targets), (others, z_others, wanted) = (map(torch.cat, zip(*part)) for part in (held, rest))
+    T, T_head = fit_temperature(logits, targets), fit_temperature(z, (logits.argmax(-1) != targets).long())
+    right, others = others.argmax(-1) == wanted, others.double()
+    print(f"uncertainty: {path}, {len(right):,} targets of the validation split; temperatures from the other {len(targets):,}")
+    show = partial(row, digits=4)
+    results = [show("accuracy", right.double().mean().item(), "right")]
+    results += [show("temperature", T, ""), show("temperature of the head", T_head, "")]
+    arms = {"max probability": others.softmax(-1).amax(-1), "max probability at its temperature": (others / T).softmax(-1).amax(-1),
+            "head": z_others.softmax(-1)[:, 0], "head at its temperature": (z_others / T_head).softmax(-1)[:, 0]}
+    for name, p in arms.items():
+        results += [show(f"{name}, ECE", calibration_error(p, right), "15 bins of equal width"),
+                    show(f"{name}, ECE, equal mass", calibration_error(p, right, equal_mass=True), "15 bins of equal mass"),
+                    show(f"{name}, Brier", (p - right.double()).square().mean().item(), ""), show(f"{name}, AUROC", auroc(p, right), "")]
+        results += [show(f"{name}, {n:,} said {mean:.3f}", share, "right") for n, mean, share in reliability(p, right)]
+    return results
+
+
 def kv_cache():
     print("kv_cache: 6 layers, 6 heads of 64, latent 96 with a rotary key of 32, fp32")
     results = []
@@ -610,8 +686,8 @@ def kv_cache():
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn, "mhc": mhc,
           "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "rope": rope, "depth": depth, "memory": memory,
-          "speculative": speculative, "nanogpt": against_nanogpt}
-NEED_MORE = {"memory", "speculative", "nanogpt"} # than this repository holds
+          "speculative": speculative, "uncertainty": uncertainty, "nanogpt": against_nanogpt}
+NEED_MORE = {"depth", "memory", "speculative", "uncertainty", "nanogpt"} # than this repository holds
 
 
 def keep(file, name, description, commit, results):

@@ -91,6 +91,7 @@ class GPTConfig:
     depths: tuple = () # layers after which a token may be done, the last one n_layer: (2, 4, 8); () = all layers for all
     mean_depth: float = 0.0 # layers that a token is to take on average, with depths: 0 = halfway from the first to the last
     n_ahead: int = 0 # tokens beyond the next that a small cell learns to draft, for speculative decoding: 0 = off, 4 is usual
+    uncertainty: bool = False # a small head learns how probable it is that the likeliest next token is wrong
 
     def __post_init__(self):
         self.depths = tuple(self.depths) # JSON makes lists of tuples
@@ -1171,8 +1172,45 @@ class Ahead(nn.Module):
         return self.n * (cell + self.head_flops) // 4 - cell
 
 
+class Uncertainty(nn.Module):
+    """
+    The score: sigmoid(z), the probability that the token with the largest logit is not the one that follows, of text like that
+    trained on: where it says 0.3, about 3 of 10 such guesses should be wrong. It judges the model's first guess, at temperature 1,
+    whatever token is then drawn. z = log((1 - p) / p) + k, p the softmax's largest probability: at first it says 1 - p, the usual
+    measure, and learns the correction k = W_down gelu(W_up h) from the trunk's output h. Both come in detached.
+    """
+
+    PRIOR = 0.1 # times k^2 is what a correction costs: it is learned on text that the trunk knows too well, and misleads on other text
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_flops = 2 * c.n_embd * c.vocab_size
+        self.up = linear(c, c.n_embd, max(1, c.n_embd // 2), bias=True, role="gate") # which sparse training and Muon leave alone
+        self.down = Linear(self.up.out_features, 1, True, std=0.0, role="gate")
+
+    def forward(self, h, logits): # (..., C), (..., V) -> z (...), k (...)
+        log_p = logits.detach().log_softmax(-1).amax(-1).clamp(max=-1e-6) # a p of 1 would be infinitely sure, and stay so
+        k = widen(self.down(activate(self.up(h.detach()), "gelu"))).squeeze(-1)
+        return (-log_p.expm1()).log() - log_p + k, k
+
+    def loss(self, model, h, idx, targets, notes):
+        """Mean over a quarter of the rows of the cross-entropy of "the largest logit is not the target's", in nats, and PRIOR k^2."""
+        few = len(h) // 4 or len(h)
+        h, targets = h[:few].detach(), targets[:few]
+        with torch.no_grad():
+            logits = model.logits(h)
+        z, k = self(h, logits)
+        known, wrong = (targets >= 0).type_as(z), (logits.argmax(-1) != targets).type_as(z)
+        terms = F.binary_cross_entropy_with_logits(z, wrong, reduction="none") + self.PRIOR * k.square()
+        return (terms * known).sum() / known.sum().clamp(min=1)
+
+    def flops(self, T): # on a quarter of the tokens, the model's head without its backward; less what Linears count themselves
+        own = self.up.flops(T) + self.down.flops(T)
+        return (own + self.head_flops // 3) // 4 - own
+
+
 BETWEEN = {"memory_slots": Memory, "future_peek": Peek} # knob: what lies between two blocks
-EXTRAS = {"ahead": ("n_ahead", Ahead)} # name of the loss: (knob, class), after the trunk
+EXTRAS = {"ahead": ("n_ahead", Ahead), "uncertainty": ("uncertainty", Uncertainty)} # name of the loss: (knob, class), after the trunk
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1259,6 +1297,13 @@ class GPT(nn.Module):
     def logits(self, h):
         return self.cap(widen(self.head(h))) # (..., V)
 
+    @torch.no_grad()
+    def uncertainty(self, h, logits=None):
+        """The score (...) in [0, 1], see Uncertainty, of h (..., C) of the trunk; logits (..., V) if at hand. ValueError without a head."""
+        if "uncertainty" not in self.extras:
+            raise ValueError("this model has no uncertainty head; train one with --uncertainty")
+        return self.extras["uncertainty"](h, self.logits(h) if logits is None else logits)[0].sigmoid()
+
     # ------------------------------------------------------------------------------------------------------------------
     # decoding
 
@@ -1289,9 +1334,10 @@ class GPT(nn.Module):
             cache.slide(half)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, use_cache=True):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, use_cache=True, watch=None):
         """
         Yields max_new_tokens tensors (B, 1), each token drawn given all before it; idx (B, T) is the prompt, T >= 1.
+        watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each is drawn from.
         Of n tokens the model sees those from window_start(n) on, and a memory of the rest. With and without a cache that is
         the same rule, so both write the same text.
         """
@@ -1304,11 +1350,12 @@ class GPT(nn.Module):
                 slid, start = start, window_start(idx.size(1), L)
                 if not use_cache and self.memory is not None: # everything anew
                     cache, slid = self.new_cache(idx.size(0)), 0
-                if cache is None:
-                    logits, _ = self(idx[:, start:])
-                else:
+                if cache is not None:
                     self.slide(cache, idx, slid, start) # if positions moved, the window is read again
-                    logits, _ = self(idx[:, start + cache.length :], cache=cache)
+                h = self.trunk(idx[:, start + (cache.length if cache is not None else 0) :], cache)[:, -1:]
+                logits = self.logits(h) # of the last token alone, also where a prompt is read
+                if watch:
+                    watch(h, logits)
                 p = distribution(logits[:, -1], temperature, top_k, top_p, min_p)
                 new = torch.multinomial(p, 1, generator=generator) # (B, 1)
                 idx = torch.cat([idx, new], dim=1)
@@ -1317,24 +1364,36 @@ class GPT(nn.Module):
             self.train(was_training)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, speculative=False, generator=None,
-                 stop=(), use_cache=True):
+                 stop=(), use_cache=True, watch=None):
         """
         idx (B, T) -> (B, T + new). temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. speculative: draft and
         verify (Speculation), the same distribution in fewer forwards. A row that has written a token of `stop` repeats it;
         generation ends when every row has. ValueError for values out of range.
         """
-        if speculative and not use_cache:
-            raise ValueError("speculative decoding is made of its cache; drop use_cache=False")
+        if speculative and (watch or not use_cache):
+            raise ValueError("speculative decoding is made of its cache and its own forwards; drop use_cache=False and watch")
         if speculative:
             return Speculation(self, idx, temperature, top_k, top_p, min_p, generator).generate(max_new_tokens, stop)
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         stops, out = torch.tensor(list(stop), dtype=idx.dtype, device=idx.device), [idx]
-        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, generator, use_cache):
+        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, generator, use_cache, watch):
             out.append(torch.where(ended, out[-1][:, -1:], new))
             ended = ended | torch.isin(new, stops)
             if ended.all():
                 break
         return torch.cat(out, dim=1)
+
+    def generate_with_uncertainty(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, stop=()):
+        """
+        As generate, which writes the same ids from the same generator -> (ids (B, T + new), scores (B, new)): for each new token the
+        score (Uncertainty) of the forward that it was drawn from; 0 where a row only repeats its `stop`. ValueError without the head.
+        """
+        stop, scores = list(stop), [self.embed.weight.new_zeros(idx.size(0), 0)]
+        ids = self.generate(idx, max_new_tokens, temperature, top_k, top_p, min_p, generator=generator, stop=stop,
+                            watch=lambda *last: scores.append(self.uncertainty(*last)))
+        new = ids[:, idx.size(1) :]
+        ended = torch.isin(new, torch.tensor(stop, dtype=ids.dtype, device=ids.device)).cumsum(1) > 1
+        return ids, torch.cat(scores, dim=1).masked_fill(ended, 0)
 
     # ------------------------------------------------------------------------------------------------------------------
     # what it costs, where it comes from

@@ -4,11 +4,13 @@ Prompt in, text out, from a checkpoint that train.py left behind (the tokenizer 
   python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:"
   python sample.py --out_dir=out/shakespeare_diffmla --num_samples=4 --temperature=0.8 --top_p=0.95
   python sample.py --speculative                                          the newest run; the same distribution from fewer forwards
+  python sample.py --uncertainty                                          how unsure the model was of each token; train with --uncertainty
   python sample.py --out_dir=out/shakespeare_diffmla --interactive        a prompt a line; `temperature=0.5` changes it; quit
 """
 import glob
 import itertools
 import os
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -30,10 +32,15 @@ min_p = 0.0 # keep tokens of at least this share of the likeliest one's probabil
 seed = 1337 # of the draws: the same seed writes the same text
 speculative = False # guess several tokens, judge them in one forward, keep what the model would have written: faster, not different
 draft = "auto" # where guesses come from: ahead (the model's n_ahead cell) | ngram (the text so far) | auto: ahead where there is one
+# with each token the probability that the likeliest one was wrong there, by a head trained with --uncertainty. On a terminal it is the
+# background: none below 0.2, then from 0.2, 0.4, 0.6 and 0.8 on a step from pale yellow to red. Elsewhere, and where NO_COLOR is set,
+# each token has a line: 0.12  'a'
+uncertainty = False
 interactive = False # ask for prompts until `quit`
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 
 ADJUSTABLE = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "max_new_tokens": int} # at the prompt
+SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...
 
 
 def newest_run():
@@ -91,30 +98,55 @@ def safe(text):
     return "".join(c for c in text if c in "\n\t" or ord(c) >= 32 and not 127 <= ord(c) < 160)
 
 
-def continue_one(ids, writer):
-    """Streams one continuation as it is drawn. Half a character (a token may end inside one) waits for its rest."""
-    written, shown = [], ""
-    plain = (new.item() for new in model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p, generator))
-    for new in itertools.islice(writer, max_new_tokens) if writer else plain:
+def with_score(text, score):
+    """The text as it is printed: with its score where that is asked for."""
+    if not uncertainty:
+        return text
+    if lines:
+        return f"{score:.2f}  {text!r}\n"
+    shade = SHADES[min(4, int(score * 5))]
+    return re.sub("[^\n]+", rf"\033[30;48;5;{shade}m\g<0>\033[0m", text) if shade else text # a coloured line end would fill its line
+
+
+def show(pairs):
+    """
+    Prints a continuation as its (token, score) come; returns how many. Half a character (a token may end inside one) waits for its rest,
+    and has the highest of their scores.
+    """
+    written, shown, highest = [], 0, 0.0
+    for new, score in pairs:
         if new == tokenizer.eot:
             break
         written.append(new)
-        text = safe(tokenizer.readable(written))
+        text, highest = safe(tokenizer.readable(written)), max(highest, score)
         if not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print(safe(tokenizer.readable(written))[len(shown):])
+            print(with_score(text[shown:], highest), end="", flush=True)
+            shown, highest = len(text), 0.0
+    rest = safe(tokenizer.readable(written))[shown:]
+    print(with_score(rest, highest) if rest else "", end="" if lines else "\n")
     return len(written)
+
+
+def continue_one(ids, writer):
+    """Streams one continuation as it is drawn."""
+    scores = [0.0]
+    watch = (lambda *last: scores.append(model.uncertainty(*last).item())) if uncertainty else None
+    plain = (new.item() for new in model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p, generator, watch=watch))
+    return show((new, scores[-1]) for new in (itertools.islice(writer, max_new_tokens) if writer else plain))
 
 
 def continue_many(ids, writer):
     """num_samples continuations in one batch, printed one below the other."""
     stop = () if tokenizer.eot is None else (tokenizer.eot,)
-    out = writer.generate(max_new_tokens, stop) if writer else model.generate(
+    write = model.generate_with_uncertainty if uncertainty else model.generate
+    out = writer.generate(max_new_tokens, stop) if writer else write(
         ids, max_new_tokens, temperature, top_k, top_p, min_p, generator=generator, stop=stop)
-    for i, row in enumerate(out[:, ids.size(1) :].tolist()):
-        end = row.index(tokenizer.eot) if tokenizer.eot in row else len(row)
-        print((safe(tokenizer.readable(ids[0].tolist())) if i else "") + safe(tokenizer.readable(row[:end])) + "\n---------------")
+    out, scores = out if uncertainty else (out, torch.zeros(out.shape))
+    for i, (row, of_row) in enumerate(zip(out[:, ids.size(1) :].tolist(), scores.tolist())):
+        if i:
+            print(safe(tokenizer.readable(ids[0].tolist())), end=lines)
+        show(zip(row, of_row))
+        print("---------------")
     return num_samples * (out.size(1) - ids.size(1))
 
 
@@ -123,7 +155,7 @@ def answer(text):
     with user_errors(), autocast:
         check_sampling(ids, temperature, top_k, top_p, min_p, max_new_tokens)
         writer = Speculation(model, ids, temperature, top_k, top_p, min_p, generator, draft) if speculative else None
-    print(safe(text), end="", flush=True)
+    print(safe(text), end=lines, flush=True)
     with autocast:
         began = time.perf_counter()
         count = (continue_one if num_samples == 1 else continue_many)(ids, writer)
@@ -177,11 +209,17 @@ def converse():
 configure(globals())
 if num_samples < 1 or max_new_tokens < 1:
     raise UserError("num_samples and max_new_tokens must be at least 1")
+if uncertainty and (speculative or interactive):
+    other = "speculative" if speculative else "interactive"
+    raise UserError(f"uncertainty is of plain decoding of one prompt; drop --uncertainty or --{other}")
+lines = "\n" if uncertainty and (not sys.stdout.isatty() or os.environ.get("NO_COLOR")) else "" # a token a line, not colours
 with user_errors():
     device, _ = choose_device(device)
     if start.startswith("FILE:"):
         start = open(start[5:], encoding="utf-8").read()
     model, tokenizer, dtype, about = load(out_dir, device)
+    if uncertainty:
+        model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
     generator = torch.Generator(device).manual_seed(seed)
 half = device.startswith("cuda") and dtype != "float32"
 autocast = torch.autocast("cuda", getattr(torch, dtype)) if half else nullcontext()

@@ -48,6 +48,7 @@ CHOICES = {
     "depths": ((), (1, 2)),
     "mean_depth": (0.0, 1.2),
     "n_ahead": (0, 3),
+    "uncertainty": (False, True),
 }
 SMALL = dict(vocab_size=29, block_size=16, n_layer=2, n_head=4, n_embd=32)
 
@@ -289,10 +290,10 @@ def test_loss_is_next_token_cross_entropy_in_nats():
     targets[0, 3:5] = -1
     logits, losses = model(idx, targets)
     by_hand = [-logits[b, t].double().log_softmax(-1)[targets[b, t]].item() for b in range(2) for t in range(9) if targets[b, t] >= 0]
-    model_ahead = build({"n_ahead": 2}, 0.3)
+    model_ahead = build({"n_ahead": 2, "uncertainty": True}, 0.3)
     targets[:, 1:] = -1 # nothing for the cell to learn from: 0, and no NaN in anybody's gradient
     sum((beside := model_ahead(idx, targets)[1]).values()).backward()
-    assert beside["ahead"] == 0 and all(p.grad.isfinite().all() for p in model_ahead.parameters() if p.grad is not None)
+    assert beside["ahead"] == beside["uncertainty"] == 0 and all(p.grad.isfinite().all() for p in model_ahead.parameters() if p.grad is not None)
     assert list(model_ahead.eval()(idx, targets)[1]) == ["ce"] # the rest is for training
     assert list(losses) == ["ce"] and losses["ce"].item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
 
@@ -417,7 +418,7 @@ OTHER = dict(block_size=8, vocab_size=31, n_layer=3, n_embd=64, norm="layernorm"
              n_head=2, n_kv_head=1, head_dim=4, qk_norm=True, kv_rank=4, q_rank=4, rope_dim=2, diff_form="v1", activation="silu",
              glu=True, mlp_hidden=8, init_std=0.1, zero_init=True, dropout=0.5, bias=True, tie_embeddings=False,
              logit_softcap=1.0, gradient_checkpointing=True, residual="mhc", n_stream=2, h_res="permutations", sinkhorn_iters=3, n_ahead=2, thought_tokens=2,
-             memory_slots=3, memory_segment=2, document_token=2, future_peek=2, depths=(1, 2), mean_depth=1.2)
+             memory_slots=3, memory_segment=2, document_token=2, future_peek=2, depths=(1, 2), mean_depth=1.2, uncertainty=True)
 
 
 @pytest.mark.parametrize("knob", [f.name for f in fields(GPTConfig)])
@@ -549,6 +550,10 @@ def test_flops_are_the_matrix_multiplications(monkeypatch):
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(idx, idx)
     assert model.flops_per_token(64) == pytest.approx(3 * counter.get_total_flops() / 256, rel=0.01)
+    model = build({"uncertainty": True}, block_size=64, vocab_size=400) # whose backward leaves the model's head out
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        sum(model(idx, idx)[1].values()).backward()
+    assert model.flops_per_token(64) == pytest.approx(counter.get_total_flops() / 256, rel=0.002)
 
 
 def test_thoughts_are_seen_and_never_counted():

@@ -215,15 +215,16 @@ def test_every_optimizer_and_every_rule_resumes_to_the_bit(flags, stop, corpus, 
     assert lines[0] == lines[1] and len(lines[0]) == 4
 
 
-def test_the_drafting_cell_leaves_the_model_as_it_is(corpus, tmp_path):
-    """With and without n_ahead the trunk ends in the same bits, clipping included; the cell learns."""
-    train(corpus, tmp_path / "with", "--max_iters=30", "--n_ahead=2", "--grad_clip=0.5", "--dropout=0.0")
+@pytest.mark.parametrize("knob, name, falls", [("--n_ahead=2", "ahead", 0.3), ("--uncertainty", "uncertainty", 0.1)])
+def test_what_learns_beside_the_model_leaves_it_as_it_is(knob, name, falls, corpus, tmp_path):
+    """With and without the knob the trunk ends in the same bits, clipping included; its cell or head learns."""
+    train(corpus, tmp_path / "with", "--max_iters=30", knob, "--grad_clip=0.5", "--dropout=0.0")
     train(corpus, tmp_path / "without", "--max_iters=30", "--grad_clip=0.5", "--dropout=0.0")
     with_, without = state(tmp_path / "with")["model"], state(tmp_path / "without")["model"]
     assert same({k: v for k, v in with_.items() if not k.startswith("extras")}, without)
-    lines = [[line for line in metrics(tmp_path / name) if "train_loss" in line] for name in ("with", "without")]
+    lines = [[line for line in metrics(tmp_path / out) if "train_loss" in line] for out in ("with", "without")]
     assert [line["grad_norm"] for line in lines[0]] == [line["grad_norm"] for line in lines[1]]
-    assert lines[0][-1]["ahead"] < lines[0][0]["ahead"] - 0.3 and "ahead" not in lines[1][0]
+    assert lines[0][-1][name] < lines[0][0][name] - falls and name not in lines[1][0]
 
 
 def test_resume_refuses_a_field_that_the_checkpoint_did_not_know(corpus, tmp_path):
