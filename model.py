@@ -1196,7 +1196,7 @@ class Uncertainty(nn.Module):
     def loss(self, model, h, idx, targets, notes):
         """Mean over a quarter of the rows of the cross-entropy of "the largest logit is not the target's", in nats, and PRIOR k^2."""
         few = len(h) // 4 or len(h)
-        h, targets = h[:few].detach(), targets[:few]
+        h, targets = h[:few], targets[:few]
         with torch.no_grad():
             logits = model.logits(h)
         z, k = self(h, logits)

@@ -290,10 +290,10 @@ def test_loss_is_next_token_cross_entropy_in_nats():
     targets[0, 3:5] = -1
     logits, losses = model(idx, targets)
     by_hand = [-logits[b, t].double().log_softmax(-1)[targets[b, t]].item() for b in range(2) for t in range(9) if targets[b, t] >= 0]
-    model_ahead = build({"n_ahead": 2, "uncertainty": True}, 0.3)
+    model_ahead = build({"n_ahead": 2}, 0.3)
     targets[:, 1:] = -1 # nothing for the cell to learn from: 0, and no NaN in anybody's gradient
     sum((beside := model_ahead(idx, targets)[1]).values()).backward()
-    assert beside["ahead"] == beside["uncertainty"] == 0 and all(p.grad.isfinite().all() for p in model_ahead.parameters() if p.grad is not None)
+    assert beside["ahead"] == 0 and all(p.grad.isfinite().all() for p in model_ahead.parameters() if p.grad is not None)
     assert list(model_ahead.eval()(idx, targets)[1]) == ["ce"] # the rest is for training
     assert list(losses) == ["ce"] and losses["ce"].item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
 

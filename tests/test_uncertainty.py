@@ -227,9 +227,9 @@ def test_no_tokens_and_no_head():
 def run(tmp_path_factory):
     d = tmp_path_factory.mktemp("unsure")
     (d / "play.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
-    flags = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --max_iters=30 --learning_rate=1e-2 --tokenizer=byte".split()
+    flags = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --max_iters=30 --learning_rate=1e-2 --warmup_iters=5".split()
     subprocess.run([sys.executable, ROOT / "train.py", f"--dataset={d / 'play.txt'}", f"--out_dir={d / 'o'}", f"--data_dir={d / 'data'}",
-                    *flags, "--uncertainty"], check=True)
+                    *flags, "--tokenizer=byte", "--uncertainty"], check=True)
     return d
 
 
