@@ -20,9 +20,9 @@ Every speed and size that the README reports, as named suites.
   memory     what the run of --out_dir (train_recall.py) recalls from further back than attention sees, with its memory and without;
              what a memory costs in a step and in decoding
   speculative  tokens/s of drafting and judging against plain cached decoding, on the trained model of --out_dir
-  uncertainty  how well max-probability and the head of --uncertainty know where the likeliest token is wrong: calibration error, Brier,
-             AUROC and a reliability table over the validation split of the trained model of --out_dir, less every tenth batch, on which
-             temperatures are fitted
+  uncertainty  how well the largest probability (max p) and the head of --uncertainty know where the likeliest token is right, as they are
+             and with the model's logits divided by a temperature T: calibration error, Brier, AUROC and a reliability table over the
+             validation split of the trained model of --out_dir, less every tenth batch, on which T is fitted
   nanogpt    our step and our decoding against nanoGPT's own code: --nanogpt=path/to/nanoGPT, a clone of karpathy/nanoGPT
 
 Without a name, all but those that need a run or a clone (depth, memory, speculative, uncertainty, nanogpt). Rules: same seed,
@@ -638,34 +638,30 @@ def auroc(p, right):
 
 
 @torch.no_grad()
-def judged(model, split):
-    """Yields (logits (n, V), z (n, 2), targets (n,)), all on the CPU: z are the logits of the head's "right" and "wrong"."""
+def read(model, split):
+    """Yields (h (n, C), logits (n, V), targets (n,)) of the whole split in batches, on the CPU."""
     for x, y in split.windows(model.block_size, batch_size):
         h = model.trunk(x.to(device))
-        logits = model.logits(h)
-        wrong = model.uncertainty(h, logits).flatten().double().logit(eps=1e-7).cpu()
-        yield logits.flatten(0, 1).cpu(), torch.stack([torch.zeros_like(wrong), wrong], dim=1), y.flatten()
+        yield h.flatten(0, 1).cpu(), model.logits(h).flatten(0, 1).cpu(), y.flatten()
 
 
 def uncertainty():
     path, model = trained("config/train_shakespeare_diffmla.py --uncertainty")
     with user_errors():
+        model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
         settings = load_checkpoint(path)["config"]["train"]
-        batches = list(judged(model, data.load(settings["dataset"], settings["data_dir"]).val))
+        batches = list(read(model, data.load(settings["dataset"], settings["data_dir"]).val))
     # every tenth batch: a tenth of the text at its front is easier than the rest, and has another temperature
     held, rest = batches[::10], [batch for i, batch in enumerate(batches) if i % 10]
     if not rest:
         raise UserError(f"{settings['dataset']} has too little validation text to fit a temperature on a part of it\nlower --batch_size")
-    (logits, z, targets), (others, z_others, wanted) = (map(torch.cat, zip(*part)) for part in (held, rest))
-    T, T_head = fit_temperature(logits, targets), fit_temperature(z, (logits.argmax(-1) != targets).long())
-    right, others = others.argmax(-1) == wanted, others.double()
-    print(f"uncertainty: {path}, {len(right):,} targets of the validation split; temperatures from the other {len(targets):,}")
+    (_, logits, targets), (h, others, wanted) = (map(torch.cat, zip(*part)) for part in (held, rest))
+    T, right, others, score = fit_temperature(logits, targets), others.argmax(-1) == wanted, others.double(), model.cpu().uncertainty
+    print(f"uncertainty: {path}, {len(right):,} targets of the validation split; the temperature T from the other {len(targets):,}")
     show = partial(row, digits=4)
-    results = [show("accuracy", right.double().mean().item(), "right")]
-    results += [show("temperature", T, ""), show("temperature of the head", T_head, "")]
-    arms = {"max probability": others.softmax(-1).amax(-1), "max probability at its temperature": (others / T).softmax(-1).amax(-1),
-            "head": z_others.softmax(-1)[:, 0], "head at its temperature": (z_others / T_head).softmax(-1)[:, 0]}
-    for name, p in arms.items():
+    results = [show("accuracy", right.double().mean().item(), "right"), show("T", T, "")]
+    for name, p in {"max p": others.softmax(-1).amax(-1), "max p at T": (others / T).softmax(-1).amax(-1),
+                    "head": 1 - score(h, others), "head at T": 1 - score(h, others / T)}.items(): # of being right
         results += [show(f"{name}, ECE", calibration_error(p, right), "15 bins of equal width"),
                     show(f"{name}, ECE, equal mass", calibration_error(p, right, equal_mass=True), "15 bins of equal mass"),
                     show(f"{name}, Brier", (p - right.double()).square().mean().item(), ""), show(f"{name}, AUROC", auroc(p, right), "")]

@@ -341,21 +341,24 @@ def test_bench_reports_all_of_the_split_but_the_slice(run):
     model = GPT.from_checkpoint(run / "o/best.pt")
     ids = torch.tensor(list(("to be or not to be, that is the question\n" * 60).encode()))[-246:] # the last tenth
     windows = [ids[i : i + 17] for i in range(0, 245, 16)] # the last one is shorter
-    p, score, right = [], [], []
+    p, score, right, at_T, score_at_T, T = [], [], [], [], [], by_name["T"]
     with torch.no_grad():
         for window in (w for i, w in enumerate(windows) if i // 2 % 10): # batches of two, the last window alone in its own
             logits, _ = model(window[None, :-1], window[None, 1:])
             p.append(logits[0].double().softmax(-1).amax(-1))
             score.append(1 - model.uncertainty(model.trunk(window[None, :-1]))[0].double())
+            at_T.append((logits[0].double() / T).softmax(-1).amax(-1))
+            odds = score[-1].logit() + at_T[-1].logit() - p[-1].logit() # what the head adds stays
+            score_at_T.append(odds.sigmoid())
             right.append(logits[0].argmax(-1) == window[1:])
-    p, score, right = map(torch.cat, (p, score, right))
+    p, score, right, at_T, score_at_T = map(torch.cat, (p, score, right, at_T, score_at_T))
     assert len(right) == 213 and "213 targets" in done.stdout and "from the other 32" in done.stdout
     assert by_name["accuracy"] == pytest.approx(right.double().mean().item(), abs=1e-9)
-    for name, confidence in (("max probability", p), ("head", score)):
+    for name, confidence in (("max p", p), ("max p at T", at_T), ("head", score), ("head at T", score_at_T)):
         assert by_name[f"{name}, ECE"] == pytest.approx(ece_loop(confidence, right, 15, False), abs=1e-6)
         assert by_name[f"{name}, ECE, equal mass"] == pytest.approx(ece_loop(confidence, right, 15, True), abs=1e-6)
         assert by_name[f"{name}, Brier"] == pytest.approx((confidence - right.double()).square().mean().item(), abs=1e-6)
         assert by_name[f"{name}, AUROC"] == pytest.approx(auroc(confidence, right), abs=1e-4)
         table = [n.split(" ")[-3] for n in by_name if n.startswith(f"{name}, ") and " said " in n] # "head, 1,234 said 0.567"
         assert sum(int(count.replace(",", "")) for count in table) == 213
-    assert by_name["max probability at its temperature, Brier"] != by_name["max probability, Brier"]
+    assert by_name["T"] != 1 and by_name["head, Brier"] != by_name["max p, Brier"]
