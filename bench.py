@@ -16,9 +16,10 @@ Every speed and size that the README reports, as named suites.
   cross_entropy  of a linear head, forward and backward, at V = 50,304 and 65: in chunks, against F.cross_entropy(F.linear); the memory
              that each adds to the peak of a process beyond the two gradients
   rope       rotation of 12 x 256 tokens with 12 heads of 64 and of 8 x 128 with 8 of 16, as attention gives them: eager, torch.compile
-  depth      a step and a token of depths=(2, 6) at mean depth 3, against all 6 layers: the time saved beside the operations saved
-  memory     what the run of --out_dir (train_recall.py) recalls from further back than attention sees, with its memory and without;
-             what a memory costs in a step and in decoding
+  depth      a step and a token of the run of --out_dir (train_shakespeare_depths.py) against all of its layers, on its own validation
+             text: the time saved beside the operations that the tokens' mean depth saves
+  extras     a training step and decoding with thought tokens, memory, future peek, drafts and uncertainty, each against without
+  memory     what the run of --out_dir (train_recall.py) recalls from further back than attention sees, with its memory and without
   speculative  tokens/s of drafting and judging against plain cached decoding, on the trained model of --out_dir
   uncertainty  how well the largest probability (max p) and the head of --uncertainty know where the likeliest token is right, as they are
              and with the model's logits divided by a temperature T: calibration error, Brier, AUROC and a reliability table over the
@@ -41,17 +42,17 @@ import runpy
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import kernels
 from configurator import UserError, configure, git_commit, user_errors
-from model import GPT, GPTConfig, Linear, Speculation, choose_device, load_checkpoint
+from model import GPT, GPTConfig, Linear, Speculation, choose_device, forward_flops, load_checkpoint
 from optim import build_optimizer
 
 rounds = 11 # turns of each arm
@@ -59,7 +60,6 @@ batch_size = 8 # sequences per step (train, uncertainty); half as many (residual
 block_size = 128 # tokens per sequence (train)
 device = "auto" # auto | cpu | cuda
 out_dir = "" # depth, memory, speculative, uncertainty: folder of a run of train.py; empty: where the suite's own config puts it
-data_dir = "data" # memory: where the run's dataset lies
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
 compiled = True # sinkhorn, mhc, activations, rope: time torch.compile of the formulas too
@@ -494,51 +494,75 @@ def trained(command):
         return path, GPT.from_checkpoint(path, device)
 
 
+def text_of(path):
+    """The dataset that the run of this checkpoint was trained on."""
+    settings = load_checkpoint(path)["config"]["train"]
+    return data.load(settings["dataset"], settings["data_dir"])
+
+
 def depth():
-    """Routers of untrained models, set to let exactly a quarter of the tokens of each forward on."""
-    T, results = 256, []
-    print(f"depth: 6 layers of 384, 6 heads, fp32, eager; depths=(2, 6) at mean depth 3; batch {batch_size} x {T}, then one token at context {T // 2}")
-    models = {"6 layers": build(**CHAR), "depths": build(**CHAR, depths=(2, 6), mean_depth=3.0), "3 layers": build(**{**CHAR, "n_layer": 3})}
-    router, idx = models["depths"].routers[0], torch.randint(65, (batch_size, T), device=device)
-    set_bias = router.gate.register_forward_hook(lambda m, args, out: m.bias.data.sub_(out.quantile(0.75)) and None)
-    models["depths"].eval().trunk(idx)
-    set_bias.remove()
+    path, model = trained("config/train_shakespeare_depths.py")
+    c = model.config
+    if not c.depths:
+        raise UserError(f"{path} has no depths\ntrain one that has: python train.py config/train_shakespeare_depths.py")
+    with user_errors():
+        x, y = (t.to(device) for t in text_of(path).val.batch(0, batch_size, c.block_size, 0))
+    dense = {f"{n} layers": build(**{**asdict(c), "depths": (), "mean_depth": 0.0, "n_layer": n})
+             for n in (c.n_layer, round(c.target_depth))}
+    models, first, results = {**dense, "depths": model}, f"{c.n_layer} layers", []
+    print(f"depth: {path}, {c.n_layer} layers of {c.n_embd}, depths={c.depths}; batch {batch_size} x {c.block_size}, "
+          "tokens from half of that on; fp32, eager")
 
-    def flops(f):
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            f()
-        return counter.get_total_flops()
+    def layers_taken(run, tokens):
+        """The share of so many tokens that each layer computes in run(): padding left out."""
+        counts = [0] * c.n_layer
 
-    def report(what, arms, value, unit):
-        counted = {name: flops(f) for name, f in arms.items()}
-        for name, (median, ratio, low, high) in in_turn(arms).items():
-            results.append(row(f"{name}, {what}", value(median), unit, "6 layers", ratio, low, high))
-            if name != "6 layers":
-                saved = 1 - counted[name] / counted["6 layers"]
-                results.append(row(f"{name}, {what}: operations saved", 100 * saved, "%"))
-                results.append(row(f"{name}, {what}: of these in time", 100 * (1 - ratio) / saved, "%"))
+        def count(m, args, i):
+            real = args[1].real # (B, T'), None: all
+            counts[i] += args[0].size(0) * args[0].size(1) if real is None else int(real.sum())
 
-    def step(model):
-        return lambda: model.train()(idx, idx)[1]["ce"].backward()
-
-    def decoding(model):
-        model, cache = model.eval(), model.new_cache(1)
+        hooks = [block.register_forward_pre_hook(partial(count, i=i)) for i, block in enumerate(model.blocks)]
         with torch.no_grad():
-            model(idx[:1, : T // 2], cache=cache)
+            run()
+        for hook in hooks:
+            hook.remove()
+        return [n / tokens for n in counts]
+
+    def report(what, arms, shares, S):
+        for name, (median, ratio, low, high) in in_turn(arms).items():
+            results.append(row(f"{name}, {what}", 1e3 * median, "ms", first, ratio, low, high))
+            if name == "depths": # of the multiplications: those of a layer fall with its tokens, in attention with their square
+                fixed, per_place = forward_flops(model.blocks, 0) / c.n_layer, forward_flops(model.blocks, S) / c.n_layer
+                layers = sum(f * (fixed + f * (per_place - fixed)) for f in shares)
+                saved = 100 * (1 - (layers + 2 * c.n_embd * c.vocab_size) / (c.n_layer * per_place + 2 * c.n_embd * c.vocab_size))
+                results.extend([row("mean depth of these tokens", sum(shares), "layers"), row("operations saved", saved, "%"),
+                                row("time saved", 100 * (1 - ratio), "%"), row("time saved / operations saved", 10000 * (1 - ratio) / saved, "%")])
+
+    def step(m):
+        return lambda: sum(m.train()(x, y)[1].values()).backward()
+
+    half, new = c.block_size // 2, min(32, c.block_size // 2)
+
+    def decoding(m):
+        cache = m.new_cache(1)
 
         @torch.no_grad()
-        def write(): # tokens that were drawn before: an untrained model would write one token for ever
-            cache.truncate(T // 2)
-            for t in range(T // 2, T // 2 + 32):
-                model(idx[:1, t : t + 1], cache=cache)
+        def write(): # the text itself, token by token
+            m.eval()
+            if cache.length:
+                cache.truncate(half)
+            else:
+                m.trunk(x[:1, :half], cache)
+            for t in range(half, half + new):
+                m.logits(m.trunk(x[:1, t : t + 1], cache))
 
         return write
 
-    report("forward + backward", {name: step(m) for name, m in models.items()}, lambda s: 1e3 * s, "ms")
-    report("32 tokens", {name: decoding(m) for name, m in models.items()}, lambda s: 1e3 * s, "ms")
-    notes = {}
-    models["depths"].trunk(idx, notes=notes)
-    results.append(row("depths, mean depth", notes["depth"].item(), "layers"))
+    report("forward + backward", {name: step(m) for name, m in models.items()}, layers_taken(lambda: model(x), x.numel()), c.block_size)
+    arms = {name: decoding(m) for name, m in models.items()}
+    with torch.no_grad():
+        arms["depths"]() # reads the first half
+    report(f"{new} tokens", arms, layers_taken(arms["depths"], new), half + new // 2)
     return results
 
 
@@ -546,7 +570,8 @@ def memory():
     path, model = trained("config/train_recall.py")
     if model.memory is None:
         raise UserError(f"{path} has no memory\ntrain one that has: python train.py config/train_recall.py")
-    corpus, L = data.load("recall", data_dir), model.block_size
+    with user_errors():
+        corpus, L = text_of(path), model.block_size
     lines = torch.from_numpy(np.array(corpus.val.shards[0]).astype(np.int64))
     ends = (lines == corpus.tokenizer.encode("\n")[0]).nonzero()[:, 0]
     lines = torch.stack([lines[e + 1 : e + 1024] for e in ends[:-1]]) # (lines, 1023): pairs, then a full stop
@@ -565,15 +590,30 @@ def memory():
         guess = torch.cat([model(some, some)[0].argmax(-1) for some in ids.split(16 * whole // ids.size(1))]).view(len(lines), whole).cpu()
         return (guess[:, :1022] == lines[:, 1:])[asked].double().mean().item()
 
-    results = [row(f"recall of {int(asked.sum())}, with memory", 100 * recalled(idx), "%"),
-               row("each window by itself", 100 * recalled(idx.reshape(-1, L)), "%")]
-    config = dict(SMALL, block_size=block_size)
-    arms = {"without": build(**config), "16 slots": build(**config, memory_slots=16)}
+    return [row(f"recall of {int(asked.sum()):,}, with memory", 100 * recalled(idx), "%"),
+            row("each window by itself", 100 * recalled(idx.reshape(-1, L)), "%")]
+
+
+def extras():
+    knobs = [{}, {"thought_tokens": 4}, {"memory_slots": 16}, {"future_peek": 8}, {"n_ahead": 4}, {"uncertainty": True}]
+    print(f"extras: 4 layers of 128, diff_mla, batch {batch_size} x {block_size}, fp32, eager; decoding at context {block_size // 2}")
+    models = {", ".join(f"{k}={v}" for k, v in knob.items()) or "none": build(**SMALL, attention="diff_mla", block_size=block_size, **knob)
+              for knob in knobs}
     idx = torch.randint(65, (batch_size, block_size), device=device)
-    steps = {name: lambda m=m: m(idx, idx)[1]["ce"].backward() for name, m in arms.items()}
-    results += [row(f"{name}, forward + backward", 1e3 * s, "ms", "without", *ratios) for name, (s, *ratios) in in_turn(steps).items()]
-    writers = {name: continuing(m.eval(), idx[:1, : block_size // 2], 16) for name, m in arms.items()}
-    return results + [row(f"{name}, decoding", 16 / s, "tokens/s", "without", 1 / ratio, 1 / high, 1 / low)
+
+    def step(model):
+        opt = build_optimizer(model, "adamw", 1e-3, 0.1, (0.9, 0.99))
+
+        def run():
+            sum(model.train()(idx, idx, with_logits=False)[1].values()).backward()
+            opt.step()
+            opt.zero_grad()
+
+        return run
+
+    results = [row(f"{name}, step", 1e3 * s, "ms", "none", *ratios) for name, (s, *ratios) in in_turn({n: step(m) for n, m in models.items()}).items()]
+    writers = {name: continuing(m.eval(), idx[:1, : block_size // 2], 16) for name, m in models.items()}
+    return results + [row(f"{name}, decoding", 16 / s, "tokens/s", "none", 1 / ratio, 1 / high, 1 / low)
                       for name, (s, ratio, low, high) in in_turn(writers).items()]
 
 
@@ -649,12 +689,12 @@ def uncertainty():
     path, model = trained("config/train_shakespeare_diffmla.py --uncertainty")
     with user_errors():
         model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
-        settings = load_checkpoint(path)["config"]["train"]
-        batches = list(read(model, data.load(settings["dataset"], settings["data_dir"]).val))
+        corpus = text_of(path)
+        batches = list(read(model, corpus.val))
     # every tenth batch: a tenth of the text at its front is easier than the rest, and has another temperature
     held, rest = batches[::10], [batch for i, batch in enumerate(batches) if i % 10]
     if not rest:
-        raise UserError(f"{settings['dataset']} has too little validation text to fit a temperature on a part of it\nlower --batch_size")
+        raise UserError(f"{corpus.name} has too little validation text to fit a temperature on a part of it\nlower --batch_size")
     (_, logits, targets), (h, others, wanted) = (map(torch.cat, zip(*part)) for part in (held, rest))
     T, right, others, score = fit_temperature(logits, targets), others.argmax(-1) == wanted, others.double(), model.cpu().uncertainty
     print(f"uncertainty: {path}, {len(right):,} targets of the validation split; the temperature T from the other {len(targets):,}")
@@ -681,7 +721,8 @@ def kv_cache():
 
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers, "sinkhorn": sinkhorn, "mhc": mhc,
-          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "rope": rope, "depth": depth, "memory": memory,
+          "activations": activations, "residual": residual, "cross_entropy": cross_entropy, "rope": rope, "extras": extras, "depth": depth,
+          "memory": memory,
           "speculative": speculative, "uncertainty": uncertainty, "nanogpt": against_nanogpt}
 NEED_MORE = {"depth", "memory", "speculative", "uncertainty", "nanogpt"} # than this repository holds
 

@@ -190,7 +190,7 @@ def complaints(c):
     if c.future_peek >= c.block_size:
         yield f"future_peek={c.future_peek} must be below block_size={c.block_size}; 8 is usual"
     if c.depths and (sorted({*c.depths, c.n_layer}) != list(c.depths) or c.depths[0] < 1 or len(c.depths) < 2):
-        yield f"depths={c.depths} must rise from at least 1 to n_layer={c.n_layer} in two steps or more, as in ({max(1, c.n_layer // 2)}, {c.n_layer})"
+        yield f"depths={c.depths} must rise from at least 1 to n_layer={c.n_layer}, two or more, as in ({max(1, c.n_layer // 2)}, {c.n_layer})"
     if c.depths and not c.depths[0] <= c.target_depth <= c.n_layer:
         yield f"mean_depth={c.mean_depth} must lie between {c.depths[0]} and {c.n_layer}, the first and the last of depths"
     if c.sinkhorn_iters < 1:
@@ -1103,10 +1103,12 @@ class Router(nn.Module):
 
     def forward(self, h, pass_, through):
         """h (B, T, ...) after one stage -> after all. through(h, pass_) is what the tokens that go on are put through."""
-        score = widen(self.gate(self.norm(self.reduce(h)))).squeeze(-1) # (B, T)
+        x = self.reduce(h)
+        score, of_router = (widen(self.gate(self.norm(x))).squeeze(-1) for x in (x, x.detach())) # (B, T); the budget moves the router alone
         p, go = score.sigmoid(), score > 0
         go = go if pass_.real is None else go & pass_.real
-        asked = (go + p - p.detach())[:, pass_.before :] # of the text; its gradient is that of p
+        soft = of_router.sigmoid()
+        asked = (go + soft - soft.detach())[:, pass_.before :] # of the text; its gradient is that of the sigmoid
         asked = asked if pass_.real is None else asked * pass_.real[:, pass_.before :]
         pass_.notes["depth"] = pass_.notes.get("depth", self.first) + self.layers * asked.sum() / pass_.idx.numel()
         if pass_.cache is not None:
@@ -1236,7 +1238,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.streams, self.n_stream = RESIDUAL[c.residual], c.streams
         self.blocks = nn.ModuleList((CheckpointedBlock if c.gradient_checkpointing else Block)(c, i) for i in range(c.n_layer))
-        self.between = nn.ModuleList(Between(c, make(c), 2 * c.n_layer + i) for i, (knob, make) in enumerate(BETWEEN.items()) if getattr(c, knob))
+        self.between = nn.ModuleList(Between(c, make(c), 2 * c.n_layer + i)
+                                     for i, (knob, make) in enumerate(BETWEEN.items()) if getattr(c, knob))
         self.memory = next((b.body for b in self.between if isinstance(b.body, Memory)), None)
         self.routers = nn.ModuleList(Router(c, i) for i in range(len(c.stage_depths) - 1))
         bottom = [*self.blocks[: c.middle], *self.between, *self.blocks[c.middle : c.stage_depths[0]]]

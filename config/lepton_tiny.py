@@ -1,9 +1,17 @@
-# A plain model of LEPTON's size "tiny", trained with its flags: RMSNorm, RoPE, SwiGLU, tied head, 109M parameters. It wants a GPU.
+# LEPTON's size "tiny" with its six ideas, trained with its flags: RMSNorm, RoPE, SwiGLU, tied head, 109M parameters and 12M for the ideas.
+# It wants a GPU; what each idea does to a small model stands in README.md.
 # python train.py config/lepton_tiny.py
 # python train.py config/lepton_tiny.py --dataset=path/to/shards --tokenizer=pile_tokenizer.json --data_dir=data
 # Its source counts 50,000 forwards of 4 sequences: 3,125 steps. Other sizes: --model_size=nano ... xxl (python model.py lists them).
 out_dir = "out/lepton_tiny"
 model_size = "tiny" # 10 layers of 768, context 512
+thought_tokens = 3
+memory_slots = 6
+memory_segment = 64 # its chunks
+depths = (2, 4, 10)
+future_peek = 8
+n_ahead = 4
+uncertainty = True
 dataset = "shakespeare"
 tokenizer = "gpt2"
 data_dir = "data/gpt2" # beside the char version of the same text

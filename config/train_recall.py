@@ -14,7 +14,7 @@ windows = 4
 memory_slots = 8
 document_token = 0
 
-batch_size = 16
+batch_size = 32
 max_iters = 1000
 optimizer = "muon"
 learning_rate = 5e-3

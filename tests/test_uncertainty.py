@@ -170,7 +170,7 @@ def test_it_learns_where_the_model_is_wrong():
     opt = torch.optim.Adam(head.parameters(), 1e-2)
     for _ in range(300):
         opt.zero_grad()
-        head.loss(model, model.trunk(idx), idx, (idx >= 14).long()).backward()
+        head.loss(model, model.trunk(idx), idx, (idx >= 14).long(), {}).backward()
         opt.step()
     score = model.uncertainty(model.trunk(torch.arange(29)[:, None])).squeeze(1)
 
