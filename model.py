@@ -403,7 +403,7 @@ def attend(q, k, v, mask=None, scale=None):
     # New tokens after a cache; is_causal would align the mask top-left, which is wrong here. The H/K heads that share
     # a key head are stacked as more queries, so that the cached keys are read once and never copied.
     mask = causal_mask(T, S, q.device) if mask is None and T > 1 else mask
-    mask = mask if mask is None or H == K else mask.repeat(1, 1, H // K, 1)
+    mask = mask if mask is None or H == K else torch.cat([mask] * (H // K), dim=2) # repeat() takes 10 us longer
     o = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask, scale=scale)
     return o.reshape(B, H, T, -1)
 
@@ -1135,6 +1135,7 @@ class Router(nn.Module):
 def like(p, h):
     """(B, T) -> (B, T, 1, ...), in the dtype of h."""
     return p.view(*p.shape, *[1] * (h.dim() - 2)).type_as(h)
+AHEAD_LOGITS = 2**22 # of the cell that are in memory at a time, 16 MB in each of about six forms
 
 
 class Ahead(nn.Module):
@@ -1153,7 +1154,8 @@ class Ahead(nn.Module):
         self.down = Linear(4 * c.n_embd, c.n_embd, False, std=0.0)
 
     def forward(self, s, e): # (..., C), (..., C) -> (..., C)
-        return s + self.down(activate(self.up(rmsnorm(torch.stack([s, e], dim=-2)).flatten(-2)), "relu2"))
+        times = F.linear if torch.is_grad_enabled() else few_rows # not the modules: of a draft's 50 us their calls would be 8
+        return s + times(F.relu(times(rmsnorm(torch.stack([s, e], dim=-2)).flatten(-2), self.up.weight)).square(), self.down.weight)
 
     def loss(self, model, h, idx, targets, notes):
         """
@@ -1170,7 +1172,7 @@ class Ahead(nn.Module):
         if not guesses:
             return h.new_zeros(())
         h, guesses, counts = h.flatten(0, 1), torch.stack(guesses, dim=2).flatten(0, 1), torch.stack(counts, dim=2).flatten(0, 1)
-        rows = max(1, 2**22 // (self.depth * model.config.vocab_size)) # so many logits at a time, made again in backward
+        rows = max(1, AHEAD_LOGITS // (self.depth * model.config.vocab_size)) # at a time; their logits are made again in backward
         parts = zip(*(t.split(rows) for t in (h, guesses, counts)))
         return sum(checkpoint(self.apart, model, *part, use_reentrant=False) for part in parts) / counts.sum().clamp(min=1)
 
@@ -1541,7 +1543,7 @@ class Speculation:
     TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
     # Of drafting a token and judging it, in plain forwards: 0.17 on a CPU with the model of train_shakespeare_diffmla.py, whose
     # forward of five tokens takes 1.33 of one and whose four drafts take 0.35. A constant, so that a seed writes one text anywhere.
-    COST = 0.17
+    COST = 0.1
 
     def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, draft="auto"):
         check_sampling(idx, temperature, top_k, top_p, min_p)
@@ -1661,10 +1663,10 @@ class Speculation:
         """Drafts (B, n) of the cell, what they were drawn from (B, n, V), and how many of them each row can take."""
         model, cell, s, x = self.model, self.model.extras["ahead"], self.h, self.tensor([row[-1] for row in self.rows])
         drafts, q = [], []
-        for u in self.uniform(max(room), len(self.rows)):
+        for race in -self.uniform(max(room), len(self.rows), model.config.vocab_size).log(): # exponential
             s = cell(s, F.embedding(x, model.embed.weight))
             q.append(distribution(model.logits(s), *self.sampling))
-            drafts.append(x := draw(q[-1], u))
+            drafts.append(x := (q[-1] / race).argmax(-1)) # the first to finish, at race / q, is distributed as q: less work than draw
         if not drafts:
             return self.tensor([[]] * len(room)), self.h.new_zeros(len(room), 0, model.config.vocab_size), room
         return torch.stack(drafts, dim=1), torch.stack(q, dim=1), room
