@@ -90,7 +90,7 @@ class GPTConfig:
     future_peek: int = 0 # tokens to come whose mean is predicted, and the prediction given to the layers above: 0 = off
     depths: tuple = () # layers after which a token may be done, the last one n_layer: (2, 4, 8); () = all layers for all
     mean_depth: float = 0.0 # layers that a token is to take on average, with depths: 0 = halfway from the first to the last
-    n_ahead: int = 0 # tokens beyond the next that a small cell learns to draft, for speculative decoding: 0 = off, 8 is usual
+    n_ahead: int = 0 # tokens beyond the next that a small cell learns to draft, for speculative decoding: 0 = off, 7 is usual
     uncertainty: bool = False # a small head learns how probable it is that the likeliest next token is wrong
 
     def __post_init__(self):
@@ -184,7 +184,7 @@ def complaints(c):
     if c.is_latent and (c.latent_rank % 2 or c.head_width % 2):
         yield f"kv_rank={c.latent_rank} and head_dim={c.head_width} must be even with attention={c.attention}: rotary pairs lie after them"
     if c.n_ahead >= c.block_size:
-        yield f"n_ahead={c.n_ahead} must be below block_size={c.block_size}; 8 is usual"
+        yield f"n_ahead={c.n_ahead} must be below block_size={c.block_size}; 7 is usual"
     if c.memory_slots and (c.block_size // 2) % c.segment:
         yield f"memory_segment={c.segment} must divide half of block_size={c.block_size}: the window moves by halves; change one of them"
     if c.future_peek >= c.block_size:
@@ -1135,6 +1135,8 @@ class Router(nn.Module):
 def like(p, h):
     """(B, T) -> (B, T, 1, ...), in the dtype of h."""
     return p.view(*p.shape, *[1] * (h.dim() - 2)).type_as(h)
+
+
 AHEAD_LOGITS = 2**22 # of the cell that are in memory at a time, 16 MB in each of about six forms
 
 
@@ -1144,7 +1146,7 @@ class Ahead(nn.Module):
     further token s_i = s_(i-1) + W_down relu2(W_up [norm s_(i-1), norm e(x_(t+i))]), of which the model's own head reads
     x_(t+i+1). One cell for all i: a chain of heads, each fed with what the one before wrote, hits 0.75 of the model's
     probability four tokens on, where independent heads (Medusa, arXiv:2401.10774) hit 0.3. It is trained half as deep as it
-    drafts: with 4 and with 6 of 8, as many drafts are kept. Nothing but the cell is trained: the trunk, the embedding and the
+    drafts: trained 4 and 6 deep, as many of 8 drafts are kept. Nothing but the cell is trained: the trunk, the embedding and the
     head are detached. In the line of Hydra (Ankner et al. 2024, arXiv:2402.05109). The norms have no gains: W_up has them.
     """
 
@@ -1545,7 +1547,7 @@ class Speculation:
 
     TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
     # Of drafting a token and judging it, in plain forwards: on a CPU with the model of train_shakespeare_diffmla.py a forward of nine
-    # tokens takes 1.4 of one, eight drafts 0.4. A constant, so that a seed writes one text anywhere.
+    # tokens (7 drafts and the one before: rows go by fours) takes 1.35 of one, the drafts 0.35. A constant, so that a seed writes one text anywhere.
     COST = 0.1
 
     def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, draft="auto"):
@@ -1553,11 +1555,11 @@ class Speculation:
         if draft not in ("auto", "ahead", "ngram"):
             raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram")
         if draft == "ahead" and "ahead" not in model.extras:
-            raise ValueError("draft=ahead needs a model trained with n_ahead; use draft=ngram, or train one with --n_ahead=8")
+            raise ValueError("draft=ahead needs a model trained with n_ahead; use draft=ngram, or train one with --n_ahead=7")
         self.model, self.generator, self.rows, self.prompt = model, generator, idx.tolist(), idx.size(1)
         self.sampling, self.device = (temperature, top_k, top_p, min_p), idx.device
         self.source = {"auto": self.both, "ahead": self.ahead}.get(draft if "ahead" in model.extras else "", self.ngram)
-        self.n = min(model.config.n_ahead or 8, model.block_size - 1)
+        self.n = min(model.config.n_ahead or 7, model.block_size - 1)
         self.starts = [-1] * len(self.rows) # first token of each row's window; -1: nothing has been read
         self.cache = model.new_cache(len(self.rows), spare=self.n) # a row at the end of its window still takes drafts, none is kept
         self.h = None # (B, C) the trunk's output at the last token that was read
@@ -1668,7 +1670,7 @@ class Speculation:
         drafts, q = [], []
         for race in -self.uniform(max(room), len(self.rows), model.config.vocab_size).log(): # exponential
             s = cell(s, F.embedding(x, model.embed.weight))
-            q.append(distribution(model.logits(s), *self.sampling))
+            q.append(distribution(model.cap(widen(few_rows(s, model.head.weight))), *self.sampling)) # model.logits without a module
             drafts.append(x := (q[-1] / race).argmax(-1)) # the first to finish, at race / q, is distributed as q: less work than draw
         if not drafts:
             return self.tensor([[]] * len(room)), self.h.new_zeros(len(room), 0, model.config.vocab_size), room

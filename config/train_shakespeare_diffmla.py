@@ -16,7 +16,7 @@ kv_rank = 48
 rope_dim = 16
 qk_norm = True
 zero_init = True
-n_ahead = 8
+n_ahead = 7
 tie_embeddings = False
 
 batch_size = 8

@@ -13,7 +13,7 @@ block_size = 128
 attention = "mha"
 qk_norm = True
 zero_init = True
-n_ahead = 8
+n_ahead = 7
 tie_embeddings = False
 
 batch_size = 8

@@ -141,7 +141,7 @@ def test_drafts_of_a_cell_that_is_not_there(run, tmp_path):
     (tmp_path / "o").mkdir()
     save_checkpoint(tmp_path / "o/ckpt.pt", state)
     done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path / 'o'}", "--speculative", "--draft=ahead"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--n_ahead=8" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "--n_ahead=7" in done.stderr and "Traceback" not in done.stderr
     assert "tokens per forward" in sample(tmp_path, "--speculative", "--max_new_tokens=9", out="o").stderr
 
 
