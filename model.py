@@ -1546,8 +1546,8 @@ class Speculation:
     """
 
     TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
-    # Of drafting a token and judging it, in plain forwards: on a CPU with the model of train_shakespeare_diffmla.py a forward of nine
-    # tokens (7 drafts and the one before: rows go by fours) takes 1.35 of one, the drafts 0.35. A constant, so that a seed writes one text anywhere.
+    # Of drafting a token and judging it, in plain forwards: on a CPU with the model of train_shakespeare_diffmla.py a forward of
+    # eight tokens takes about 1.35 of one, seven drafts 0.35. A constant, so that a seed writes one text anywhere.
     COST = 0.1
 
     def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, draft="auto"):
