@@ -285,39 +285,44 @@ def test_random_tokens_stay_random(knobs):
     assert last.mean() > math.log(8) - 4 * last.std() / math.sqrt(40)
 
 
-def pairs(rows, windows, P=8, letters=4):
-    """(rows, 2 P windows + 1) of pairs: a letter, and the digit that this row has for it. Also where a digit is asked for that was
-    last said before the window of P pairs."""
-    drawn, digit = torch.randint(letters, (rows, P * windows + 1)), torch.randint(10, (rows, letters))
-    x = torch.stack([10 + drawn, digit.gather(1, drawn)], dim=2).flatten(1)[:, : 2 * P * windows + 1]
-    asked = torch.zeros(x.size(0), 2 * P * windows, dtype=torch.bool)
-    for b, line in enumerate(drawn.tolist()):
-        for i in range(P * windows):
-            asked[b, 2 * i] = line[i] in line[: i // P * P] and line[i] not in line[i // P * P : i]
+def told_and_asked(rows, windows, letters=4):
+    """(rows, 16 windows + 1) of facts said twice, a token for each letter with its digit, and of questions, a letter, and its digit.
+    Also where a digit is to be said whose fact was last mentioned in an earlier window of 16."""
+    digit, n = torch.randint(10, (rows, letters)), 8 * windows
+    asks, who = torch.rand(rows, n + 1) < 0.5, torch.randint(letters, (rows, n + 1))
+    digit = digit.gather(1, who)
+    fact = 10 + letters + 10 * who + digit
+    x = torch.stack([torch.where(asks, 10 + who, fact), torch.where(asks, digit, fact)], dim=2).flatten(1)[:, : 2 * n + 1]
+    asked = torch.zeros(rows, 2 * n, dtype=torch.bool)
+    for b in range(rows):
+        last = {}
+        for i, letter in enumerate(who[b, :n].tolist()):
+            asked[b, 2 * i] = asks[b, i].item() and last.get(letter, i) // 8 < i // 8
+            last[letter] = i
     return x, asked
 
 
 def test_memory_recalls_what_attention_cannot():
     """Trained with memory, at least 95% of what lies before the window; the same weights, each window by itself: chance."""
-    model = GPT(GPTConfig(vocab_size=14, block_size=16, n_layer=2, n_head=2, n_embd=48, memory_slots=8))
-    opt = build_optimizer(model, "muon", 1e-2, 0.1, (0.9, 0.99))
+    model = GPT(GPTConfig(vocab_size=54, block_size=16, n_layer=2, n_head=2, n_embd=32, memory_slots=8))
+    opt = build_optimizer(model, "adamw", 5e-3, 0.1, (0.9, 0.99))
 
     def recall(guess, x, asked):
         return (guess.argmax(-1).view(len(x), -1) == x[:, 1:])[asked].double().mean().item()
 
-    for step in range(1000): # about 300 are needed
+    for step in range(1500): # about 400 are needed
         for group in opt.param_groups:
-            group["lr"] = 1e-2 * min(1, (step + 1) / 100)
-        x, asked = pairs(32, 4)
+            group["lr"] = 5e-3 * min(1, (step + 1) / 50)
+        x, asked = told_and_asked(32, 4)
         opt.zero_grad()
         logits, losses = model(x[:, :-1], x[:, 1:])
         losses["ce"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-        if step % 20 == 0 and recall(logits, x, asked) > 0.99:
+        if step % 25 == 0 and recall(logits, x, asked) > 0.985:
             break
-    x, asked = pairs(64, 8) # twice as many windows as it was trained with
+    x, asked = told_and_asked(64, 8) # twice as many windows as it was trained with
     with torch.no_grad():
         assert recall(model(x[:, :-1], x[:, 1:])[0], x, asked) >= 0.95
         alone = x[:, :-1].reshape(-1, 16)
-        assert recall(model(alone, alone)[0], x, asked) < 0.2 # 0.1 is chance
+        assert recall(model(alone, alone)[0], x, asked) < 0.25 # 0.1 is chance
