@@ -622,7 +622,7 @@ def speculative():
     prompt, results = torch.zeros(1, 1, dtype=torch.long, device=device), []
     print(f"speculative: {path}, 256 tokens after a prompt of one, batch 1, fp32, eager")
     for temperature in (1.0, 0.8, 0.0):
-        writers = {name: [] for name in ("auto", "ahead", "ngram")}
+        writers = {name: [] for name in ["auto", *["ahead"] * ("ahead" in model.extras), *["early"] * bool(model.routers), "ngram"]}
 
         def plain():
             for _ in model.stream(prompt, 256, temperature, generator=torch.Generator(device).manual_seed(len(writers["auto"]))):
@@ -633,7 +633,7 @@ def speculative():
             writers[name].append(Speculation(model, prompt, temperature, generator=seed, draft=name))
             writers[name][-1].generate(256)
 
-        arms = {"plain": plain, **{name: partial(drafting, name) for name in writers if name in (*model.extras, "auto", "ngram")}}
+        arms = {"plain": plain, **{name: partial(drafting, name) for name in writers}}
         for name, (median, ratio, low, high) in in_turn(arms).items():
             results.append(row(f"{name}, temperature {temperature}", 256 / median, "tokens/s", "plain", 1 / ratio, 1 / high, 1 / low))
         for name, done in writers.items():

@@ -787,12 +787,13 @@ class Pass:
     the model's own will ask for, name -> tensor.
     """
 
-    def __init__(self, idx, table, cache, before, windows, notes):
+    def __init__(self, idx, table, cache, before, windows, notes, last=0):
         self.idx, self.windows = idx, windows # (B, T): as `windows` rows each, where a memory carries the text over several windows
         self.before = before # places in front of the text in h: the thoughts, with the first tokens
         self.table, self.cache, self.notes = table, cache, notes
         self.start = 0 if cache is None else cache.length # tokens before these
-        self.stage, self.real = 0, None # of depths; which of its tokens are no padding, None: all
+        self.stage, self.last = 0, last # of depths: where it is, and where it ends
+        self.real = None # which of these tokens are no padding, None: all
         self.mask = None if cache is None else cache.mask(before + idx.size(1)) # what each query sees, where it is not all before it
 
     def turn(self, x):
@@ -1286,8 +1287,11 @@ class GPT(nn.Module):
         beside = self.beside.items() if self.training else () # what trains them is of no use elsewhere
         return logits, {"ce": ce, **{name: part.loss(self, h, idx, targets, notes) for name, part in beside}}
 
-    def trunk(self, idx, cache=None, notes=None):
-        """(B, T) -> (B, T, C): what the head reads. notes: a dict, filled with what Pass.notes says."""
+    def trunk(self, idx, cache=None, notes=None, shallow=False):
+        """
+        (B, T) -> (B, T, C): what the head reads. notes: a dict, filled with what Pass.notes says. shallow: as if every token were
+        done after the first of depths; what that leaves in a cache is to be forgotten (Speculation.early).
+        """
         T, start = idx.size(1), cache.length if cache is not None else 0
         longest, room = (T, self.block_size) if cache is None else (cache.longest() + T, cache.capacity)
         windows = 1
@@ -1300,7 +1304,7 @@ class GPT(nn.Module):
         before = self.before if starts else 0
         h, table = self.position(self.embed(idx.unflatten(1, (windows, -1)).flatten(0, 1)), start, before)
         h = self.thoughts(h) if starts else h
-        pass_ = Pass(idx, table, cache, before, windows, {} if notes is None else notes)
+        pass_ = Pass(idx, table, cache, before, windows, {} if notes is None else notes, 0 if shallow else len(self.routers))
         h = self.through(self.streams.expand(self.dropout(h), self.n_stream), pass_)
         if cache is not None:
             cache.length = cache.length + T
@@ -1310,7 +1314,7 @@ class GPT(nn.Module):
         """The layers from a stage on: all that come, or a stage of them, above which the router lets some tokens go on."""
         for layer in self.stages[pass_.stage]:
             h = layer(h, pass_)
-        if pass_.stage == len(self.routers):
+        if pass_.stage == pass_.last:
             return h
         return self.routers[pass_.stage](h, pass_, self.through)
 
@@ -1540,9 +1544,10 @@ def draw(p, u):
 class Speculation:
     """
     A text being written by a model, for B rows at once, each at its own pace: step() is one forward of the model for all of
-    them. Drafts come from the model's Ahead cell, or from what followed the same last tokens earlier in the text: always with
-    draft="ngram" or without a cell, with "auto" where the text repeats itself. Drafting stops for a while where too few drafts
-    are kept to pay for themselves.
+    them. Drafts come from the model's Ahead cell ("ahead"), from its own first stage of layers where it has depths ("early"; as
+    LayerSkip, Elhoushi et al. 2024, arXiv:2404.16710), or from what followed the same last tokens earlier in the text ("ngram").
+    "auto" is the first of these that the model has, but ngram wherever the text repeats itself. Drafting stops for a while where
+    too few drafts are kept to pay for themselves.
     """
 
     TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
@@ -1552,13 +1557,18 @@ class Speculation:
 
     def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, draft="auto"):
         check_sampling(idx, temperature, top_k, top_p, min_p)
-        if draft not in ("auto", "ahead", "ngram"):
-            raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram")
+        if draft not in ("auto", "ahead", "early", "ngram"):
+            raise ValueError(f"draft={draft!r} is none of auto, ahead, early, ngram")
         if draft == "ahead" and "ahead" not in model.extras:
             raise ValueError("draft=ahead needs a model trained with n_ahead; use draft=ngram, or train one with --n_ahead=7")
         self.model, self.generator, self.rows, self.prompt = model, generator, idx.tolist(), idx.size(1)
         self.sampling, self.device = (temperature, top_k, top_p, min_p), idx.device
-        self.source = {"auto": self.both, "ahead": self.ahead}.get(draft if "ahead" in model.extras else "", self.ngram)
+        if draft == "early" and not model.routers:
+            raise ValueError("draft=early needs a model with depths; use draft=ngram, or train one with --depths")
+        sources = [self.ahead] * ("ahead" in model.extras) + [self.early] * bool(model.routers) + [self.ngram]
+        self.best = sources[0] if draft == "auto" else getattr(self, draft)
+        self.source = self.both if draft == "auto" else self.best
+        self.cost = self.COST + (model.config.stage_depths[0] / model.config.target_depth if self.best == self.early else 0)
         self.n = min(model.config.n_ahead or 7, model.block_size - 1)
         self.starts = [-1] * len(self.rows) # first token of each row's window; -1: nothing has been read
         self.cache = model.new_cache(len(self.rows), spare=self.n) # a row at the end of its window still takes drafts, none is kept
@@ -1632,8 +1642,7 @@ class Speculation:
         room = [min(self.n, L - m) if not self.pause else 0 for m in inside] # for drafts
         drafts, q, limits = self.source(room)
         n = drafts.size(1)
-        lengths = [m - 1 for m in inside]
-        self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
+        self.rewind()
         h = self.model.trunk(torch.cat([self.tensor([row[-1:] for row in self.rows]), drafts], dim=1), self.cache) # (B, n+1, C)
         p = self.distribution(h) # (B, n+1, V)
         keep, after = judge(p, q, drafts)
@@ -1648,12 +1657,17 @@ class Speculation:
         self.judge_drafting(sum(limits), sum(map(len, wrote)) - B, sum(map(len, wrote)))
         return wrote
 
+    def rewind(self):
+        """The cache holds each row but for its last token, and no draft."""
+        lengths = [len(row) - start - 1 for row, start in zip(self.rows, self.starts)]
+        self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
+
     def judge_drafting(self, drafted, kept, written):
         """Where the drafts of TRIAL forwards saved less than they cost, the next PAUSE tokens go without."""
         self.drafted, self.kept, self.pause = self.drafted + drafted, self.kept + kept, max(0, self.pause - written)
         self.trial.update(forwards=drafted > 0, drafted=drafted, kept=kept)
         if self.trial["forwards"] == self.TRIAL:
-            if self.trial["kept"] < self.COST * self.trial["drafted"]:
+            if self.trial["kept"] < self.cost * self.trial["drafted"]:
                 self.pause = self.PAUSE * len(self.rows)
             self.trial.clear()
 
@@ -1666,11 +1680,26 @@ class Speculation:
 
     def ahead(self, room):
         """Drafts (B, n) of the cell, what they were drawn from (B, n, V), and how many of them each row can take."""
-        model, cell, s, x = self.model, self.model.extras["ahead"], self.h, self.tensor([row[-1] for row in self.rows])
+        cell, s = self.model.extras["ahead"], self.h
+
+        def guess(x):
+            nonlocal s
+            s = cell(s, F.embedding(x, self.model.embed.weight))
+            return s
+
+        return self.one_by_one(room, guess)
+
+    def early(self, room):
+        """The same of the first stage of layers. The keys and values that it leaves in the cache are written again by the judge."""
+        self.rewind()
+        return self.one_by_one(room, lambda x: self.model.trunk(x[:, None], self.cache, shallow=True)[:, 0])
+
+    def one_by_one(self, room, guess):
+        """Each draft from guess(x) (B, C), what the head is to read after the tokens x (B,)."""
+        model, x = self.model, self.tensor([row[-1] for row in self.rows])
         drafts, q = [], []
         for race in -self.uniform(max(room), len(self.rows), model.config.vocab_size).log(): # exponential
-            s = cell(s, F.embedding(x, model.embed.weight))
-            q.append(distribution(model.cap(widen(few_rows(s, model.head.weight))), *self.sampling)) # model.logits without a module
+            q.append(distribution(model.cap(widen(few_rows(guess(x), model.head.weight))), *self.sampling)) # model.logits without a module
             drafts.append(x := (q[-1] / race).argmax(-1)) # the first to finish, at race / q, is distributed as q: less work than draw
         if not drafts:
             return self.tensor([[]] * len(room)), self.h.new_zeros(len(room), 0, model.config.vocab_size), room
@@ -1691,9 +1720,11 @@ class Speculation:
         return drafts, F.one_hot(drafts, self.model.config.vocab_size).to(self.h.dtype), limits
 
     def both(self, room):
-        """The text's own, where the last 6 tokens of every row were there before, as they are in loops of greedy text; else the cell's."""
+        """The text's own, where the last 6 tokens of every row were there before, as they are in loops of greedy text; else the best."""
+        if self.best == self.ngram:
+            return self.ngram(room)
         drafts, q, limits = self.ngram(room, (6,))
-        return (drafts, q, limits) if all(limits) else self.ahead(room)
+        return (drafts, q, limits) if all(limits) else self.best(room)
 
     def tensor(self, ids):
         return torch.tensor(ids, dtype=torch.long, device=self.device)

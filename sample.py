@@ -31,7 +31,7 @@ top_p = 1.0 # keep the likeliest tokens that hold this share of the probability
 min_p = 0.0 # keep tokens of at least this share of the likeliest one's probability
 seed = 1337 # of the draws: the same seed writes the same text
 speculative = False # guess several tokens, judge them in one forward, keep what the model would have written: faster, not different
-draft = "auto" # where guesses come from: ahead (the model's n_ahead cell) | ngram (the text so far) | auto: ahead where there is one
+draft = "auto" # where guesses come from: ahead (the n_ahead cell) | early (the first of depths) | ngram (the text so far) | auto
 # with each token the probability that the likeliest one was wrong there, by a head trained with --uncertainty. On a terminal it is the
 # background: none below 0.2, then from 0.2, 0.4, 0.6 and 0.8 on a step from pale yellow to red. Elsewhere, and where NO_COLOR is set,
 # each token has a line: 0.12  'a'

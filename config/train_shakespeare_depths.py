@@ -1,4 +1,4 @@
-# The main job with 6 layers, of which a token takes 3 on average: after the second its own state decides whether it is done.
+# The main job with 6 layers, of which a token takes 3 on average: from the second on its own state decides whether it is done.
 # python train.py config/train_shakespeare_depths.py
 # README.md has its loss beside 3 and 6 layers for all tokens; python bench.py depth has the time that is saved.
 
@@ -8,7 +8,7 @@ tokenizer = "char"
 offline_dataset = "pystdlib"
 
 n_layer = 6
-depths = (2, 6)
+depths = (2, 3, 4, 5, 6)
 mean_depth = 3.0
 n_head = 4
 n_embd = 128

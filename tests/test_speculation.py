@@ -118,8 +118,24 @@ def test_greedy_text_is_the_same(choice, draft):
     assert writer.kept > 0 and writer.kept < writer.drafted
 
 
+@pytest.mark.parametrize("change", [{}, dict(attention="diff_mla", thought_tokens=2), dict(memory_slots=2, residual="hyper")], ids=str)
+def test_early_layers_draft_and_leave_no_trace(change):
+    """The same text as without drafts, rows at their own pace; where every token is done early, every draft is kept."""
+    model = build(n_ahead=0, depths=(1, 2), **change)
+    idx = torch.randint(17, (9, 5))
+    plain = model.generate(idx, 80, temperature=0)
+    writer = Speculation(model, idx, temperature=0, draft="early")
+    assert torch.equal(writer.generate(80), plain) and 0 < writer.kept < writer.drafted
+    assert Speculation(model, idx).best.__name__ == "early"
+    model.routers[0].gate.bias.data.fill_(-99)
+    writer = Speculation(model, idx, temperature=0, draft="early")
+    writer.generate(80)
+    assert writer.kept == writer.drafted > 0
+
+
 OTHER = [dict(residual="mhc"), dict(residual="hyper"), dict(position="learned"), dict(position="none"), dict(norm="layernorm", bias=True),
-         dict(logit_softcap=5.0), dict(tie_embeddings=False), dict(block_size=4), dict(block_size=2, n_ahead=1), dict(thought_tokens=2)]
+         dict(logit_softcap=5.0), dict(tie_embeddings=False), dict(block_size=4), dict(block_size=2, n_ahead=1), dict(thought_tokens=2),
+         dict(memory_slots=2, depths=(1, 2), future_peek=2, uncertainty=True)]
 
 
 @pytest.mark.parametrize("change", OTHER, ids=str)
@@ -199,9 +215,9 @@ def small():
     return build(scale=0.15, vocab_size=4, block_size=32, n_ahead=2)
 
 
-@pytest.mark.parametrize("draft", ["ahead", "ngram"])
+@pytest.mark.parametrize("draft", ["ahead", "ngram", "early"])
 def test_sampled_text_has_the_models_distribution(draft):
-    assert p_value(small(), draft=draft) > 0.01
+    assert p_value(build(scale=0.15, vocab_size=4, block_size=32, n_ahead=2, depths=(1, 2)) if draft == "early" else small(), draft=draft) > 0.01
 
 
 @pytest.mark.parametrize("fault", ["resample from p", "forgotten division by q", "wrong temperature in q", "bonus off by one"])
@@ -262,7 +278,7 @@ def test_drafting_stops_where_it_cannot_pay_and_is_tried_again():
     writer.generate(1500)
     assert writer.drafted < 0.3 * 1500 * model.config.n_ahead
     keen = Speculation(model, torch.randint(17, (1, 5)))
-    keen.COST = 0
+    keen.cost = 0
     keen.generate(1500)
     assert keen.drafted > 2 * writer.drafted
 
@@ -304,15 +320,15 @@ def test_the_cell_learns_what_the_model_would_say(T, monkeypatch):
             s = s + cell.down.weight @ (cell.up.weight @ x).clamp(min=0) ** 2
             if targets[b, j] >= 0:
                 terms.append(-(model.logits(h[b, j]).softmax(-1) * model.logits(s).log_softmax(-1)).sum())
-    whole = cell.loss(model, model.trunk(idx), idx, targets)
+    whole = cell.loss(model, model.trunk(idx), idx, targets, {})
     assert whole.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-12)
     grads = torch.autograd.grad(whole, list(cell.parameters()))
     monkeypatch.setattr(M, "AHEAD_LOGITS", 3 * 17) # one row at a time
-    parts = cell.loss(model, model.trunk(idx), idx, targets)
+    parts = cell.loss(model, model.trunk(idx), idx, targets, {})
     torch.testing.assert_close(parts, whole)
     for a, b in zip(torch.autograd.grad(parts, list(model.parameters()), allow_unused=True)[-2:], grads):
         torch.testing.assert_close(a, b)
-    cell.loss(model, model.trunk(idx), idx, targets).backward()
+    cell.loss(model, model.trunk(idx), idx, targets, {}).backward()
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["extras.ahead.up.weight", "extras.ahead.down.weight"]
 
 
@@ -340,7 +356,8 @@ def test_under_autocast():
 
 @pytest.mark.parametrize("call, words", [
     (lambda m: Speculation(m, torch.zeros(1, 1, dtype=torch.long), draft="ahead"), "n_ahead"),
-    (lambda m: Speculation(m, torch.zeros(1, 1, dtype=torch.long), draft="oracle"), "auto, ahead, ngram"),
+    (lambda m: Speculation(m, torch.zeros(1, 1, dtype=torch.long), draft="oracle"), "auto, ahead, early, ngram"),
+    (lambda m: Speculation(m, torch.zeros(1, 1, dtype=torch.long), draft="early"), "--depths"),
     (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long), 3, speculative=True), "prompt is empty"),
     (lambda m: m.generate(torch.zeros(1, 1, dtype=torch.long), 3, temperature=-1, speculative=True), "temperature"),
     (lambda m: m.generate(torch.zeros(1, 1, dtype=torch.long), -1, speculative=True), "max_new_tokens=-1"),
