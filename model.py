@@ -787,10 +787,10 @@ class Pass:
     the model's own will ask for, name -> tensor.
     """
 
-    def __init__(self, idx, table, cache, before, windows, notes, last=0):
+    def __init__(self, idx, table=None, cache=None, before=0, windows=1, notes=None, last=0):
         self.idx, self.windows = idx, windows # (B, T): as `windows` rows each, where a memory carries the text over several windows
         self.before = before # places in front of the text in h: the thoughts, with the first tokens
-        self.table, self.cache, self.notes = table, cache, notes
+        self.table, self.cache, self.notes = table, cache, {} if notes is None else notes
         self.start = 0 if cache is None else cache.length # tokens before these
         self.stage, self.last = 0, last # of depths: where it is, and where it ends
         self.real = None # which of these tokens are no padding, None: all
@@ -838,7 +838,7 @@ class Cache:
         # zeros: a row that is behind the others masks what lies ahead of it, but 0 times a NaN would be NaN
         self.layers = [[torch.zeros(batch_size, heads, before + capacity, width, dtype=dtype, device=device) for heads, width in layout]
                        for layout in layouts]
-        self.capacity, self.before, self.lengths = capacity, before, [0] * stages
+        self.capacity, self.before, self.lengths, self.device = capacity, before, [0] * stages, device
         self.reached = [torch.zeros(batch_size, capacity + 1, dtype=torch.long, device=device) for _ in range(stages - 1)]
         self.memory = None
         if memory:
@@ -895,16 +895,14 @@ class Cache:
         """(1 or B, 1, T, S), whether each of T new tokens sees each of S; None for a single token, and for the first ones: all causal."""
         filled = self.filled(stage)
         if not torch.is_tensor(filled):
-            S, device = filled + T, self.layers[0][0].device
-            return causal_mask(T, S, device) if 1 < T < S else None
+            return causal_mask(T, filled + T, self.device) if 0 < filled and T > 1 else None
         new, every = (torch.arange(n, device=filled.device) for n in (T, int(filled.max()) + T))
         return every <= filled[:, None, None, None] + new[:, None]
 
     def truncate(self, n):
         """Forget all but the first n tokens; n an int, or a tensor (B,) for rows of their own. ValueError if there are not as many."""
-        device = self.layers[0][0].device
-        n = n.to(device) if torch.is_tensor(n) and n.dim() else int(n)
-        if (torch.as_tensor(n, device=device) < 0).any() or (torch.as_tensor(n, device=device) > self.length).any():
+        n = n.to(self.device) if torch.is_tensor(n) and n.dim() else int(n)
+        if (torch.as_tensor(n, device=self.device) < 0).any() or (torch.as_tensor(n, device=self.device) > self.length).any():
             raise ValueError(f"cannot keep {n} of {self.length} cached tokens")
         self.length = n
 
@@ -1304,7 +1302,7 @@ class GPT(nn.Module):
         before = self.before if starts else 0
         h, table = self.position(self.embed(idx.unflatten(1, (windows, -1)).flatten(0, 1)), start, before)
         h = self.thoughts(h) if starts else h
-        pass_ = Pass(idx, table, cache, before, windows, {} if notes is None else notes, 0 if shallow else len(self.routers))
+        pass_ = Pass(idx, table, cache, before, windows, notes, 0 if shallow else len(self.routers))
         h = self.through(self.streams.expand(self.dropout(h), self.n_stream), pass_)
         if cache is not None:
             cache.length = cache.length + T

@@ -24,8 +24,8 @@ def make(attention, form, layer=3, scale=0.4, **knobs):
 
 
 def run(config, module, x, start=0, cache=None):
-    _, turn = M.POSITION[config.position](config)(x, start)
-    return module(x, M.Pass(turn, cache))
+    _, table = M.POSITION[config.position](config)(x, start)
+    return module(x, M.Pass(x[..., 0], table, cache))
 
 
 # --- the definition, one number at a time ---
@@ -119,8 +119,8 @@ def test_gradients(attention, form, knobs):
     names, params = zip(*a.named_parameters())
 
     def f(x, *params):
-        _, turn = M.Rope(c)(x, 0)
-        return torch.func.functional_call(a, dict(zip(names, params)), (x, M.Pass(turn, None)))
+        _, table = M.Rope(c)(x, 0)
+        return torch.func.functional_call(a, dict(zip(names, params)), (x, M.Pass(x[..., 0], table)))
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert torch.autograd.gradcheck(f, (x, *params), fast_mode=True)
@@ -172,7 +172,7 @@ def test_v1_without_its_second_map_is_the_first_map():
         a.maps.vectors.zero_()
         a.maps.vectors[2:] = math.sqrt(math.log(1 + a.maps.lambda_init) / 8)
     q, k, v = (a.qkv(x).unflatten(-1, (-1, 8)).transpose(1, 2)).split([4, 4, 4], 1)
-    turn = M.Rope(c)(x, 0)[1]
+    turn = M.Pass(x[..., 0], M.Rope(c)(x, 0)[1]).turn
     value = torch.cat(v.chunk(2, 1), -1) # (B, 2, T, 16)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         o = M.attend(turn(q)[:, :2], turn(k)[:, :2], value)
@@ -252,7 +252,7 @@ def test_shifting_all_positions_changes_nothing(attention, form, knobs):
 def test_rope_keeps_norms():
     c, _ = make("mha", "v2")
     q = torch.randn(1, 2, 9, 8, dtype=torch.float64)
-    turn = M.Rope(c)(torch.zeros(1, 9, 32, dtype=torch.float64), 3)[1]
+    turn = M.Pass(torch.zeros(1, 9), M.Rope(c)(torch.zeros(1, 9, 32, dtype=torch.float64), 3)[1]).turn
     torch.testing.assert_close(turn(q).norm(dim=-1), q.norm(dim=-1))
     assert turn(q.bfloat16()).dtype == torch.bfloat16
 

@@ -68,7 +68,7 @@ def test_memory_against_a_loop():
     idx[0], idx[1] = idx[0].masked_fill(idx[0] == 5, 6), idx[1].index_fill(0, torch.tensor([3, 9, 10, 16, 23]), 5)
     folded = x.reshape(4, 16, 16) # two windows of each row
     with torch.no_grad():
-        got = memory(folded, M.Pass(idx, None, None, 0, 2, {})).reshape(2, 32, 16)
+        got = memory(folded, M.Pass(idx, windows=2)).reshape(2, 32, 16)
         for b in range(2):
             torch.testing.assert_close(got[b], memory_by_loop(memory, x[b], idx[b]), atol=1e-11, rtol=1e-11)
     assert (got[:, :4] == 0).all() # the first segment has nothing to read
@@ -182,7 +182,7 @@ def densely(model, idx):
     h, table = model.position(model.embed(idx), 0)
 
     def through(h, stage, there): # there (B, T): who is in this stage
-        pass_ = M.Pass(idx, table, None, 0, 1, {})
+        pass_ = M.Pass(idx, table)
         pass_.mask = (there[:, None] & torch.ones(T, T).tril().bool() | torch.eye(T, dtype=torch.bool))[:, None]
         for layer in model.stages[stage]:
             depth.add_(there if isinstance(layer, M.Block) else 0)
@@ -243,7 +243,7 @@ def test_budget_moves_the_mean_depth():
     for target in (1.3, 3.4):
         model = GPT(GPTConfig(**SMALL, depths=(1, 4), mean_depth=target))
         opt, notes = build_optimizer(model, "adamw", 3e-3, 0.0, (0.9, 0.95)), {}
-        for step in range(150):
+        for step in range(300):
             idx = tokens(8, 17)
             opt.zero_grad()
             sum(model(idx[:, :-1], idx[:, 1:])[1].values()).backward()
