@@ -190,7 +190,7 @@ def complaints(c):
     if c.future_peek >= c.block_size:
         yield f"future_peek={c.future_peek} must be below block_size={c.block_size}; 8 is usual"
     if c.depths and (sorted({*c.depths, c.n_layer}) != list(c.depths) or c.depths[0] < 1 or len(c.depths) < 2):
-        yield f"depths={c.depths} must rise from at least 1 to n_layer={c.n_layer}, two or more, as in ({max(1, c.n_layer // 2)}, {c.n_layer})"
+        yield f"depths={c.depths} must rise from at least 1 to n_layer={c.n_layer} in two numbers or more, as (2, 4, 8) does to n_layer=8"
     if c.depths and not c.depths[0] <= c.target_depth <= c.n_layer:
         yield f"mean_depth={c.mean_depth} must lie between {c.depths[0]} and {c.n_layer}, the first and the last of depths"
     if c.sinkhorn_iters < 1:

@@ -88,7 +88,7 @@ def encode(text):
         raise UserError(f"the prompt has characters that the model does not know: {shown}\nwrite it without them")
     ids = torch.tensor([int(i) for i in tokenizer.encode(text)], device=device)[None]
     L = model.config.block_size
-    if ids.size(1) > L:
+    if ids.size(1) > L and model.memory is None:
         print(f"the prompt has {ids.size(1)} tokens, the model reads at most the last {L}", file=sys.stderr)
     return ids
 

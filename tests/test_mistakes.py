@@ -96,6 +96,11 @@ SLIPS = {
     "validation share of 2": ("data.py prepare {d}/play.txt --val_fraction=2", "val_fraction=2"),
     "no such size": ("train.py --model_size=meduim", "Nearest: medium"),
     "another size on resume": ("train.py --out_dir={d}/run --resume --model_size=nano", "model_size was '', now 'nano'"),
+    "windows that nothing connects": ("train.py --windows=2", "--memory_slots=16"),
+    "depths of another model": ("train.py --depths=2,5", "n_layer=1"),
+    "drafts of early layers that are not early": ("sample.py --out_dir={d}/run --speculative --draft=early", "--depths"),
+    "depth without a run": ("bench.py depth --out_dir={d}/nowhere", "config/train_shakespeare_depths.py"),
+    "memory without a memory": ("bench.py memory --out_dir={d}/run", "config/train_recall.py"),
     "model without heads": ("model.py --n_head=0", "at least 1"),
     "unknown suite": ("bench.py speed", "train, decode, kv_cache"),
 }
