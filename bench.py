@@ -536,7 +536,9 @@ def depth():
                 layers = sum(f * (fixed + f * (per_place - fixed)) for f in shares)
                 saved = 100 * (1 - (layers + 2 * c.n_embd * c.vocab_size) / (c.n_layer * per_place + 2 * c.n_embd * c.vocab_size))
                 results.extend([row("mean depth of these tokens", sum(shares), "layers"), row("operations saved", saved, "%"),
-                                row("time saved", 100 * (1 - ratio), "%"), row("time saved / operations saved", 10000 * (1 - ratio) / saved, "%")])
+                                row("time saved", 100 * (1 - ratio), "%")])
+                if saved > 0: # else every token took all layers
+                    results.append(row("time saved / operations saved", 10000 * (1 - ratio) / saved, "%"))
 
     def step(m):
         return lambda: sum(m.train()(x, y)[1].values()).backward()
@@ -572,6 +574,8 @@ def memory():
         raise UserError(f"{path} has no memory\ntrain one that has: python train.py config/train_recall.py")
     with user_errors():
         corpus, L = text_of(path), model.block_size
+    if corpus.name != "recall":
+        raise UserError(f"{path} was trained on {corpus.name}, which asks nothing\ntrain on recall: python train.py config/train_recall.py")
     lines = torch.from_numpy(np.array(corpus.val.shards[0]).astype(np.int64))
     ends = (lines == corpus.tokenizer.encode("\n")[0]).nonzero()[:, 0]
     lines = torch.stack([lines[e + 1 : e + 1024] for e in ends[:-1]]) # (lines, 1023): pairs, then a full stop

@@ -30,7 +30,14 @@ except ImportError: # macOS and Windows have none; CUDA tensors then take plain 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" # Triton reads it where kernels are defined: set it before the import
 KERNEL = "auto" # see use_kernel
-launches = collections.Counter() # (operation, path) -> calls: the proof of which path ran
+launches = collections.Counter() # (operation, path) -> calls in eager mode: the proof of which path ran
+
+
+def tally(operation, path):
+    if not torch.compiler.is_compiling(): # which would compile again for each new value of the counter
+        launches[operation, path] += 1
+
+
 
 
 def use_kernel(name):
@@ -185,7 +192,7 @@ def sinkhorn(logits, iters=20):
         raise ValueError(f"sinkhorn needs iters >= 1, not {iters}")
     path = path_for(logits) if logits.shape[-1] in (2, 4, 8) and logits.numel() else "torch"
     if path == "torch":
-        launches["sinkhorn", path] += 1
+        tally("sinkhorn", path)
         return sinkhorn_reference(logits, iters)
     return run(Sinkhorn, logits, iters, path)
 
@@ -447,7 +454,7 @@ SINKHORN = {"c": (sinkhorn_forward_c, sinkhorn_backward_c), "triton": (sinkhorn_
 class Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, iters, path):
-        launches["sinkhorn", path] += 1
+        tally("sinkhorn", path)
         x = logits.contiguous()
         ctx.save_for_backward(x)
         ctx.iters, ctx.path = iters, path
@@ -456,7 +463,7 @@ class Sinkhorn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_y):
-        launches["sinkhorn backward", ctx.path] += 1
+        tally("sinkhorn backward", ctx.path)
         (x,) = ctx.saved_tensors
         return SINKHORN[ctx.path][1](x, g_y.contiguous(), ctx.iters), None, None
 
@@ -482,7 +489,7 @@ def mhc_coefficients(h, phi, alpha, b, iters=20, eps=1e-6):
         raise ValueError(f"mhc_coefficients needs iters >= 1, not {iters}")
     path = streams_path(h, phi, alpha, b)
     if path == "torch":
-        launches["mhc_coefficients", path] += 1
+        tally("mhc_coefficients", path)
         return mhc_coefficients_reference(h, phi, alpha, b, iters, eps)
     return run(Coefficients, h, phi, alpha, b, iters, eps, path)
 
@@ -706,7 +713,7 @@ COEFFICIENTS = {"c": (mhc_forward_c, mhc_backward_c), "triton": (mhc_forward_tri
 class Coefficients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, phi, alpha, b, iters, eps, path):
-        launches["mhc_coefficients", path] += 1
+        tally("mhc_coefficients", path)
         N, x, phi, alpha, b = h.size(-2), h.contiguous().view(-1, h.size(-2) * h.size(-1)), *(t.contiguous() for t in (phi, alpha, b))
         z, square, pre, post, res = COEFFICIENTS[path][0](x, phi, alpha, b, N, iters, eps)
         ctx.save_for_backward(x, phi, alpha, b, z, square)
@@ -716,7 +723,7 @@ class Coefficients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *g):
-        launches["mhc_coefficients backward", ctx.path] += 1
+        tally("mhc_coefficients backward", ctx.path)
         x, phi, alpha, b, z, square = ctx.saved_tensors
         g_z, factor, sums = COEFFICIENTS[ctx.path][1](x.size(1), z, square, alpha, b, *(t.contiguous() for t in g), *ctx.rest)
         wide = x.float()
@@ -771,7 +778,7 @@ def activation(x, up, name, eps):
         paths = {path_for(t) for t in (x, up) if torch.is_tensor(t)}
     path = paths.pop() if len(paths) == 1 else "torch"
     if path == "torch":
-        launches[operation(name, up is not None), "torch"] += 1
+        tally(operation(name, up is not None), "torch")
         return activation_reference(*(x.chunk(2, dim=-1) if up is PAIR else (x, up)), name, eps)
     return run(Activation, x, None if up is PAIR else up, eps, name, path, up is PAIR)
 
@@ -991,7 +998,7 @@ class Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, eps, name, path, paired):
         ctx.name, ctx.path, ctx.paired, ctx.operation = name, path, paired, operation(name, paired or up is not None)
-        launches[ctx.operation, path] += 1
+        tally(ctx.operation, path)
         x, up = x.contiguous(), None if up is None else up.contiguous()
         ctx.save_for_backward(x, up, eps)
         y = torch.empty((*x.shape[:-1], x.size(-1) // 2) if paired else x.shape, dtype=x.dtype, device=x.device)
@@ -1002,7 +1009,7 @@ class Activation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, up, eps = ctx.saved_tensors
-        launches[ctx.operation + " backward", ctx.path] += 1
+        tally(ctx.operation + " backward", ctx.path)
         g_x, g_up = like(x), None if up is None else like(up)
         sums = ACTIVATION[ctx.path][1](x, up, g.contiguous(), g_x, g_up, eps, ctx.name, ctx.paired)
         return g_x, g_up, None if sums is None else sums.double().sum().to(eps.dtype), None, None, None
@@ -1018,7 +1025,7 @@ def read_streams(x, pre):
     """u = sum_i pre_i x_i. x (..., N, C), pre (..., N) -> (..., C). Zhu et al. 2024, arXiv:2409.19606; mHC, arXiv:2512.24880."""
     path = streams_path(x, pre)
     if path == "torch":
-        launches["read_streams", path] += 1
+        tally("read_streams", path)
         return read_streams_reference(x, pre)
     return run(ReadStreams, x, pre, path)
 
@@ -1032,7 +1039,7 @@ def write_streams(x, y, post, res):
     """x'_o = sum_i res_oi x_i + post_o y. x (..., N, C), y (..., C), post (..., N), res (..., N, N) [out, in] -> (..., N, C)."""
     path = streams_path(x, y, post, res)
     if path == "torch":
-        launches["write_streams", path] += 1
+        tally("write_streams", path)
         return write_streams_reference(x, y, post, res)
     return run(WriteStreams, x, y, post, res, path)
 
@@ -1225,7 +1232,7 @@ STREAMS = {"c": streams_c, "triton": streams_triton}
 class ReadStreams(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pre, path):
-        launches["read_streams", path] += 1
+        tally("read_streams", path)
         x, pre, ctx.path = x.contiguous(), pre.contiguous(), path
         ctx.save_for_backward(x, pre)
         u = torch.empty((*x.shape[:-2], x.shape[-1]), dtype=x.dtype, device=x.device)
@@ -1235,7 +1242,7 @@ class ReadStreams(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        launches["read_streams backward", ctx.path] += 1
+        tally("read_streams backward", ctx.path)
         x, pre = ctx.saved_tensors
         g_x, g_pre = like(x), like(pre)
         STREAMS[ctx.path]("read_backward", x, pre, g.contiguous(), g_x, g_pre)
@@ -1245,7 +1252,7 @@ class ReadStreams(torch.autograd.Function):
 class WriteStreams(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, post, res, path):
-        launches["write_streams", path] += 1
+        tally("write_streams", path)
         inputs, ctx.path = [t.contiguous() for t in (x, y, post, res)], path
         ctx.save_for_backward(*inputs)
         out = like(inputs[0])
@@ -1255,7 +1262,7 @@ class WriteStreams(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        launches["write_streams backward", ctx.path] += 1
+        tally("write_streams backward", ctx.path)
         inputs = ctx.saved_tensors
         gradients = [like(t) for t in inputs]
         STREAMS[ctx.path]("write_backward", *inputs, g.contiguous(), *gradients)
@@ -1277,7 +1284,7 @@ def rmsnorm(x, weight=None, eps=1e-6):
     fits = weight is None or (
         weight.shape == x.shape[-1:] and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous())
     if path == "torch" or not fits: # which says what is wrong with a shape
-        launches["rmsnorm", "torch"] += 1
+        tally("rmsnorm", "torch")
         return rmsnorm_reference(x, weight, eps)
     return run(RMSNormFunction, x, weight, eps, path)
 
@@ -1386,7 +1393,7 @@ RMSNORM = {"c": rmsnorm_c, "triton": rmsnorm_triton}
 class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, path):
-        launches["rmsnorm", path] += 1
+        tally("rmsnorm", path)
         x, ctx.eps, ctx.path = x.contiguous(), eps, path
         ctx.save_for_backward(x, weight)
         y = like(x)
@@ -1396,7 +1403,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        launches["rmsnorm backward", ctx.path] += 1
+        tally("rmsnorm backward", ctx.path)
         x, weight = ctx.saved_tensors
         rows, C = x.numel() // x.size(-1), x.size(-1)
         g_x, sums = like(x), None if weight is None else torch.empty(-(-rows // ROWS), C, dtype=torch.float32, device=x.device)
@@ -1418,7 +1425,7 @@ def few_rows(x, weight, bias=None):
     fits = x.size(-1) == weight.size(1) and x.dtype == weight.dtype and x.device == weight.device # else F.linear says what is wrong
     if not fits or path_for(weight) != "c" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    launches["few_rows", "c"] += 1
+    tally("few_rows", "c")
     x, y = x.contiguous(), torch.empty((*x.shape[:-1], weight.size(0)), dtype=x.dtype, device=x.device)
     needed(FEW_ROWS_SOURCE).few_rows(threads(), x.numel() // x.size(-1), *weight.shape, address(weight), address(x), address(y))
     return y if bias is None else y + bias
@@ -1496,7 +1503,7 @@ def linear_cross_entropy(x, weight, targets, cap=0.0):
         raise ValueError(f"x, weight and targets {shapes} must be (..., C), (V, C) and (...)")
     # a few MB of logits are no burden, and PyTorch's two calls are then up to 1.2 times as fast
     if not targets.numel() or KERNEL == "auto" and targets.numel() * weight.size(0) <= CROSS_ENTROPY_SMALL:
-        launches["linear_cross_entropy", "torch, whole"] += 1
+        tally("linear_cross_entropy", "torch, whole")
         return linear_cross_entropy_reference(x, weight, targets, cap)
     return cross_entropy_in_chunks(x, weight, targets, cap)
 
@@ -1621,7 +1628,7 @@ def logits_to_gradient(z, targets, losses, cap, path, gradient):
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, cap, dtype, path, needs):
-        launches["linear_cross_entropy", path] += 1
+        tally("linear_cross_entropy", path)
         rows, V = targets.numel(), weight.size(0)
         wide, targets = torch.promote_types(dtype, torch.float32), targets.reshape(-1).contiguous()
         x_, w = x.reshape(rows, x.size(-1)).to(dtype), weight.to(dtype)
@@ -1685,7 +1692,7 @@ def rotate(x, table):
         raise ValueError(f"x {tuple(x.shape)} and table {tuple(table.shape)} must be (..., T, P) and (..., T, P/2, 2)")
     asked = KERNEL == "triton" or x.is_cuda and not torch.compiler.is_compiling() # in this order: decoding a token counts microseconds
     if not asked or not x.numel() or table.dim() > 3 or path_for(x) != "triton":
-        launches["rotate", "torch"] += 1
+        tally("rotate", "torch")
         return rotate_reference(x, table)
     return run(Rotate, x, table)
 
@@ -1731,7 +1738,7 @@ def rotate_triton(x, table, sign):
 class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, table):
-        launches["rotate", "triton"] += 1
+        tally("rotate", "triton")
         table = table.contiguous()
         ctx.save_for_backward(table)
         return rotate_triton(x, table, 1.0)
@@ -1739,5 +1746,5 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        launches["rotate backward", "triton"] += 1
+        tally("rotate backward", "triton")
         return rotate_triton(g, *ctx.saved_tensors, -1.0), None

@@ -94,7 +94,7 @@ class GPTConfig:
     uncertainty: bool = False # a small head learns how probable it is that the likeliest next token is wrong
 
     def __post_init__(self):
-        self.depths = tuple(self.depths) # JSON makes lists of tuples
+        self.depths = tuple(self.depths) if isinstance(self.depths, list) else self.depths # JSON makes lists of tuples
         for sentence in complaints(self):
             raise ValueError(sentence)
 
@@ -159,6 +159,9 @@ def complaints(c):
     for knob in ("block_size", "vocab_size", "n_layer", "n_embd", "n_head"):
         if getattr(c, knob) < 1:
             yield f"{knob}={getattr(c, knob)} must be at least 1"
+    if type(c.depths) is not tuple or any(type(d) is not int for d in c.depths):
+        yield f"depths={c.depths!r} must be whole numbers, as in (2, 4, 8)"
+        return
     for knob in ("n_kv_head", "head_dim", "kv_rank", "q_rank", "rope_dim", "mlp_hidden", "init_std", "logit_softcap", "n_stream",
                  "thought_tokens", "memory_slots", "memory_segment", "future_peek", "mean_depth", "n_ahead"):
         if getattr(c, knob) < 0:
@@ -187,6 +190,8 @@ def complaints(c):
         yield f"n_ahead={c.n_ahead} must be below block_size={c.block_size}; 7 is usual"
     if c.memory_slots and (c.block_size // 2) % c.segment:
         yield f"memory_segment={c.segment} must divide half of block_size={c.block_size}: the window moves by halves; change one of them"
+    if not -1 <= c.document_token < c.vocab_size:
+        yield f"document_token={c.document_token} must be below vocab_size={c.vocab_size}; -1 is none"
     if c.future_peek >= c.block_size:
         yield f"future_peek={c.future_peek} must be below block_size={c.block_size}; 8 is usual"
     if c.depths and (sorted({*c.depths, c.n_layer}) != list(c.depths) or c.depths[0] < 1 or len(c.depths) < 2):
@@ -788,7 +793,7 @@ class Pass:
     """
 
     def __init__(self, idx, table=None, cache=None, before=0, windows=1, notes=None, last=0):
-        self.idx, self.windows = idx, windows # (B, T): as `windows` rows each, where a memory carries the text over several windows
+        self.idx, self.windows = idx, windows # (B, windows T): the text; h is (B windows, before + T, C), a row for each window
         self.before = before # places in front of the text in h: the thoughts, with the first tokens
         self.table, self.cache, self.notes = table, cache, {} if notes is None else notes
         self.start = 0 if cache is None else cache.length # tokens before these
@@ -812,15 +817,15 @@ class Pass:
         """The way back: nothing for the places in front."""
         return F.pad(x.unflatten(1, (self.windows, -1)).flatten(0, 1), (0, 0, self.before, 0))
 
-    def deeper(self, order, real):
-        """For the tokens that go on: order (B, T') their places among these, None: all. real (B, T'): False where a row has fewer."""
+    def deeper(self, T, order=None, real=None):
+        """For the T' tokens that go on: order (B, T') their places among these, None: all. real (B, T'): False where a row has fewer."""
         new = copy.copy(self)
         new.stage, new.real = self.stage + 1, real
         if self.table is not None and order is not None: # positions of their own
             table = self.table.squeeze(1) if self.table.dim() == 5 else self.table.expand(len(order), *self.table.shape)
             new.table = table[torch.arange(len(order), device=order.device)[:, None], order].unsqueeze(1) # (B, 1, T', P/2, 2)
         if self.cache is not None:
-            new.mask = self.cache.mask(self.idx.size(1) + self.before if order is None else order.size(1), new.stage)
+            new.mask = self.cache.mask(T, new.stage)
         return new
 
 
@@ -830,8 +835,8 @@ class Cache:
     before + capacity, width): the vectors before the text, which come with the first tokens, then `length` tokens: an int, or
     a tensor (B,) where rows differ. Rolling back is setting the length: what lies beyond it counts for nothing.
 
-    Layers of a later stage (depths) hold the tokens that reached it: reached[i] (B, capacity + 1) says how many of the first t
-    tokens of stage i went on. memory (B, heads, segments + 1, slots, width), if there is one, holds what it was when each segment began.
+    lengths[i] is the length of stage i of depths; setting `length` sets them all. Layers of a later stage (depths) hold the tokens that reached it: reached[i][b][t] says how many of the first t tokens of row b
+    in stage i went on, on the host: a token's routing must be known there before the next layer. memory (B, heads, segments + 1, slots, width), if there is one, holds what it was when each segment began.
     """
 
     def __init__(self, layouts, batch_size, capacity, dtype, device, before=0, stages=1, memory=()):
@@ -839,7 +844,7 @@ class Cache:
         self.layers = [[torch.zeros(batch_size, heads, before + capacity, width, dtype=dtype, device=device) for heads, width in layout]
                        for layout in layouts]
         self.capacity, self.before, self.lengths, self.device = capacity, before, [0] * stages, device
-        self.reached = [torch.zeros(batch_size, capacity + 1, dtype=torch.long, device=device) for _ in range(stages - 1)]
+        self.reached = [[[0] for _ in range(batch_size)] for _ in range(stages - 1)]
         self.memory = None
         if memory:
             heads, self.segment, slots, width = memory
@@ -854,8 +859,13 @@ class Cache:
     def length(self, n):
         self.lengths[0] = n
         for stage, reached in enumerate(self.reached):
-            counts = reached[torch.arange(len(reached), device=reached.device), self.lengths[stage]]
-            self.lengths[stage + 1] = counts if len(counts) > 1 else int(counts) # an int where it can: no mask for a single row
+            counts = [row[m] for row, m in zip(reached, self.of_rows(stage))]
+            self.lengths[stage + 1] = torch.tensor(counts, device=self.device) if len(set(counts)) > 1 else counts[0]
+
+    def of_rows(self, stage):
+        """The length of each row."""
+        n = self.lengths[stage]
+        return n.tolist() if torch.is_tensor(n) else itertools.repeat(n)
 
     def part(self, rows):
         """An empty cache for these rows (a slice), which lies in this one: what is read into it is there afterwards."""
@@ -884,12 +894,9 @@ class Cache:
         return [store[:, :, :end] for store in self.layers[layer]]
 
     def note(self, stage, went):
-        """Of the new tokens of this stage, which went on: (B, T)."""
-        start, reached = self.lengths[stage], self.reached[stage]
-        start = start if torch.is_tensor(start) else torch.full((len(went),), start, device=went.device)
-        rows = torch.arange(len(went), device=went.device)
-        at = start[:, None] + torch.arange(1, went.size(1) + 1, device=went.device)
-        reached[rows[:, None], at] = reached[rows, start][:, None] + went.cumsum(1)
+        """Of the new tokens of this stage, which went on: a list of each row's."""
+        for row, start, new in zip(self.reached[stage], self.of_rows(stage), went):
+            row[start:] = itertools.accumulate(new, initial=row[start])
 
     def mask(self, T, stage=0):
         """(1 or B, 1, T, S), whether each of T new tokens sees each of S; None for a single token, and for the first ones: all causal."""
@@ -904,7 +911,7 @@ class Cache:
         n = n.to(self.device) if torch.is_tensor(n) and n.dim() else int(n)
         if (torch.as_tensor(n, device=self.device) < 0).any() or (torch.as_tensor(n, device=self.device) > self.length).any():
             raise ValueError(f"cannot keep {n} of {self.length} cached tokens")
-        self.length = n
+        self.length = 0 if torch.is_tensor(n) and not n.any() else n # of nothing: the vectors before the text come again
 
     def slide(self, n):
         """Forget all tokens. A memory stays, as it was after the first n."""
@@ -914,8 +921,7 @@ class Cache:
 
     def nbytes(self):
         """Bytes allocated, as the tensors themselves report them; for its full capacity, whatever the length."""
-        beside = [t for t in (*self.reached, self.memory) if t is not None]
-        return sum(t.nbytes for t in beside) + sum(store.nbytes for layer in self.layers for store in layer)
+        return sum(store.nbytes for layer in self.layers for store in layer) + (0 if self.memory is None else self.memory.nbytes)
 
 
 class Block(nn.Module):
@@ -1043,7 +1049,7 @@ class Memory(nn.Module):
         """Each token attends to what the memory held when its segment began, if no document has begun since. -> (B, T, H D)."""
         (B, H, T, _), n = q.shape, memory.size(2)
         at = positions(pass_.start, T, q.device).reshape(-1, T) # (1 or B, T)
-        counts = F.pad(begins.cumsum(1), (1, 0)).expand(B, -1) # documents begun before each token
+        counts = F.pad(begins.cumsum(1, dtype=torch.long), (1, 0)).expand(B, -1) # documents begun before each token; bf16 counts to 256
         here, segment = counts.gather(1, (at + 1).expand(B, T)), counts.gather(1, (at // self.S * self.S).expand(B, T))
         mask = (at // self.S - first)[..., None] == torch.arange(n, device=q.device).repeat_interleave(self.M) # (1 or B, T, n M)
         mask = F.pad(mask & (here == segment)[..., None], (1, 0), value=True)[:, None] # (B, 1, T, 1 + n M)
@@ -1102,29 +1108,38 @@ class Router(nn.Module):
 
     def forward(self, h, pass_, through):
         """h (B, T, ...) after one stage -> after all. through(h, pass_) is what the tokens that go on are put through."""
-        x = self.reduce(h)
-        score, of_router = (widen(self.gate(self.norm(x))).squeeze(-1) for x in (x, x.detach())) # (B, T); the budget moves the router alone
-        p, go = score.sigmoid(), score > 0
-        go = go if pass_.real is None else go & pass_.real
-        soft = of_router.sigmoid()
-        asked = (go + soft - soft.detach())[:, pass_.before :] # of the text; its gradient is that of the sigmoid
-        asked = asked if pass_.real is None else asked * pass_.real[:, pass_.before :]
-        pass_.notes["depth"] = pass_.notes.get("depth", self.first) + self.layers * asked.sum() / pass_.idx.numel()
-        if pass_.cache is not None:
-            pass_.cache.note(pass_.stage, go[:, pass_.before :])
-        if pass_.before:
-            go = go | (torch.arange(go.size(1), device=go.device) < pass_.before) # thoughts are there for all
-        counts = go.sum(1)
-        most = go.size(1) if go.is_meta else int(counts.max())
+        x, before = self.reduce(h), pass_.before
+        score = self.score(x) # (B, T)
+        go = score > 0 if pass_.real is None else (score > 0) & pass_.real
+        went = [[True] * go.size(1)] * len(go) if go.is_meta else go.tolist() # on the host: shapes depend on it
+        if pass_.cache is None:
+            pass_.notes["depth"] = pass_.notes.get("depth", self.first) + self.layers * self.share(x, go, pass_)
+        else:
+            pass_.cache.note(pass_.stage, [row[before:] for row in went])
+        if before:
+            go = go | (torch.arange(go.size(1), device=go.device) < before) # thoughts are there for all
+        counts = [sum(row[before:]) + before for row in went]
+        most = max(counts, default=0)
         if most == 0:
             return h
-        if most == go.size(1) and len(go) == 1: # a single row, all of which goes on
-            return torch.lerp(h, through(h, pass_.deeper(None, None)), like(p, h))
+        p = score.sigmoid()
+        if most == go.size(1) and len(go) == 1: # a single row, all of which goes on: nothing to gather
+            return torch.lerp(h, through(h, pass_.deeper(most)), like(p, h))
         order = go.sort(dim=1, descending=True, stable=True).indices[:, :most] # those that go on, in their order, then others
-        rows, real = torch.arange(len(go), device=go.device)[:, None], torch.arange(most, device=go.device) < counts[:, None]
+        rows = torch.arange(len(go), device=go.device)[:, None]
+        real = torch.arange(most, device=go.device) < torch.tensor(counts, device=go.device)[:, None]
         few = h[rows, order] # (B, T', ...)
-        deep = through(few, pass_.deeper(order, real))
+        deep = through(few, pass_.deeper(most, order, real))
         return h.index_put((rows, order), torch.lerp(few, deep, like(p[rows, order] * real, h)))
+
+    def score(self, x):
+        return widen(self.gate(self.norm(x))).squeeze(-1)
+
+    def share(self, x, go, pass_):
+        """Of the text's tokens, the share that goes on. Its gradient is that of the sigmoid, and moves the router alone."""
+        soft = self.score(x.detach()).sigmoid() if torch.is_grad_enabled() else go.float()
+        share = (go + soft - soft.detach())[:, pass_.before :]
+        return (share if pass_.real is None else share * pass_.real[:, pass_.before :]).sum() / pass_.idx.numel()
 
     def loss(self, model, h, idx, targets, notes):
         """Squared distance of the mean depth from the one asked for, in layers."""
@@ -1136,7 +1151,7 @@ def like(p, h):
     return p.view(*p.shape, *[1] * (h.dim() - 2)).type_as(h)
 
 
-AHEAD_LOGITS = 2**22 # of the cell that are in memory at a time, 16 MB in each of about six forms
+_AHEAD_LOGITS = 2**22 # of the cell that are in memory at a time, 16 MB in each of about six forms
 
 
 class Ahead(nn.Module):
@@ -1175,7 +1190,7 @@ class Ahead(nn.Module):
         if not guesses:
             return h.new_zeros(())
         h, guesses, counts = h.flatten(0, 1), torch.stack(guesses, dim=2).flatten(0, 1), torch.stack(counts, dim=2).flatten(0, 1)
-        rows = max(1, AHEAD_LOGITS // (self.depth * model.config.vocab_size)) # at a time; their logits are made again in backward
+        rows = max(1, _AHEAD_LOGITS // (self.depth * model.config.vocab_size)) # at a time; their logits are made again in backward
         parts = zip(*(t.split(rows) for t in (h, guesses, counts)))
         return sum(checkpoint(self.apart, model, *part, use_reentrant=False) for part in parts) / counts.sum().clamp(min=1)
 
@@ -1237,7 +1252,8 @@ EXTRAS = {"ahead": ("n_ahead", Ahead), "uncertainty": ("uncertainty", Uncertaint
 
 class GPT(nn.Module):
     """
-    logits, losses = model(idx, targets). idx (B, T) int64, T <= block_size. With targets (B, T; -1 is ignored): logits
+    logits, losses = model(idx, targets). idx (B, T) int64, T <= block_size; with a memory and no cache any T, read as windows of
+    block_size that only memory connects. With targets (B, T; -1 is ignored): logits
     (B, T, V) and losses {"ce": nats per token}. Without: logits (B, 1, V) of the last token and {}. With a cache: idx are
     the tokens that follow, logits (B, T, V). Logits are fp32 (fp64 for a model in double). with_logits=False gives None for
     them and the same losses, without ever holding all of them: what training needs.
@@ -1255,7 +1271,6 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList((CheckpointedBlock if c.gradient_checkpointing else Block)(c, i) for i in range(c.n_layer))
         self.between = nn.ModuleList(Between(c, make(c), 2 * c.n_layer + i)
                                      for i, (knob, make) in enumerate(BETWEEN.items()) if getattr(c, knob))
-        self.memory = next((b.body for b in self.between if isinstance(b.body, Memory)), None)
         self.routers = nn.ModuleList(Router(c, i) for i in range(len(c.stage_depths) - 1))
         bottom = [*self.blocks[: c.middle], *self.between, *self.blocks[c.middle : c.stage_depths[0]]]
         self.stages = [bottom, *(list(self.blocks[a:b]) for a, b in itertools.pairwise(c.stage_depths))]
@@ -1288,7 +1303,7 @@ class GPT(nn.Module):
     def trunk(self, idx, cache=None, notes=None, shallow=False):
         """
         (B, T) -> (B, T, C): what the head reads. notes: a dict, filled with what Pass.notes says. shallow: as if every token were
-        done after the first of depths; what that leaves in a cache is to be forgotten (Speculation.early).
+        done after the first of depths; needs a cache, and what that leaves in it is to be forgotten (Speculation.early).
         """
         T, start = idx.size(1), cache.length if cache is not None else 0
         longest, room = (T, self.block_size) if cache is None else (cache.longest() + T, cache.capacity)
@@ -1304,6 +1319,8 @@ class GPT(nn.Module):
         h = self.thoughts(h) if starts else h
         pass_ = Pass(idx, table, cache, before, windows, notes, 0 if shallow else len(self.routers))
         h = self.through(self.streams.expand(self.dropout(h), self.n_stream), pass_)
+        if shallow:
+            cache.note(0, [[False] * T] * len(idx)) # nobody went on
         if cache is not None:
             cache.length = cache.length + T
         return self.norm(pass_.text(self.streams.reduce(h)))[:, :T]
@@ -1315,6 +1332,10 @@ class GPT(nn.Module):
         if pass_.stage == pass_.last:
             return h
         return self.routers[pass_.stage](h, pass_, self.through)
+
+    @property
+    def memory(self):
+        return next((b.body for b in self.between if isinstance(b.body, Memory)), None)
 
     def logits(self, h):
         return self.cap(widen(self.head(h))) # (..., V)
@@ -1433,10 +1454,26 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
         """The model of a checkpoint that train.py wrote, in eval mode. FileNotFoundError, or ValueError if it is damaged."""
-        state = load_checkpoint(path)
+        return cls.from_state(load_checkpoint(path), path).to(device).eval()
+
+    @classmethod
+    def from_state(cls, state, path):
+        """The model of what load_checkpoint read from path. ValueError if another version of this file wrote it."""
+        strange = sorted(state["config"]["model"].keys() - {f.name for f in fields(GPTConfig)})
+        if strange:
+            raise ValueError(f"{path} has settings that this model.py does not know: {', '.join(strange)}\n"
+                             "use the commit that its run.json names, or train again")
         model = cls(GPTConfig(**state["config"]["model"]))
-        model.load_state_dict(state["model"])
-        return model.to(device).eval()
+        model.load(state["model"], path)
+        return model
+
+    def load(self, weights, path):
+        """load_state_dict, with a ValueError where the weights in path are those of another version of this file."""
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is of another version of model.py: {str(error).splitlines()[1].strip()[:200]}\n"
+                             "use the commit that its run.json names, or train again") from None
 
 
 def forward_flops(module, T):
@@ -1550,7 +1587,7 @@ class Speculation:
 
     TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
     # Of drafting a token and judging it, in plain forwards: on a CPU with the model of train_shakespeare_diffmla.py a forward of
-    # eight tokens takes about 1.35 of one, seven drafts 0.35. A constant, so that a seed writes one text anywhere.
+    # eight tokens takes about 1.35 of one, seven drafts 0.35, (0.35 + 0.35) / 7. A constant, so that a seed writes one text anywhere.
     COST = 0.1
 
     def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None, draft="auto"):
@@ -1835,8 +1872,8 @@ def describe(config, T, batch_size=1):
     cache = model.new_cache(1, torch.float32)
     print(f"\n{model.num_params():,} parameters{' (head and embedding share theirs)' if config.tie_embeddings else ''}; "
           f"{model.flops_per_token(T):,} training FLOPs per token at context {T}")
-    per_token = cache.nbytes() // (cache.before + cache.capacity)
-    print(f"cache: {per_token:,} bytes per token in fp32, {per_token // 2:,} in bf16")
+    fp32, bf16 = (model.new_cache(1, kind).nbytes() // (cache.before + cache.capacity) for kind in (torch.float32, torch.bfloat16))
+    print(f"cache: {fp32:,} bytes per token in fp32, {bf16:,} in bf16")
 
 
 def show_presets():

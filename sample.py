@@ -40,7 +40,7 @@ interactive = False # ask for prompts until `quit`
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 
 ADJUSTABLE = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "max_new_tokens": int} # at the prompt
-SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...
+_SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...
 
 
 def newest_run():
@@ -73,8 +73,8 @@ def load(folder, device):
     if state["tokenizer"] is None:
         raise UserError(f"{path} was trained on tokens without a tokenizer, so it can write no text\nprepare the data with data.py")
     codec = tokenizer_from_dict(state["tokenizer"], state["config"]["train"]["data_dir"]) # gpt2's files lie where the run had its data
-    model = GPT(GPTConfig(**state["config"]["model"]))
-    model.load_state_dict(state["model"])
+    with user_errors():
+        model = GPT.from_state(state, path)
     about = f"{path}: {state['config']['model']['attention']}, {model.num_params():,} parameters, step {state['step']}"
     return model.to(device).eval(), codec, state["config"]["train"]["dtype"], about
 
@@ -104,7 +104,7 @@ def with_score(text, score):
         return text
     if lines:
         return f"{score:.2f}  {text!r}\n"
-    shade = SHADES[min(4, int(score * 5))]
+    shade = _SHADES[min(4, int(score * 5))]
     return re.sub("[^\n]+", rf"\033[30;48;5;{shade}m\g<0>\033[0m", text) if shade else text # a coloured line end would fill its line
 
 
@@ -209,6 +209,8 @@ def converse():
 configure(globals())
 if num_samples < 1 or max_new_tokens < 1:
     raise UserError("num_samples and max_new_tokens must be at least 1")
+if draft != "auto" and not speculative:
+    raise UserError(f"draft={draft} is of speculative decoding; add --speculative, or drop it")
 if uncertainty and (speculative or interactive):
     other = "speculative" if speculative else "interactive"
     raise UserError(f"uncertainty is of plain decoding of one prompt; drop --uncertainty or --{other}")

@@ -312,6 +312,9 @@ with user_errors():
     sequence = windows * config.block_size # tokens
     if config.vocab_size < corpus.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is smaller than the {corpus.vocab_size} of {corpus.name}; drop --vocab_size")
+    if windows > 1 and max(corpus.train.rows) <= sequence:
+        raise UserError(f"windows={windows} of block_size={config.block_size} are {sequence} tokens, more than the {len(corpus.train):,} "
+                        "of the text\nlower --windows")
     corpus.train.batch(0, 1, sequence, seed) # refuse too short a text now
     corpus.val.batch(0, 1, sequence, seed) if eval_iters else next(corpus.val.windows(sequence, 1))
     model = GPT(config).to(device)
@@ -352,7 +355,8 @@ def restore_random_states(s):
 run = {"run_id": began.get("run_id", uuid.uuid4().hex), "step": 0, "evaluated": -1, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0,
        "time_s": 0.0, "metrics_bytes": 0}
 if checkpoint:
-    model.load_state_dict(checkpoint["model"])
+    with user_errors():
+        model.load(checkpoint["model"], checkpoint_path)
     opt.load_state_dict(checkpoint["optimizer"])
     if sparsity:
         sparsity.load_state_dict(checkpoint["sparse"])
@@ -525,7 +529,8 @@ step_model = compiled_or_eager()
 saved_ok, window_time, window_steps = True, time.monotonic(), 0 # compiling counts as time, not as slow steps
 model.train()
 parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-# what the extras learn beside the model is clipped by itself, so that the model's own steps are the same with and without them
+# what learns beside the model from detached numbers (model.extras) is clipped by itself, so that the model's own steps are the same
+# with and without it; memory, peek and routers are parts of the model
 clipped = [[p for name, p in parameters.items() if name.startswith("extras.") == apart] for apart in (False, True)]
 while True:
     step = run["step"]
@@ -566,10 +571,11 @@ while True:
     noted = run_update_hooks(hooks["update"], step, parameters)
     if sparsity:
         sparsity.mask_gradients(step)
-    norm, *_ = [torch.nn.utils.clip_grad_norm_(part, grad_clip or math.inf).item() for part in clipped if part]
+    norms = [torch.nn.utils.clip_grad_norm_(part, grad_clip or math.inf).item() for part in clipped if part]
     beside = {name: float(v) for name, v in beside.items()}
     loss = beside.pop("ce")
-    if math.isfinite(loss + sum(beside.values())) and math.isfinite(norm):
+    norm = norms[0] if math.isfinite(sum(norms)) else math.nan
+    if math.isfinite(loss + sum(beside.values()) + norm):
         scaler.step(opt)
         if sparsity:
             sparsity.finish(step)

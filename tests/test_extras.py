@@ -238,6 +238,42 @@ def test_cache_holds_only_those_that_went_on():
     assert notes["depth"].item() == pytest.approx(layers / 12)
 
 
+@pytest.mark.parametrize("chunks", ([6, 4, 6], [1] * 16, [15, 1]), ids=str)
+def test_many_stages_of_a_single_row(chunks):
+    """Some chunks go on as a whole, which takes a way of its own."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(**SMALL, depths=(1, 2, 3, 4))).double().eval()
+        for router in model.routers:
+            router.gate.weight.data.normal_()
+        idx, cache = tokens(1, 16), model.new_cache(1)
+        with torch.no_grad():
+            got = torch.cat([model.trunk(piece, cache) for piece in idx.split(chunks, dim=1)], dim=1)
+            torch.testing.assert_close(got, model.trunk(idx), atol=1e-9, rtol=1e-9)
+        assert torch.equal(model.generate(idx, 30, temperature=0), model.generate(idx, 30, temperature=0, speculative=True))
+
+
+def test_nothing_kept_of_some_rows_is_nothing_read():
+    model = build(thought_tokens=2).eval()
+    idx, cache = tokens(2, 6), None
+    with torch.no_grad():
+        cache = model.new_cache(2)
+        model.trunk(idx, cache)
+        cache.truncate(torch.tensor([0, 0]))
+        torch.testing.assert_close(model.trunk(idx, cache), model.trunk(idx), atol=1e-9, rtol=1e-9)
+
+
+def test_documents_are_counted_exactly_in_half_precision():
+    model = GPT(GPTConfig(**{**SMALL, "block_size": 1024}, memory_slots=2, memory_segment=8, document_token=0)).bfloat16()
+    x, seen = torch.randint(1, 29, (1, 1024)), []
+    x[:, 0:900:2] = 0
+    sdpa = F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", lambda *a, attn_mask=None: seen.append(attn_mask) or sdpa(*a, attn_mask=attn_mask))
+        model.memory(torch.randn(1, 1024, 16, dtype=torch.bfloat16), M.Pass(x))
+    assert not seen[0][0, 0, 801, 1:].any() and seen[0][0, 0, 1000, 1:].any()
+
+
 def test_budget_moves_the_mean_depth():
     """From either side the loss pulls towards what was asked for; alone, it gets there."""
     for target in (1.3, 3.4):

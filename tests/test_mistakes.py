@@ -99,6 +99,8 @@ SLIPS = {
     "windows that nothing connects": ("train.py --windows=2", "--memory_slots=16"),
     "depths of another model": ("train.py --depths=2,5", "n_layer=1"),
     "drafts of early layers that are not early": ("sample.py --out_dir={d}/run --speculative --draft=early", "--depths"),
+    "drafts that nobody asked for": ("sample.py --out_dir={d}/run --draft=ngram", "--speculative"),
+    "more windows than text": ("train.py --memory_slots=2 --windows=900", "lower --windows"),
     "depth without a run": ("bench.py depth --out_dir={d}/nowhere", "config/train_shakespeare_depths.py"),
     "memory without a memory": ("bench.py memory --out_dir={d}/run", "config/train_recall.py"),
     "model without heads": ("model.py --n_head=0", "at least 1"),

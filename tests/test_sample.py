@@ -145,6 +145,19 @@ def test_drafts_of_a_cell_that_is_not_there(run, tmp_path):
     assert "tokens per forward" in sample(tmp_path, "--speculative", "--max_new_tokens=9", out="o").stderr
 
 
+def test_a_checkpoint_of_another_version_is_named(run, tmp_path):
+    """A weight that this model.py does not have, or a setting: one clear line from sample.py and from from_checkpoint."""
+    for change, words in ((lambda s: s["model"].update(old=torch.zeros(1)), "another version"),
+                          (lambda s: s["config"]["model"].update(old_knob=1), "old_knob")):
+        state = load_checkpoint(run / "char/best.pt")
+        change(state)
+        save_checkpoint(tmp_path / "best.pt", state)
+        with pytest.raises(ValueError, match=words):
+            GPT.from_checkpoint(tmp_path / "best.pt")
+        done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path}"], capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr and "train again" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_bench_ends_with_json():
     done = subprocess.run([sys.executable, ROOT / "bench.py", "kv_cache", "--save=false", "--rounds=1"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -323,7 +323,7 @@ def test_the_cell_learns_what_the_model_would_say(T, monkeypatch):
     whole = cell.loss(model, model.trunk(idx), idx, targets, {})
     assert whole.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-12)
     grads = torch.autograd.grad(whole, list(cell.parameters()))
-    monkeypatch.setattr(M, "AHEAD_LOGITS", 3 * 17) # one row at a time
+    monkeypatch.setattr(M, "_AHEAD_LOGITS", 3 * 17) # one row at a time
     parts = cell.loss(model, model.trunk(idx), idx, targets, {})
     torch.testing.assert_close(parts, whole)
     for a, b in zip(torch.autograd.grad(parts, list(model.parameters()), allow_unused=True)[-2:], grads):
