@@ -1581,8 +1581,8 @@ class Speculation:
     A text being written by a model, for B rows at once, each at its own pace: step() is one forward of the model for all of
     them. Drafts come from the model's Ahead cell ("ahead"), from its own first stage of layers where it has depths ("early"; as
     LayerSkip, Elhoushi et al. 2024, arXiv:2404.16710), or from what followed the same last tokens earlier in the text ("ngram").
-    "auto" is the first of these that the model has, but ngram wherever the text repeats itself. Drafting stops for a while where
-    too few drafts are kept to pay for themselves.
+    "auto" is the cell where there is one, but ngram wherever the text repeats itself; early has not paid yet (README). Drafting
+    stops for a while where too few drafts are kept to pay for themselves.
     """
 
     TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
@@ -1600,8 +1600,7 @@ class Speculation:
         self.sampling, self.device = (temperature, top_k, top_p, min_p), idx.device
         if draft == "early" and not model.routers:
             raise ValueError("draft=early needs a model with depths; use draft=ngram, or train one with --depths")
-        sources = [self.ahead] * ("ahead" in model.extras) + [self.early] * bool(model.routers) + [self.ngram]
-        self.best = sources[0] if draft == "auto" else getattr(self, draft)
+        self.best = getattr(self, ("ahead" if "ahead" in model.extras else "ngram") if draft == "auto" else draft)
         self.source = self.both if draft == "auto" else self.best
         self.cost = self.COST + (model.config.stage_depths[0] / model.config.target_depth if self.best == self.early else 0)
         self.n = min(model.config.n_ahead or 7, model.block_size - 1)

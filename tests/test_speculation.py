@@ -126,7 +126,7 @@ def test_early_layers_draft_and_leave_no_trace(change):
     plain = model.generate(idx, 80, temperature=0)
     writer = Speculation(model, idx, temperature=0, draft="early")
     assert torch.equal(writer.generate(80), plain) and 0 < writer.kept < writer.drafted
-    assert Speculation(model, idx).best.__name__ == "early"
+    assert Speculation(model, idx).best.__name__ == "ngram" # early is for who asks
     model.routers[0].gate.bias.data.fill_(-99)
     writer = Speculation(model, idx, temperature=0, draft="early")
     writer.generate(80)
