@@ -615,7 +615,8 @@ def extras():
 
         return run
 
-    results = [row(f"{name}, step", 1e3 * s, "ms", "none", *ratios) for name, (s, *ratios) in in_turn({n: step(m) for n, m in models.items()}).items()]
+    steps = in_turn({name: step(m) for name, m in models.items()})
+    results = [row(f"{name}, step", 1e3 * s, "ms", "none", *ratios) for name, (s, *ratios) in steps.items()]
     writers = {name: continuing(m.eval(), idx[:1, : block_size // 2], 16) for name, m in models.items()}
     return results + [row(f"{name}, decoding", 16 / s, "tokens/s", "none", 1 / ratio, 1 / high, 1 / low)
                       for name, (s, ratio, low, high) in in_turn(writers).items()]

@@ -7,7 +7,7 @@ Block puts one choice of each slot together, GPT stacks Blocks. No forward reads
 
 B batch   T new tokens   S tokens attended to (cached + new)   C channels (n_embd)   V vocabulary
 H heads (n_head)   K key/value heads (n_kv_head)   D head width (head_dim)   R latent rank (kv_rank)   P rotary width (rope_dim)
-N residual streams (n_stream)
+N residual streams (n_stream)   M memory slots   G tokens of a memory segment
 
   slot        choice      class                          from
   norm        layernorm   LayerNorm                      Ba et al. 2016, arXiv:1607.06450
@@ -24,6 +24,14 @@ N residual streams (n_stream)
   residual    plain       Plain                          He et al. 2015
               hyper       Hyper                          Zhu et al. 2024, arXiv:2409.19606
               mhc         Manifold                       Xie et al. 2025, arXiv:2512.24880; permutations: arXiv:2601.05732
+
+  extra           class        where it lies                        in the line of
+  thought_tokens  Thoughts     in front of the text                 registers, arXiv:2309.16588
+  memory_slots    Memory       between two blocks                   Recurrent Memory Transformer, arXiv:2207.06881
+  future_peek     Peek         between two blocks                   LEPTON's, with the future predicted and not read
+  depths          Router       above the layers that it names       Mixture-of-Depths, arXiv:2404.02258
+  n_ahead         Ahead        beside the trunk, for Speculation    Hydra, arXiv:2402.05109
+  uncertainty     Uncertainty  beside the trunk
 """
 import copy
 import difflib
@@ -835,8 +843,9 @@ class Cache:
     before + capacity, width): the vectors before the text, which come with the first tokens, then `length` tokens: an int, or
     a tensor (B,) where rows differ. Rolling back is setting the length: what lies beyond it counts for nothing.
 
-    lengths[i] is the length of stage i of depths; setting `length` sets them all. Layers of a later stage (depths) hold the tokens that reached it: reached[i][b][t] says how many of the first t tokens of row b
-    in stage i went on, on the host: a token's routing must be known there before the next layer. memory (B, heads, segments + 1, slots, width), if there is one, holds what it was when each segment began.
+    Layers of a later stage (depths) hold the tokens that reached it. lengths[i] is the length of stage i; setting `length` sets
+    them all, by reached[i][b][t]: how many of the first t tokens of row b in stage i went on. It is kept on the host, which must
+    know before the next layer. memory (B, heads, segments + 1, slots, width) or None: what it held when each segment began.
     """
 
     def __init__(self, layouts, batch_size, capacity, dtype, device, before=0, stages=1, memory=()):
@@ -986,10 +995,10 @@ class Between(nn.Module):
 
 class Memory(nn.Module):
     """
-    Attention to the text beyond the window, through M slots. At the end of each segment of S tokens, slot m with its learned
+    Attention to the text beyond the window, through M slots. At the end of each segment of G tokens, slot m with its learned
     query s_m looks over them, and over what it holds:
 
-        w = softmax([keep_m, s_m k_1, ..., s_m k_S])        slot m = w_0 slot m + sum_i w_i [k_i, v_i]
+        w = softmax([keep_m, s_m k_1, ..., s_m k_G])        slot m = w_0 slot m + sum_i w_i [k_i, v_i]
 
     Tokens of later segments attend to the slots, as to M tokens, and to `nothing`, whose value is 0 and whose weight is the gate.
     Keys and values are read at unit size: what was written with a small w speaks as loudly.
@@ -1001,18 +1010,18 @@ class Memory(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.H, self.D, self.M, self.S = c.n_head, c.head_width, c.memory_slots, c.segment
+        self.H, self.D, self.M, self.G = c.n_head, c.head_width, c.memory_slots, c.segment
         self.layer, self.document = c.n_layer, c.document_token # its place in the cache, after the blocks
         width = self.H * self.D
         self.qkv = linear(c, c.n_embd, 3 * width, c.bias, fused=(width,) * 3, blocks=(self.D,) * (2 * self.H) + (1,) * width)
         # Both starts decide whether recall is learned (bench.py, memory): sharp queries, so that a slot takes few tokens and not
         # the mean of all; and slots that keep nearly nothing beside slots that keep nearly all from segment to segment.
         self.slots = nn.Parameter(3 * torch.randn(self.H, self.M, self.D))
-        self.keep = nn.Parameter(math.log(self.S) + torch.linspace(-1, 4, self.M).repeat(self.H, 1))
+        self.keep = nn.Parameter(math.log(self.G) + torch.linspace(-1, 4, self.M).repeat(self.H, 1))
         self.nothing = nn.Parameter(torch.zeros(self.H, 1, self.D))
         self.out = residual_out(c, width)
         self.cache_layout = ((self.H, self.D), (self.H, self.D), (1, 1)) # keys, values, where documents begin
-        self.memory_layout = (self.H, self.S, self.M, 2 * self.D)
+        self.memory_layout = (self.H, self.G, self.M, 2 * self.D)
 
     def forward(self, x, pass_):
         q, k, v = self.qkv(pass_.text(x)).unflatten(-1, (-1, self.D)).transpose(1, 2).chunk(3, dim=1) # (B, H, T, D)
@@ -1024,19 +1033,19 @@ class Memory(nn.Module):
         return pass_.folded(self.out(self.read(q, memory, first, begins, pass_)))
 
     def write(self, k, v, begins, pass_):
-        """The first segment that has a new token, and what the memory holds when each from there on begins, (B, H, n, M, 2D)."""
-        S, start, cache = self.S, pass_.start, pass_.cache
-        first, end = (int(start.min()) if torch.is_tensor(start) else start) // S, k.size(2) // S
+        """-> the first segment with a new token; what memory holds when each from there on begins, (B, H, n + 1, M, 2D): n end here."""
+        G, start, cache = self.G, pass_.start, pass_.cache
+        first, end = (int(start.min()) if torch.is_tensor(start) else start) // G, k.size(2) // G
         state = k.new_zeros(len(k), self.H, self.M, 2 * self.D, dtype=widen(k[:0]).dtype) if cache is None else cache.memory[:, :, first]
         states = [state]
         if end > first:
-            kv = torch.cat([k, v], dim=-1)[:, :, first * S : end * S].unflatten(2, (-1, S)) # (B, H, n, S, 2D)
-            score = torch.einsum("hmd,bhnsd->bhnms", self.slots.type_as(k), kv[..., : self.D]) / math.sqrt(self.D)
-            begins = begins[:, None, first * S : end * S].unflatten(2, (-1, 1, S)) # (B, 1, n, 1, S)
+            kv = torch.cat([k, v], dim=-1)[:, :, first * G : end * G].unflatten(2, (-1, G)) # (B, H, n, G, 2D)
+            score = torch.einsum("hmd,bhngd->bhnmg", self.slots.type_as(k), kv[..., : self.D]) / math.sqrt(self.D)
+            begins = begins[:, None, first * G : end * G].unflatten(2, (-1, 1, G)) # (B, 1, n, 1, G)
             after = begins.flip(-1).cumsum(-1).flip(-1) - begins # documents that begin after a token: it is not of the last one
             keep = self.keep[:, None, :, None].expand(*score.shape[:-1], 1)
             w = torch.cat([keep.masked_fill(begins.sum(-1, keepdim=True) > 0, -torch.inf),
-                           widen(score).masked_fill(after > 0, -torch.inf)], dim=-1).softmax(-1) # (B, H, n, M, 1 + S)
+                           widen(score).masked_fill(after > 0, -torch.inf)], dim=-1).softmax(-1) # (B, H, n, M, 1 + G)
             new = w[..., 1:] @ widen(kv) # (B, H, n, M, 2D)
             for n in range(end - first):
                 states.append(w[:, :, n, :, :1] * states[-1] + new[:, :, n])
@@ -1050,8 +1059,8 @@ class Memory(nn.Module):
         (B, H, T, _), n = q.shape, memory.size(2)
         at = positions(pass_.start, T, q.device).reshape(-1, T) # (1 or B, T)
         counts = F.pad(begins.cumsum(1, dtype=torch.long), (1, 0)).expand(B, -1) # documents begun before each token; bf16 counts to 256
-        here, segment = counts.gather(1, (at + 1).expand(B, T)), counts.gather(1, (at // self.S * self.S).expand(B, T))
-        mask = (at // self.S - first)[..., None] == torch.arange(n, device=q.device).repeat_interleave(self.M) # (1 or B, T, n M)
+        here, segment = counts.gather(1, (at + 1).expand(B, T)), counts.gather(1, (at // self.G * self.G).expand(B, T))
+        mask = (at // self.G - first)[..., None] == torch.arange(n, device=q.device).repeat_interleave(self.M) # (1 or B, T, n M)
         mask = F.pad(mask & (here == segment)[..., None], (1, 0), value=True)[:, None] # (B, 1, T, 1 + n M)
         k, v = rmsnorm(memory.flatten(2, 3).unflatten(-1, (2, self.D))).type_as(q).unbind(3) # (B, H, n M, D)
         k = torch.cat([self.nothing.type_as(q).expand(B, -1, -1, -1), k], dim=2)

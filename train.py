@@ -94,7 +94,8 @@ with user_errors():
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
 # what a resumed run cannot change, besides the model
 FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2",
-         "dtype", "kernel", "update_hooks", "sparse", "sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps"}
+         "dtype", "kernel", "update_hooks", "sparse", "sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost",
+         "sparse_boost_steps"}
 LOCAL = {"out_dir", "resume", "device"} # these are the command line's, not the checkpoint's
 MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
 
@@ -308,7 +309,7 @@ with user_errors():
         chosen.setdefault("document_token", corpus.tokenizer.eot)
     config = GPTConfig(**chosen)
     if windows > 1 and not config.memory_slots:
-        raise UserError(f"windows={windows} needs a memory: nothing else sees from one window into the next\nadd --memory_slots=16, or drop it")
+        raise UserError(f"windows={windows} needs a memory: nothing else sees from one into the next\nadd --memory_slots=16, or drop it")
     sequence = windows * config.block_size # tokens
     if config.vocab_size < corpus.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is smaller than the {corpus.vocab_size} of {corpus.name}; drop --vocab_size")

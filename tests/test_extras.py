@@ -31,7 +31,7 @@ def tokens(batch, length, vocab=29):
 
 def memory_by_loop(memory, x, idx):
     """One row x (T, C): slot by slot, token by token."""
-    H, D, S = memory.H, memory.D, memory.S
+    H, D, S = memory.H, memory.D, memory.G
     q, k, v = (t.view(len(x), H, D) for t in memory.qkv(x).chunk(3, dim=-1))
     keys, values = torch.zeros(H, memory.M, D, dtype=x.dtype), torch.zeros(H, memory.M, D, dtype=x.dtype)
     out, unit = [], lambda a: F.rms_norm(a, (D,), eps=1e-6)

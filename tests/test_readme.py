@@ -84,6 +84,8 @@ def test_every_config_trains(name, copy):
     flags = f"config/{name} --n_layer=1 --n_embd={8 * (config.get('n_head') or PRESETS[config['model_size']]['n_head'])} --block_size=16 --max_iters=2 --warmup_iters=1 --batch_size=2 --eval_iters=1"
     flags += " --rope_dim=4" if config.get("attention", "mha") in ("mla", "diff_mla") else ""
     flags += " --mlp_hidden=32" if "mlp_hidden" in config else ""
+    flags += " --n_layer=2 --depths=1,2 --mean_depth=0" if "depths" in config else ""
+    flags += " --memory_segment=0" if "memory_segment" in config else ""
     env = offline(DATA_MIRROR=os.environ["DATA_MIRROR"]) if os.environ.get("DATA_MIRROR") else offline()
     more = ROOM_FOR_CHOICES if "sparse" in config else []
     done = run(["train.py", *flags.split(), *more, "--sample_tokens=4", f"--out_dir=out/small_{name}"], copy, env)
