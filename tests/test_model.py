@@ -123,8 +123,8 @@ def gone_on(model):
     """How many tokens each routing of a forward let through: a list that a further forward makes longer."""
     counts, deeper = [], M.Pass.deeper
     for router in model.routers:
-        router.register_forward_pre_hook(lambda m, args: setattr(args[1], "deeper", lambda order, real, p=args[1]: counts.append(
-            0 if order is None else order.size(1)) or deeper(p, order, real)))
+        router.register_forward_pre_hook(lambda m, args: setattr(args[1], "deeper", lambda T, *places, p=args[1]:
+                                                                 counts.append(T) or deeper(p, T, *places)))
     return counts
 
 
