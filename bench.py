@@ -599,7 +599,7 @@ def memory():
 
 
 def extras():
-    knobs = [{}, {"thought_tokens": 4}, {"memory_slots": 16}, {"future_peek": 8}, {"n_ahead": 4}, {"uncertainty": True}]
+    knobs = [{}, {"thought_tokens": 4}, {"memory_slots": 16}, {"future_peek": 8}, {"n_ahead": 7}, {"uncertainty": True}]
     print(f"extras: 4 layers of 128, diff_mla, batch {batch_size} x {block_size}, fp32, eager; decoding at context {block_size // 2}")
     models = {", ".join(f"{k}={v}" for k, v in knob.items()) or "none": build(**SMALL, attention="diff_mla", block_size=block_size, **knob)
               for knob in knobs}

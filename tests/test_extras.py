@@ -288,6 +288,13 @@ def test_budget_moves_the_mean_depth():
         assert abs(notes["depth"].item() - target) < 0.4, target
 
 
+def test_the_budget_moves_the_routers_alone():
+    model = build(depths=(1, 2, 4))
+    idx = tokens(3, 16)
+    model(idx, idx)[1]["depth"].backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == {"routers"}
+
+
 def test_a_row_that_stops_costs_nothing():
     """One token of one row: blocks above its depth are not called."""
     model = build(depths=(2, 4)).eval()
