@@ -38,8 +38,6 @@ def tally(operation, path):
         launches[operation, path] += 1
 
 
-
-
 def use_kernel(name):
     """auto: Triton for CUDA tensors, C for what it takes on a CPU, else PyTorch. torch, triton: that, or an error."""
     global KERNEL
@@ -70,22 +68,25 @@ def path_for(tensor):
 
 @functools.cache
 def c_library(source):
-    """The C source as a ctypes library; None, said once, where there is no compiler. With OpenMP where the compiler has it."""
-    with tempfile.TemporaryDirectory() as folder: # Unix keeps a loaded library when its file goes
-        text, library = os.path.join(folder, "kernels.c"), os.path.join(folder, "kernels.so")
-        with open(text, "w", encoding="utf-8") as f:
-            f.write(source)
-        # errno and traps would keep sqrt and sums from being vectorised; the arithmetic stays IEEE's
-        flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", text, "-o", library, "-lm"]
-        compiler = shlex.split(os.environ.get("CC", "cc"))
-        for more in (["-march=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], []): # Apple's clang has no OpenMP, some no native
-            try:
-                done = subprocess.run([*compiler, *more, *flags], capture_output=True)
-            except OSError: # there is none
-                break
-            if done.returncode == 0:
-                return declared(ctypes.CDLL(library), source)
-    print(f"NO WORKING C COMPILER ({shlex.join(compiler)}; CC names another): what would be C runs as plain PyTorch, several times slower")
+    """The C source as a ctypes library; None, said once, where it cannot be built. With OpenMP where the compiler has it."""
+    compiler = os.environ.get("CC", "cc")
+    try:
+        with tempfile.TemporaryDirectory() as folder: # Unix keeps a loaded library when its file goes
+            text, library = os.path.join(folder, "kernels.c"), os.path.join(folder, "kernels.so")
+            with open(text, "w", encoding="utf-8") as f:
+                f.write(source)
+            # errno and traps would keep sqrt and sums from being vectorised; the arithmetic stays IEEE's
+            flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", text, "-o", library, "-lm"]
+            # Apple's clang has no OpenMP, some compilers have no native
+            for more in (["-march=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], []):
+                done = subprocess.run([*shlex.split(compiler), *more, *flags], capture_output=True)
+                if done.returncode == 0:
+                    return declared(ctypes.CDLL(library), source)
+            problem = "it fails"
+    except (OSError, ValueError) as error: # no compiler, CC with an open quote, no temporary folder, or one mounted noexec
+        problem = str(error)
+    print(f"NO WORKING C COMPILER ({compiler}: {problem}; CC names another, TMPDIR another folder): "
+          "what would be C runs as plain PyTorch, several times slower")
     return None
 
 
@@ -114,7 +115,7 @@ def c_array(kind, values):
 def pointers(tensors, offsets=None):
     """Addresses of fp32 tensors, each moved on by a number of elements."""
     offsets = offsets or [0] * len(tensors)
-    return c_array(ctypes.c_void_p, [t.data_ptr() + 4 * n for t, n in zip(tensors, offsets)])
+    return c_array(ctypes.c_void_p, [address(t) + 4 * n for t, n in zip(tensors, offsets)])
 
 
 def integers(values):
@@ -130,8 +131,16 @@ def threads(numel=2**62):
     return torch.get_num_threads() if numel > 16384 else 1
 
 
-def address(tensor):
-    return None if tensor is None else tensor.data_ptr()
+def address(tensor, dtype=torch.float32):
+    """
+    Of a tensor's first number, for C, which takes the type, the order and the place of what lies there for granted. None for None.
+    Shapes are checked by the operation that knows them.
+    """
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise TypeError(f"C takes contiguous {dtype} on the CPU, not {tensor.dtype} on {tensor.device} with strides {tensor.stride()}")
+    return tensor.data_ptr()
 
 
 class Inference:
@@ -765,6 +774,14 @@ def gated_pair(x, name, eps=None):
 PAIR = object() # in place of up: x holds both
 
 
+@functools.cache # once for each name
+def known_to_kernels(name):
+    """Whether C and Triton have the formula. A row that was added to ACTIVATIONS alone runs as it stands there, and that is said."""
+    if name not in ACTIVATION_SOURCES:
+        print(f"activation={name} is in ACTIVATIONS but in no kernel: it runs as plain PyTorch")
+    return name in ACTIVATION_SOURCES
+
+
 def activation(x, up, name, eps):
     if name not in ACTIVATIONS:
         raise ValueError(f"activation={name!r} is none of {', '.join(ACTIVATIONS)}")
@@ -777,7 +794,7 @@ def activation(x, up, name, eps):
     else:
         paths = {path_for(t) for t in (x, up) if torch.is_tensor(t)}
     path = paths.pop() if len(paths) == 1 else "torch"
-    if path == "torch":
+    if path == "torch" or not known_to_kernels(name):
         tally(operation(name, up is not None), "torch")
         return activation_reference(*(x.chunk(2, dim=-1) if up is PAIR else (x, up)), name, eps)
     return run(Activation, x, None if up is PAIR else up, eps, name, path, up is PAIR)
@@ -908,7 +925,7 @@ def activation_backward_c(x, up, g, g_x, g_up, eps, name, paired):
 
 def second_half(x):
     """Address of the second half of the first row."""
-    return x.data_ptr() + x.element_size() * (x.size(-1) // 2)
+    return address(x) + x.element_size() * (x.size(-1) // 2)
 
 
 if triton is not None:
@@ -933,6 +950,7 @@ if triton is not None:
             t = tl.where(u < 0.625, u + u * (z * p), (1 - q) / (1 + q))
             y, slope = x * t, t + u * (4 * q / ((1 + q) * (1 + q))) * c
         else:
+            tl.static_assert(NAME == "crrelu", "an activation without a formula here")
             c = tl.where(x > 20, 20.0, tl.where(x < -20, -20.0, x))
             e = tl.exp(-0.5 * c * c)
             bump = c * e
@@ -1023,6 +1041,8 @@ class Activation(torch.autograd.Function):
 @torch._disable_dynamo
 def read_streams(x, pre):
     """u = sum_i pre_i x_i. x (..., N, C), pre (..., N) -> (..., C). Zhu et al. 2024, arXiv:2409.19606; mHC, arXiv:2512.24880."""
+    if x.dim() < 2 or pre.shape != x.shape[:-1]:
+        raise ValueError(f"read_streams takes x (..., N, C) and pre (..., N), not {tuple(x.shape)} and {tuple(pre.shape)}")
     path = streams_path(x, pre)
     if path == "torch":
         tally("read_streams", path)
@@ -1037,6 +1057,10 @@ def read_streams_reference(x, pre):
 @torch._disable_dynamo
 def write_streams(x, y, post, res):
     """x'_o = sum_i res_oi x_i + post_o y. x (..., N, C), y (..., C), post (..., N), res (..., N, N) [out, in] -> (..., N, C)."""
+    fits = x.dim() > 1 and (y.shape, post.shape, res.shape) == (x[..., 0, :].shape, x.shape[:-1], (*x.shape[:-1], x.size(-2)))
+    if not fits:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, y, post, res))
+        raise ValueError(f"write_streams takes x (..., N, C), y (..., C), post (..., N) and res (..., N, N), not {shapes}")
     path = streams_path(x, y, post, res)
     if path == "torch":
         tally("write_streams", path)
@@ -1501,6 +1525,10 @@ def linear_cross_entropy(x, weight, targets, cap=0.0):
     if x.shape[:-1] != targets.shape or weight.dim() != 2 or x.size(-1) != weight.size(1):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, targets))
         raise ValueError(f"x, weight and targets {shapes} must be (..., C), (V, C) and (...)")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}, and must be int64: give targets.long()")
+    if not x.device == weight.device == targets.device:
+        raise ValueError(f"x, weight and targets lie on {x.device}, {weight.device} and {targets.device}; bring them together")
     # a few MB of logits are no burden, and PyTorch's two calls are then up to 1.2 times as fast
     if not targets.numel() or KERNEL == "auto" and targets.numel() * weight.size(0) <= CROSS_ENTROPY_SMALL:
         tally("linear_cross_entropy", "torch, whole")
@@ -1570,7 +1598,8 @@ CROSS_ENTROPY_SOURCE = C_MATH + """
 
 
 def cross_entropy_c(z, targets, losses, gradient):
-    needed(CROSS_ENTROPY_SOURCE).cross_entropy(threads(), *z.shape, gradient, address(targets), address(z), address(losses))
+    needed(CROSS_ENTROPY_SOURCE).cross_entropy(
+        threads(), *z.shape, gradient, address(targets, torch.int64), address(z), address(losses))
 
 
 def cross_entropy_torch(z, targets, losses, gradient):

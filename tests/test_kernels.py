@@ -91,6 +91,13 @@ def test_refusals(monkeypatch):
         (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5)[:2], torch.ones(()), torch.ones(8)), "alpha"),
         (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5)[:3], torch.ones(9)), "N\\^2"),
         (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5), iters=0), "iters >= 1"),
+        (lambda: kernels.read_streams(torch.randn(3, 5, 4, 8), torch.randn(5, 4)), r"read_streams takes .*\(5, 4\)"),
+        (lambda: kernels.read_streams(torch.randn(4), torch.randn(())), "read_streams takes"),
+        *((lambda shapes=shapes: kernels.write_streams(*map(torch.randn, shapes)), "write_streams takes") for shapes in (
+            ((5, 4, 8), (5, 7), (5, 4), (5, 4, 4)), ((5, 4, 8), (8,), (5, 4), (5, 4, 4)), ((5, 4, 8), (5, 8), (5, 2), (5, 4, 4)),
+            ((5, 4, 8), (5, 8), (5, 4), (4, 4)))),
+        (lambda: kernels.linear_cross_entropy(x, torch.randn(9, 4), torch.zeros(3, dtype=torch.int32)), "targets.long()"),
+        (lambda: kernels.linear_cross_entropy(x, torch.randn(9, 4, device="meta"), torch.zeros(3).long()), "bring them together"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -119,6 +126,51 @@ def test_a_kernel_that_fails_raises(monkeypatch):
     monkeypatch.setattr(kernels, "activation_library", kernels.activation_library.__wrapped__) # not what it remembers
     with pytest.raises(RuntimeError, match="refused"):
         activate(torch.randn(3), "silu")
+
+
+def test_c_gets_no_address_that_it_would_misread(monkeypatch):
+    """int32 targets were read as int64, beyond their end. Here those of a vocabulary that is not small, as a model gives them."""
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+    model, idx = GPT(GPTConfig(vocab_size=90, block_size=8, n_layer=1, n_head=2, n_embd=16)), torch.randint(90, (4, 8))
+    with pytest.raises(ValueError, match="targets.long()"):
+        model(idx, idx.int(), with_logits=False)
+    for bad in (torch.ones(4, 4).t(), torch.ones(4).double(), torch.ones(4).int(), torch.ones(4, device="meta")):
+        with pytest.raises(TypeError, match="C takes contiguous torch.float32 on the CPU"):
+            kernels.address(bad)
+        with pytest.raises(TypeError, match="C takes contiguous"):
+            kernels.pointers([bad])
+    assert "data_ptr" not in (ROOT / "kernels.py").read_text(encoding="utf-8").replace("return tensor.data_ptr()", "")
+    assert not any("data_ptr()" in line and "storage" not in line for line in (ROOT / "optim.py").read_text(encoding="utf-8").splitlines())
+
+
+def test_a_folder_that_runs_nothing_and_a_broken_cc_are_said(monkeypatch, capsys):
+    """A temporary folder mounted noexec lets the compiler write a library that cannot be loaded."""
+    def noexec(path):
+        raise OSError("failed to map segment from shared object")
+
+    with monkeypatch.context() as m:
+        m.setattr(kernels.ctypes, "CDLL", noexec)
+        assert c_library("/* noexec */") is None and "failed to map segment" in capsys.readouterr().out
+    with monkeypatch.context() as m:
+        m.setenv("CC", '"')
+        assert c_library("/* open quote */") is None and "No closing quotation" in capsys.readouterr().out
+    with monkeypatch.context() as m:
+        m.setattr(kernels.tempfile, "tempdir", "/no/such/folder")
+        assert c_library("/* no folder */") is None and "/no/such/folder" in capsys.readouterr().out
+
+
+def test_an_activation_that_no_kernel_knows_runs_as_its_formula(monkeypatch, capsys):
+    """What a person who adds a row gets: their formula, said aloud, plain and gated, with its gradient."""
+    monkeypatch.setitem(ACTIVATIONS, "mish", lambda x, eps: x * torch.nn.functional.softplus(x).tanh())
+    x = torch.randn(5, 6, requires_grad=True)
+    for path in ("c", "triton") if INTERPRETED else ("c",):
+        use_kernel("triton" if path == "triton" else "auto")
+        y, z = activate(x, "mish"), kernels.gated_pair(x, "mish")
+        torch.testing.assert_close(y, torch.nn.functional.mish(x))
+        torch.testing.assert_close(z, torch.nn.functional.mish(x[:, :3]) * x[:, 3:])
+        torch.testing.assert_close(*(torch.autograd.grad(f.sum(), x)[0] for f in (activate(x, "mish"), torch.nn.functional.mish(x))))
+    assert capsys.readouterr().out.count("activation=mish is in ACTIVATIONS but in no kernel") == 1
+    kernels.known_to_kernels.cache_clear()
 
 
 # --- Sinkhorn: the reference ---

@@ -205,7 +205,7 @@ def test_without_a_compiler_the_loop_runs_and_says_so(monkeypatch, capsys):
     for cc in ("no-such-compiler", "false"):
         monkeypatch.setenv("CC", cc)
         source = f"/* {cc} */" + AdamMini.source
-        assert c_library(source) is None and f"NO WORKING C COMPILER ({cc};" in capsys.readouterr().out
+        assert c_library(source) is None and f"NO WORKING C COMPILER ({cc}: " in capsys.readouterr().out
         monkeypatch.setattr(AdamMini, "source", source)
         p = torch.nn.Parameter(torch.randn(3, 4))
         assert AdamMini([p]).form_of([p]) == "loop"
