@@ -182,8 +182,6 @@ def complaints(c):
         yield f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}; change one of them or set head_dim"
     if c.n_head % c.kv_heads:
         yield f"n_head={c.n_head} is not divisible by n_kv_head={c.n_kv_head}; choose a divisor"
-    if c.is_latent and c.n_kv_head:
-        yield f"n_kv_head={c.n_kv_head} needs attention=mha or diff, not {c.attention}: the latent already serves all heads; drop it"
     if c.is_diff and c.diff_form == "v1" and (c.n_head % 2 or c.kv_heads % 2):
         yield f"diff_form=v1 pairs heads: n_head={c.n_head} and n_kv_head={c.kv_heads} must be even; or use diff_form=v2"
     if c.zero_init and c.tie_embeddings:
@@ -192,6 +190,8 @@ def complaints(c):
         yield f"rotary width {c.rotary_width} must be even, it is turned in pairs; change rope_dim or head_dim"
     if c.is_latent and c.rotary_width > c.head_width - 2:
         yield f"rope_dim={c.rotary_width} must leave at least 2 of head_dim={c.head_width} unrotated; lower rope_dim"
+    if c.is_latent and c.latent_rank < 1:
+        yield f"n_embd={c.n_embd} leaves no latent of n_embd // 4 for attention={c.attention}; set kv_rank, or raise n_embd"
     if c.is_latent and (c.latent_rank % 2 or c.head_width % 2):
         yield f"kv_rank={c.latent_rank} and head_dim={c.head_width} must be even with attention={c.attention}: rotary pairs lie after them"
     if c.n_ahead >= c.block_size:
@@ -210,22 +210,41 @@ def complaints(c):
         yield f"sinkhorn_iters={c.sinkhorn_iters} must be at least 1; 20 is usual"
     if c.h_res == "permutations" and c.streams > 4:
         yield f"h_res=permutations has {c.streams}! terms with n_stream={c.streams}; use at most 4, or h_res=sinkhorn"
-    if c.h_res == "permutations" and c.sinkhorn_iters != 20:
-        yield f"sinkhorn_iters={c.sinkhorn_iters} needs h_res=sinkhorn; drop it or change that"
     # a knob whose owner is off would be ignored, which poisons comparisons
     usual = {f.name: f.default for f in fields(c)}
-    for owned, owner, knobs in (
-        (c.is_latent, "attention=mla or diff_mla", ("kv_rank", "q_rank", "rope_dim")),
-        (c.is_diff, "attention=diff or diff_mla", ("diff_form",)),
-        (c.position == "rope", "position=rope", ("rope_base", "rope_dim")),
-        (c.residual != "plain", "residual=hyper or mhc", ("n_stream",)),
-        (c.residual == "mhc", "residual=mhc", ("h_res", "sinkhorn_iters")),
-        (c.memory_slots, "memory_slots", ("memory_segment", "document_token")),
-        (c.depths, "depths", ("mean_depth",)),
-    ):
+    for _, owned, sentence, knobs in OWNERS:
         for knob in knobs:
-            if getattr(c, knob) != usual[knob] and not owned:
-                yield f"{knob}={getattr(c, knob)} needs {owner}; drop it or change that"
+            if getattr(c, knob) != usual[knob] and not owned(c):
+                yield f"{knob}={getattr(c, knob)} needs {sentence}; drop it or change that"
+
+
+OWNERS = ( # fields that decide, whether they let the knobs count, what to choose so that they do, the knobs
+    (("attention",), lambda c: c.is_latent, "attention=mla or diff_mla", ("kv_rank", "q_rank", "rope_dim")),
+    (("attention",), lambda c: not c.is_latent, "attention=mha or diff: a latent serves all heads already", ("n_kv_head",)),
+    (("attention",), lambda c: c.is_diff, "attention=diff or diff_mla", ("diff_form",)),
+    (("position",), lambda c: c.position == "rope", "position=rope", ("rope_base", "rope_dim")),
+    (("residual",), lambda c: c.residual != "plain", "residual=hyper or mhc", ("n_stream",)),
+    (("residual",), lambda c: c.residual == "mhc", "residual=mhc", ("h_res", "sinkhorn_iters")),
+    (("h_res",), lambda c: c.h_res == "sinkhorn", "h_res=sinkhorn", ("sinkhorn_iters",)),
+    (("memory_slots",), lambda c: c.memory_slots, "memory_slots", ("memory_segment", "document_token")),
+    (("depths",), lambda c: c.depths, "depths", ("mean_depth",)),
+)
+
+
+def without_orphans(chosen, typed):
+    """
+    chosen, the fields of a config {name: value}, without the knobs that a config file gave and that no longer count because a
+    name in `typed`, which the command line gave, switched their owner. It says what it drops: `--attention=mha` after a file
+    with a kv_rank should train, and not be refused for a knob that nobody typed.
+    """
+    usual = {f.name: f.default for f in fields(GPTConfig)}
+    c = object.__new__(GPTConfig) # not checked yet
+    c.__dict__.update(usual | chosen)
+    orphans = {knob for deciding, owned, _, knobs in OWNERS for knob in knobs
+               if typed.intersection(deciding) and chosen.get(knob, usual[knob]) != usual[knob] and not owned(c)} - typed
+    for knob in sorted(orphans):
+        print(f"{knob}={chosen[knob]} of the config file is dropped: it does not count with what the command line chose")
+    return {name: value for name, value in chosen.items() if name not in orphans}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,7 +326,8 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        bias = None if self.bias is None else self.bias.type_as(x)
+        return F.layer_norm(x, self.weight.shape, self.weight.type_as(x), bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -417,8 +437,8 @@ def attend(q, k, v, mask=None, scale=None):
     # a key head are stacked as more queries, so that the cached keys are read once and never copied.
     mask = causal_mask(T, S, q.device) if mask is None and T > 1 else mask
     mask = mask if mask is None or H == K else torch.cat([mask] * (H // K), dim=2) # repeat() takes 10 us longer
-    o = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask, scale=scale)
-    return o.reshape(B, H, T, -1)
+    o = F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, attn_mask=mask, scale=scale)
+    return o.reshape(B, H, T, D)
 
 
 def causal_mask(T, S, device):
@@ -725,7 +745,8 @@ class Hyper(Streams):
         self.scale = nn.Parameter(torch.full((3,), 0.01))
 
     def coefficients(self, h):
-        pre, post, res = self.dynamic(self.norm(h)).tanh().split([1, 1, h.size(2)], dim=-1) # (B, T, N, 1 | 1 | N)
+        dynamic = F.linear(self.norm(h), self.dynamic.weight.type_as(h)).tanh() # h is fp32 where the weights are bf16
+        pre, post, res = dynamic.split([1, 1, h.size(2)], dim=-1) # (B, T, N, 1 | 1 | N)
         s = self.scale
         return self.pre + s[0] * pre.squeeze(-1), self.post + s[1] * post.squeeze(-1), self.res + s[2] * res.mT # [out, in]
 
@@ -869,7 +890,7 @@ class Cache:
         self.lengths[0] = n
         for stage, reached in enumerate(self.reached):
             counts = [row[m] for row, m in zip(reached, self.of_rows(stage))]
-            self.lengths[stage + 1] = torch.tensor(counts, device=self.device) if len(set(counts)) > 1 else counts[0]
+            self.lengths[stage + 1] = torch.tensor(counts, device=self.device) if len(set(counts)) > 1 else sum(counts[:1])
 
     def of_rows(self, stage):
         """The length of each row."""
@@ -1155,6 +1176,12 @@ class Router(nn.Module):
         return (notes["depth"] - self.target).square()
 
 
+def own_randomness():
+    """A context that ends with the random state that it began with."""
+    device = torch.get_default_device()
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def like(p, h):
     """(B, T) -> (B, T, 1, ...), in the dtype of h."""
     return p.view(*p.shape, *[1] * (h.dim() - 2)).type_as(h)
@@ -1172,6 +1199,8 @@ class Ahead(nn.Module):
     drafts: trained 4 and 6 deep, as many of 8 drafts are kept. Nothing but the cell is trained: the trunk, the embedding and the
     head are detached. In the line of Hydra (Ankner et al. 2024, arXiv:2402.05109). The norms have no gains: W_up has them.
     """
+
+    detached = True # learns from detached numbers: optim.py and train.py keep its parameters apart from the model's
 
     def __init__(self, c):
         super().__init__()
@@ -1222,6 +1251,7 @@ class Uncertainty(nn.Module):
     not beat 1 - p on new text (python bench.py uncertainty): what it learns on is text that the trunk has learned too.
     """
 
+    detached = True # as Ahead
     PRIOR = 0.1 # times k^2 is what a correction costs; with none, AUROC on new text falls by 0.0024 below that of 1 - p, with it by 0.0004
 
     def __init__(self, c):
@@ -1289,7 +1319,8 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
         self.softcap = c.logit_softcap
         self.cap = partial(softcap, c.logit_softcap) if c.logit_softcap else nn.Identity()
-        self.extras = nn.ModuleDict({name: make(c) for name, (knob, make) in EXTRAS.items() if getattr(c, knob)})
+        with own_randomness(): # else their initial values would move the dropout of the model that they must leave alone
+            self.extras = nn.ModuleDict({name: make(c) for name, (knob, make) in EXTRAS.items() if getattr(c, knob)})
         inside = {"peek": next((b.body for b in self.between if isinstance(b.body, Peek)), None),
                   "depth": self.routers[0] if c.depths else None}
         self.beside = {**{name: part for name, part in inside.items() if part}, **self.extras} # who has a loss
@@ -1314,6 +1345,8 @@ class GPT(nn.Module):
         (B, T) -> (B, T, C): what the head reads. notes: a dict, filled with what Pass.notes says. shallow: as if every token were
         done after the first of depths; needs a cache, and what that leaves in it is to be forgotten (Speculation.early).
         """
+        if idx.dim() != 2 or not idx.size(1):
+            raise ValueError(f"idx {tuple(idx.shape)} must be (B, T) with at least one token")
         T, start = idx.size(1), cache.length if cache is not None else 0
         longest, room = (T, self.block_size) if cache is None else (cache.longest() + T, cache.capacity)
         windows = 1
@@ -1424,6 +1457,8 @@ class GPT(nn.Module):
         """
         if speculative and (watch or not use_cache):
             raise ValueError("speculative decoding is made of its cache and its own forwards; drop use_cache=False and watch")
+        if not len(idx):
+            return idx
         if speculative:
             return Speculation(self, idx, temperature, top_k, top_p, min_p, generator).generate(max_new_tokens, stop)
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
@@ -1462,27 +1497,39 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
-        """The model of a checkpoint that train.py wrote, in eval mode. FileNotFoundError, or ValueError if it is damaged."""
+        """The model of a checkpoint that train.py wrote, in eval mode. FileNotFoundError, or ValueError if it cannot be used."""
         return cls.from_state(load_checkpoint(path), path).to(device).eval()
 
     @classmethod
     def from_state(cls, state, path):
         """The model of what load_checkpoint read from path. ValueError if another version of this file wrote it."""
-        strange = sorted(state["config"]["model"].keys() - {f.name for f in fields(GPTConfig)})
-        if strange:
-            raise ValueError(f"{path} has settings that this model.py does not know: {', '.join(strange)}\n"
-                             "use the commit that its run.json names, or train again")
-        model = cls(GPTConfig(**state["config"]["model"]))
-        model.load(state["model"], path)
+        try:
+            chosen, weights = state["config"]["model"], state["model"]
+        except (KeyError, TypeError):
+            raise ValueError(f"{path} holds no model of train.py; give its ckpt.pt or best.pt") from None
+        model = cls(GPTConfig(**saved_fields(chosen, path)))
+        model.load(weights, path)
         return model
 
     def load(self, weights, path):
         """load_state_dict, with a ValueError where the weights in path are those of another version of this file."""
         try:
             self.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is of another version of model.py: {str(error).splitlines()[1].strip()[:200]}\n"
+        except (RuntimeError, TypeError, AttributeError) as error:
+            problem = str(error).splitlines()[:2][-1].strip()[:200] # torch begins with a line that says nothing
+            raise ValueError(f"{path} is of another version of model.py: {problem}\n"
                              "use the commit that its run.json names, or train again") from None
+
+
+def saved_fields(chosen, path):
+    """chosen, the fields of GPTConfig that path holds, as keyword arguments. ValueError for a name or a type that GPTConfig lacks."""
+    usual = {f.name: f.default for f in fields(GPTConfig)}
+    also = {float: (float, int), tuple: (tuple, list)} # JSON writes 1.0 as 1.0, a tuple as a list
+    strange = sorted(k for k, v in chosen.items() if k not in usual or type(v) not in also.get(type(usual[k]), (type(usual[k]),)))
+    if strange:
+        raise ValueError(f"{path} has settings that this model.py does not know: {', '.join(strange)}\n"
+                         "use the commit that its run.json names, or train again")
+    return chosen
 
 
 def forward_flops(module, T):
@@ -1530,7 +1577,8 @@ def window_start(n, block_size):
 def check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens=0):
     for bad, sentence in [
         (max_new_tokens < 0, f"max_new_tokens={max_new_tokens} must not be negative"),
-        (temperature < 0, f"temperature={temperature} must not be negative; 0 is greedy"),
+        (not temperature >= 0, f"temperature={temperature} must not be negative; 0 is greedy"),
+        (0 < temperature < 1e-6, f"temperature={temperature} is too small to divide by; 0 is greedy"),
         (top_k < 0, f"top_k={top_k} must not be negative; 0 keeps every token"),
         (not 0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]; 1 keeps every token"),
         (not 0 <= min_p < 1, f"min_p={min_p} must be in [0, 1); 0 keeps every token"),
@@ -1845,13 +1893,19 @@ def previous_checkpoint(path):
 
 def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU. FileNotFoundError; ValueError if the file is damaged or somebody else's."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder; give a file in it: best.pt or ckpt.pt")
     with open(path, "rb") as f:
         blob = f.read()
     if blob[-_SEAL:-64] != b"sha256:":
         raise ValueError(f"{path} is cut short, or was not written by train.py; give a checkpoint of train.py (ckpt.pt, best.pt)")
     if hashlib.sha256(blob[:-_SEAL]).hexdigest().encode() != blob[-64:]:
         raise ValueError(f"{path} is damaged: its bytes do not match the sha256 it carries; use another checkpoint of the run")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error: # torch.load raises many kinds for a pickle that is not made of tensors and plain values
+        raise ValueError(f"{path} holds more than weights and numbers, or less: {str(error).splitlines()[0][:120]}\n"
+                         "it is not what train.py writes and may run code; use another checkpoint") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -37,19 +37,22 @@ class Declared(NamedTuple):
     role: str
     fused: tuple # rows of the matrices stacked in it
     blocks: object # None: each row a block; (): one block; else the rows of each block
+    detached: bool # it learns beside the model, from detached numbers, and must leave the model alone
 
 
 def declarations(model):
     """{parameter: Declared} for every trained parameter, a shared one once. TypeError if a module declares no role."""
+    apart = {p for module in model.modules() if getattr(module, "detached", False) for p in module.parameters()}
     found = {}
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
             if not hasattr(module, "role"):
                 raise TypeError(f"{type(module).__name__} ({name}) owns parameters but declares no role; add `role = ...` to the class")
             if p.dim() < 2 or module.role == "vector": # a bias is a vector whatever its matrix is
-                found.setdefault(p, Declared("vector", (), ()))
+                found.setdefault(p, Declared("vector", (), (), p in apart))
             else:
-                found.setdefault(p, Declared(module.role, getattr(module, "fused", (len(p),)), getattr(module, "blocks", None)))
+                fused, blocks = getattr(module, "fused", (len(p),)), getattr(module, "blocks", None)
+                found.setdefault(p, Declared(module.role, fused, blocks, p in apart))
     return {p: d for p, d in found.items() if p.requires_grad}
 
 
@@ -449,7 +452,7 @@ class Sparse:
         ]:
             if bad:
                 raise ValueError(sentence)
-        self.params = [p for p, d in declarations(model).items() if d.role in ("matrix", "head")]
+        self.params = [p for p, d in declarations(model).items() if d.role in ("matrix", "head") and not d.detached]
         self.optimizer, self.method, self.interval, self.phase, self.prune_rate = optimizer, method, interval, phase, prune_rate
         self.boost, self.boost_steps = boost, boost_steps
         self.total = sum(p.numel() for p in self.params)
@@ -520,7 +523,8 @@ class Sparse:
 
     @torch.no_grad()
     def mask_gradients(self, step):
-        grads = [p.grad for p in self.params]
+        # a weight has no gradient where no token of the batch came to its layer
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         if self.to_grow and all(g.isfinite().all() for g in grads): # else the next batch decides
             self.flesh = self.lowest([(-g.abs()).masked_fill(m, torch.inf) for g, m in zip(grads, self.masks)], self.to_grow)
             self.set(self.flesh, True)
@@ -558,7 +562,8 @@ class Sparse:
 # a row of HOOKS or path/to/file.py:function, and after `=` a number that the hook takes as its last argument. They return
 # {label: number} or None; the numbers go to metrics.jsonl with the lines of the log.
 #
-#   update    f(step, params[, number]), at each step before clipping; params is {name: parameter}, .grad may be changed in place
+#   update    f(step, params[, number]), at each step before clipping; params is {name: parameter} of those that have a gradient,
+#             .grad may be changed in place
 #   forward   f(model[, number]) -> {module: g}, once; g(inputs, output) for these modules, for each line of the log, in a
 #             forward of its own under no_grad: what it sees is what training would compute, what it does reaches no weight
 
@@ -569,7 +574,7 @@ def identity(step, params):
 
 def clip_by_layer(step, params, largest=1.0):
     """Each parameter's gradient scaled down to a norm of `largest`. Logs the share of parameters that were."""
-    grads = [p.grad for p in params.values() if p.grad is not None]
+    grads = [p.grad for p in params.values()]
     norms = torch.stack([g.norm() for g in grads])
     for g, scale in zip(grads, (largest / norms.clamp(min=1e-12)).clamp(max=1).unbind()):
         g.mul_(scale)
@@ -580,8 +585,7 @@ def gradient_noise(step, params, eta=0.01):
     """Gaussian noise of variance eta / (1 + step)^0.55 (Neelakantan et al. 2015, arXiv:1511.06807, section 3)."""
     std = (eta / (1 + step) ** 0.55) ** 0.5
     for p in params.values():
-        if p.grad is not None:
-            p.grad.add_(torch.randn_like(p.grad), alpha=std)
+        p.grad.add_(torch.randn_like(p.grad), alpha=std)
     return {"std": std}
 
 
@@ -600,16 +604,18 @@ def stream_stats(model):
     """
     Of residual=hyper or mhc: how far each block's streams are apart, against their size; of mhc, for each mixing matrix, how
     far its entries have moved from their start on average, the largest error of its row and column sums, and the composite gain
-    ("Amax"): the largest row or column sum of the product of all mixing matrices so far. arXiv:2512.24880, section 5.
+    ("Amax"): the largest row or column sum of the product of all mixing matrices so far. arXiv:2512.24880, section 5. With depths
+    the product begins anew in each stage of layers, because other tokens come there.
     """
-    found, product = {}, []
+    found, products = {}, {}
+    stage_of = {block: i for i, stage in enumerate(model.stages) for block in stage}
 
-    def mixing(starts, inputs, coefficients): # res (B, T, N, N), sublayer after sublayer
+    def mixing(starts, stage, inputs, coefficients): # res (B, T, N, N), sublayer after sublayer
         res = coefficients[2]
-        product[:] = [res @ product[0] if product else res]
+        product = products[stage] = res @ products[stage] if stage in products else res
         return {"moved": (res - starts).abs().mean(),
                 "row_error": (res.sum(-1) - 1).abs().max(), "column_error": (res.sum(-2) - 1).abs().max(),
-                "gain": torch.maximum(product[0].abs().sum(-1).max(), product[0].abs().sum(-2).max())}
+                "gain": torch.maximum(product.abs().sum(-1).max(), product.abs().sum(-2).max())}
 
     for block in model.blocks:
         found[block] = lambda inputs, x: {"apart": (x - x.mean(-2, keepdim=True)).norm() / x.norm()} if x.dim() == 4 else {}
@@ -619,7 +625,7 @@ def stream_stats(model):
                 b[2 * residual.N :] = residual.mixing.start
                 with torch.no_grad():
                     starts = residual.mixing(h.view(1, residual.N, -1), phi, alpha, b)[2]
-                found[residual.mixing] = functools.partial(mixing, starts)
+                found[residual.mixing] = functools.partial(mixing, starts, stage_of[block])
     return found
 
 
@@ -651,7 +657,8 @@ def find_hooks(kind, text):
 
 
 def run_update_hooks(hooks, step, params):
-    """{hook: {label: number}}, in their order."""
+    """{hook: {label: number}}, in their order. A hook sees the parameters that have a gradient: with depths a layer may get none."""
+    params = {name: p for name, p in params.items() if p.grad is not None}
     with torch.no_grad():
         return {name: result for name, hook in hooks if (result := hook(step, params))}
 

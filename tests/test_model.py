@@ -310,6 +310,9 @@ def test_shapes_and_dtypes():
         assert model.new_cache(1).layers[0][0].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="17 tokens do not fit into block_size=16"):
         model(tokens(model, 1, 17))
+    for idx_ in (idx[:, :0], idx[0]):
+        with pytest.raises(ValueError, match="at least one token"):
+            model(idx_)
     torch.testing.assert_close(model(idx)[0][:, 0], model(idx, idx)[0][:, -1])
 
 
@@ -326,6 +329,23 @@ def test_bf16_autocast_is_near(row):
         for part in [*(block.attention for block in model.blocks), *(between.body for between in model.between)]:
             part.out.weight.zero_() # what the tolerance must be able to see: tokens that hear nothing of each other
         assert off < 0.04 < (model(idx, idx)[0] - exact).norm() / exact.norm() # bf16 keeps 8 bits: 0.4% at each of a dozen roundings
+
+
+@pytest.mark.parametrize("half", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("norm", ("rmsnorm", "layernorm"))
+@pytest.mark.parametrize("change", [{}, dict(memory_slots=2, future_peek=3, thought_tokens=2, n_ahead=2, uncertainty=True), dict(depths=(1, 2))],
+                         ids=("plain", "extras", "depths"))
+@pytest.mark.parametrize("residual", ("plain", "hyper", "mhc"))
+def test_a_model_in_half_precision(residual, change, norm, half):
+    """model.bfloat16(): weights, gradients and cache in half precision, logits in fp32 and near those of fp32."""
+    model = build(dict(residual=residual, norm=norm, **change), 0.15)
+    idx = tokens(model, 2, 12)
+    exact = model.eval()(idx, idx)[0]
+    near, losses = model.to(half).train()(idx, idx)
+    sum(losses.values()).backward()
+    assert near.dtype == torch.float32 and (near - exact).norm() / exact.norm() < (0.05 if not change.get("depths") else 1)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.generate(idx, 3, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("attention", ("mha", "mla", "diff", "diff_mla"))
@@ -492,7 +512,7 @@ REFUSED = [
     (dict(rope_base=1.0), "rope_base=1.0 must be above 1"),
     (dict(n_embd=33), "n_embd=33 is not divisible by n_head=4"),
     (dict(n_kv_head=3), "n_head=4 is not divisible by n_kv_head=3"),
-    (dict(attention="mla", n_kv_head=2), "n_kv_head=2 needs attention=mha or diff, not mla"),
+    (dict(attention="mla", n_kv_head=2), "n_kv_head=2 needs attention=mha or diff: a latent serves all heads"),
     (dict(attention="diff", diff_form="v1", n_head=1), "must be even"),
     (dict(attention="diff", diff_form="v1", n_kv_head=1), "must be even"),
     (dict(zero_init=True), "set tie_embeddings=False"),
@@ -500,6 +520,7 @@ REFUSED = [
     (dict(attention="mla", rope_dim=3), "rotary width 3 must be even"),
     (dict(attention="mla", rope_dim=8), "rope_dim=8 must leave at least 2"),
     (dict(attention="mla", kv_rank=7), "kv_rank=7"),
+    (dict(attention="mla", position="none", n_embd=2, n_head=1), "n_embd=2 leaves no latent of n_embd // 4"),
     (dict(kv_rank=8), "kv_rank=8 needs attention=mla or diff_mla; drop it"),
     (dict(q_rank=8), "q_rank=8 needs attention=mla"),
     (dict(rope_dim=8), "rope_dim=8 needs attention=mla"),
@@ -514,6 +535,26 @@ def test_refusals_name_the_way_out(change, message):
     with pytest.raises(ValueError) as caught:
         GPTConfig(**{**SMALL, **change})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file, typed, dropped", [
+    (dict(attention="diff_mla", kv_rank=8, rope_dim=4, diff_form="v1"), dict(attention="mha"), {"kv_rank", "rope_dim", "diff_form"}),
+    (dict(attention="diff_mla", kv_rank=8, diff_form="v1"), dict(attention="mla"), {"diff_form"}),
+    (dict(attention="mha", n_kv_head=2), dict(attention="mla"), {"n_kv_head"}),
+    (dict(residual="mhc", sinkhorn_iters=3, n_stream=2), dict(residual="plain"), {"sinkhorn_iters", "n_stream"}),
+    (dict(residual="mhc", sinkhorn_iters=3, n_stream=2), dict(h_res="permutations"), {"sinkhorn_iters"}),
+    (dict(memory_slots=2, memory_segment=4), dict(memory_slots=0), {"memory_segment"}),
+    (dict(depths=(1, 2), mean_depth=1.2), dict(depths=()), {"mean_depth"}),
+    (dict(rope_base=500.0), dict(position="none"), {"rope_base"}),
+], ids=str)
+def test_a_files_knobs_go_with_their_owner_aloud(file, typed, dropped, capsys):
+    left = M.without_orphans({**SMALL, **file, **typed}, set(typed))
+    GPTConfig(**left)
+    said = capsys.readouterr().out
+    assert {*SMALL, *file, *typed} - {*left} == dropped and all(f"{knob}=" in said for knob in dropped)
+    for typed_too in ({**typed, **{knob: file[knob] for knob in dropped}}, {}): # typed, or nothing typed: refused as ever
+        assert M.without_orphans({**SMALL, **file, **typed}, set(typed_too)) == {**SMALL, **file, **typed}
+    assert not capsys.readouterr().out
 
 
 def test_every_rule_has_a_refusal():
@@ -655,7 +696,16 @@ def test_stop_tokens():
     assert model.generate(idx[:1], 12, temperature=0, stop=(stop,)).size(1) <= 6
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(min_p=1.0)], ids=str)
+def test_no_rows_write_nothing():
+    for change in ({}, dict(n_ahead=2), dict(depths=(1, 2))):
+        model, none = build(change), torch.zeros(0, 4, dtype=torch.long)
+        assert all(model.generate(none, 3, speculative=fast).shape == (0, 4) for fast in (False, True))
+        for T in (1, 4): # a single token is attended to in another way
+            assert model(none[:, :T], none[:, :T])[0].shape == (0, T, 29)
+            assert model(none[:, :T], cache=model.new_cache(0))[0].shape == (0, T, 29)
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=1e-40), dict(temperature=float("nan")), dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(min_p=1.0)], ids=str)
 def test_bad_sampling_values_are_refused(bad):
     model = build({})
     with pytest.raises(ValueError, match=next(iter(bad))):

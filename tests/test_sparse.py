@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import OPTIMIZERS, Sparse, build_optimizer
+from optim import OPTIMIZERS, Sparse, build_optimizer, run_update_hooks
 
 PHASE = (2, 100)
 
@@ -168,3 +168,41 @@ def test_refusals(knobs, said):
         start(**knobs)
     with pytest.raises(ValueError, match="not one of: skeleton_flesh, magnitude"):
         start("random")
+
+
+@pytest.mark.parametrize("method", Sparse.METHODS)
+def test_layers_that_no_token_reached_have_no_gradient(method):
+    """With depths, of a batch of which no token goes on. The weights there count and are chosen as all others."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=2, n_head=2, n_embd=16, depths=(1, 2)))
+    model.routers[0].gate.bias.data.fill_(-100.0)
+    opt = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95))
+    sparse = Sparse(model, opt, method, density=0.3, interval=5, phase=PHASE)
+    steps(model, opt, sparse, 0, 60)
+    assert model.blocks[1].mlp.up.weight.grad is None and sparse.reached
+    assert all((p[~m] == 0).all() for p, m in zip(sparse.params, sparse.masks))
+    hook = {"shrink": lambda step, params: [p.grad.mul_(0.5) for p in params.values()] and {"by": 2}} # README's, which asks nothing
+    assert run_update_hooks(list(hook.items()), 0, dict(model.named_parameters())) == {"shrink": {"by": 2}}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("knobs", [{"n_ahead": 3}, {"uncertainty": True}], ids=str)
+def test_what_learns_beside_the_model_is_not_in_its_budget(knobs, name):
+    """With and without it the same weights of the model are chosen, and they end in the same bits, dropout included."""
+    ends = []
+    for more in ({}, knobs):
+        torch.manual_seed(3)
+        model = GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=2, n_head=2, n_embd=16, mlp_hidden=64, dropout=0.1, **more))
+        opt = build_optimizer(model, name, 1e-2, 0.1, (0.9, 0.95))
+        sparse = Sparse(model, opt, "magnitude", density=0.5, interval=5, phase=PHASE)
+        for step in range(30):
+            sparse.choose(step)
+            idx = torch.randint(17, (4, 9), generator=torch.Generator().manual_seed(step))
+            model.zero_grad()
+            sum(model(idx[:, :-1], idx[:, 1:])[1].values()).backward()
+            sparse.mask_gradients(step)
+            opt.step()
+            sparse.finish(step)
+        assert sparse.reached and (not more or any(name.startswith("extras.") for name, _ in model.named_parameters()))
+        ends.append({k: v for k, v in model.state_dict().items() if not k.startswith("extras.")})
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
