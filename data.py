@@ -676,20 +676,32 @@ class Tokens:
         row, first = np.divmod(picks - (ends - starts)[which], room[which]) # (B,) row in that shard, position in the row
         return self.cut([self.shards[k] for k in which], row * self.rows[which] + first, block_size)
 
-    def windows(self, block_size, batch_size):
+    def windows(self, block_size, batch_size, limit=0):
         """Yields (x, y), both (up to B, T) int64, that hold every target of the split exactly once: N - 1 of a shard, or R - 1 of each
-        of its rows. After the full windows of a shard comes what is left of each row, shorter. UserError if the split has no target."""
+        of its rows. After the full windows of a shard comes what is left of each row, shorter. UserError if the split has no target.
+        limit > 0: of a split with more targets about that many, in every k-th window."""
         if min(batch_size, block_size) < 1:
             raise UserError(f"batch_size={batch_size}, block_size={block_size} must be at least 1")
         if all(self.rows < 2):
             raise self.too_short(1)
-        for shard, row, count in zip(self.shards, self.rows.tolist(), self.counts.tolist()):
-            full, left = divmod(max(row - 1, 0), block_size) # windows of a row, targets after them
-            whole = (r * row + k * block_size for r in range(count) for k in range(full))
-            rest = (r * row + full * block_size for r in range(count if left else 0))
+        for shard, row, full, left, many, more in self.layout(block_size, limit):
+            whole = (i // full * row + i % full * block_size for i in many)
+            rest = (r * row + full * block_size for r in more)
             for starts, width in ((whole, block_size), (rest, left)):
                 while some := list(itertools.islice(starts, batch_size)):
                     yield self.cut([shard] * len(some), some, width)
+
+    def layout(self, block_size, limit):
+        """Yields for each shard: itself, ids in a row, full windows in a row, targets left after those, and, as ranges, which of all
+        full windows and which of all rests are taken."""
+        every = -(-int(((self.rows - 1) * self.counts).sum()) // limit) if limit else 1
+        for shard, row, count in zip(self.shards, self.rows.tolist(), self.counts.tolist()):
+            full, left = divmod(max(row - 1, 0), block_size)
+            yield shard, row, full, left, range(0, count * full, max(every, 1)), range(0, count if left else 0, max(every, 1))
+
+    def targets(self, block_size, limit=0):
+        """How many targets windows() yields."""
+        return sum(len(many) * block_size + len(more) * left for _, _, _, left, many, more in self.layout(block_size, limit))
 
     def cut(self, shards, starts, width):
         """(x, y), both (B, width): the window of each shard that begins at its start."""

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -36,8 +36,9 @@ except ImportError:
 import data
 from configurator import UserError, configure, git_commit, user_errors
 from kernels import path_for, use_kernel
-from model import GPT, GPTConfig, choose_device, load_checkpoint, preset, previous_checkpoint, save_checkpoint
-from optim import Sparse, build_optimizer, find_hooks, run_update_hooks, watch
+from model import (GPT, GPTConfig, choose_device, load_checkpoint, preset, previous_checkpoint, save_checkpoint, saved_fields,
+                   without_orphans)
+from optim import Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, watch
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
@@ -77,7 +78,7 @@ update_hooks = "" # identity | clip_by_layer | gradient_noise: on the gradients,
 forward_hooks = "" # activation_stats | stream_stats: numbers for the log, from a forward of their own
 # --- evaluation and logging ---
 eval_interval = 250 # steps between evaluations
-eval_iters = 0 # random batches per evaluation; 0 = the whole validation split
+eval_iters = 0 # random batches per evaluation; -1 = the whole validation split; 0 = that, or a part where it would take long
 log_interval = 10 # steps between lines of the log
 checkpoint_interval = 0 # steps between checkpoints; 0 = eval_interval
 sample_prompt = "\n" # continued at each evaluation
@@ -91,6 +92,7 @@ kernel = "auto" # of kernels.py: auto (Triton on CUDA, C on a CPU, else PyTorch)
 given = configure(globals(), GPTConfig)
 with user_errors():
     size = preset(model_size) # below everything given; a resumed run has its checkpoint's fields instead
+typed = getattr(given, "typed", set(given)) # names that the command line gave itself, unlike those of a config file
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
 # what a resumed run cannot change, besides the model
 FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2",
@@ -116,14 +118,23 @@ def own_folder(path):
 
 
 def newest_good(path):
-    """The newest checkpoint that is whole, or None if there is none at all. Damage is said aloud, never skipped in silence."""
-    found = [p for p in (path, previous_checkpoint(path)) if os.path.exists(p)]
+    """
+    The newest checkpoint that is whole, or None if there is none at all; best.pt is one, when the others are gone. Damage is said
+    aloud. A damaged file is moved out of the way: the next save would take it for the one before, and replace a whole one by it.
+    """
+    found = [p for p in (path, previous_checkpoint(path), os.path.join(out_dir, "best.pt")) if os.path.exists(p)]
+    damaged = []
     for p in found:
         try:
             state = load_checkpoint(p)
         except ValueError as error:
             print(f"WARNING: {error}", flush=True)
+            damaged.append(p)
             continue
+        check_saved(state, p)
+        for bad in damaged:
+            os.replace(bad, bad + ".damaged")
+            print(f"{bad} was moved to {bad}.damaged")
         print(f"RESUMING from {p}, step {state['step']}")
         return state
     if found:
@@ -132,18 +143,36 @@ def newest_good(path):
     return None
 
 
+def check_saved(state, path):
+    """UserError unless state is as train.py writes it, with settings that are there, of their types: it comes from a file, after all."""
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or [type(config.get(k)) for k in ("train", "model", "asked")] != [dict, dict, str]:
+        raise UserError(f"{path} is not what this train.py writes\nuse the commit that wrote it, or train anew in another --out_dir")
+    saved_fields(config["model"], path)
+    strange = sorted(k for k, v in config["train"].items() if k not in SETTINGS or type(v) is not type(globals()[k]))
+    if strange:
+        raise UserError(f"{path} has settings that this train.py does not know: {', '.join(strange)[:200]}\n"
+                        "use the commit that its run.json names, or train again")
+
+
 def read_run(path):
-    """run.json of the run that this folder holds, {} if there is none or it was cut off while being written."""
+    """run.json of the run that this folder holds, {} if there is none, or none that can be used: it was cut off, or edited."""
+    name = os.path.join(path, "run.json")
     try:
-        with open(os.path.join(path, "run.json"), encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError):
+        with open(name, encoding="utf-8") as f:
+            found = json.load(f)
+        check_saved(found, name)
+        return {**found, "resumed": list(found.get("resumed", []))}
+    except (OSError, ValueError, TypeError, RecursionError) as error: # a UserError is a ValueError
+        if os.path.exists(name):
+            print(f"WARNING: {name} is left aside: {str(error).splitlines()[0]}")
         return {}
 
 
 def set_aside(path):
     """A fresh run in a used folder: what the last one left is moved to previous_1, previous_2, ... and never deleted."""
-    old = [f for f in ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json") if os.path.exists(os.path.join(path, f))]
+    names = ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json", "ckpt.pt.damaged", "ckpt.prev.pt.damaged")
+    old = [f for f in names if os.path.exists(os.path.join(path, f))]
     if old:
         aside = next(d for n in itertools.count(1) if not os.path.exists(d := os.path.join(path, f"previous_{n}")))
         os.makedirs(aside)
@@ -160,29 +189,43 @@ def adopt(saved):
     clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in asked.items() if k in {*FIXED, *usual} and v != was.get(k, v)]
     if clash:
         raise UserError(f"cannot resume with another {', '.join(clash)}\ndrop it, or train anew in another --out_dir")
+    for k in ("update_hooks", "forward_hooks"):
+        if ":" in was[k] and k not in asked: # else a checkpoint could run any file
+            raise UserError(f"this run used code of a file: {k}={was[k]}\nif you trust it, name it again: --{k}={shlex.quote(was[k])}")
     for k, v in saved["train"].items():
         if k not in asked and k not in LOCAL:
-            globals()[k] = v
+            globals()[k] = v # check_saved has let through settings only, of their own types
         elif k not in LOCAL and v != asked[k]:
             print(f"{k} was {v!r} before this resume")
 
 
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    raise UserError("train.py is one process on one device\nstart it with python train.py, without torchrun")
 if resume and not os.path.isdir(out_dir):
     raise UserError(f"nothing to resume: there is no folder {out_dir}\ndrop --resume, or name the run's folder with --out_dir")
 with user_errors():
     lock = own_folder(out_dir)
 checkpoint_path = os.path.join(out_dir, "ckpt.pt")
-checkpoint = newest_good(checkpoint_path) if resume else None
-began = read_run(out_dir) if resume else {}
+with user_errors():
+    checkpoint = newest_good(checkpoint_path) if resume else None
+    began = read_run(out_dir) if resume else {}
+resumed = checkpoint is not None
 earlier = checkpoint["config"] if checkpoint else began.get("config") # killed before its first checkpoint: run.json has the settings
 if earlier:
     adopt(earlier)
+if min_lr > learning_rate > 0 and "min_lr" not in (typed if "learning_rate" in typed else given): # which nobody gave to this rate
+    print(f"min_lr={min_lr} is above learning_rate={learning_rate}: lowered to {learning_rate / 10}")
+    min_lr = learning_rate / 10
+if not sparse:
+    for k in [k for k in given if k.startswith("sparse_") and k not in typed]:
+        print(f"{k}={given.pop(k)} of the config file is dropped: it needs sparse")
 
 for bad, sentence in [
     (min(batch_size, gradient_accumulation_steps, eval_interval, log_interval) < 1,
      "batch_size, gradient_accumulation_steps, eval_interval and log_interval must be at least 1"),
-    (min(max_iters, warmup_iters, lr_decay_iters, eval_iters, checkpoint_interval, sample_tokens) < 0,
-     "max_iters, warmup_iters, lr_decay_iters, eval_iters, checkpoint_interval and sample_tokens must not be negative"),
+    (min(max_iters, warmup_iters, lr_decay_iters, checkpoint_interval, sample_tokens) < 0,
+     "max_iters, warmup_iters, lr_decay_iters, checkpoint_interval and sample_tokens must not be negative"),
+    (eval_iters < -1, f"eval_iters={eval_iters} must be at least 0, or -1 for the whole validation split"),
     (windows < 1, f"windows={windows} must be at least 1"),
     (not 0 <= seed < 2**32, f"seed={seed} must be in [0, 2**32)"),
     (learning_rate <= 0, f"learning_rate={learning_rate} must be above 0"),
@@ -304,10 +347,13 @@ for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two 
     seeding(seed)
 with user_errors():
     chosen = earlier["model"] if earlier else {
-        **size, "vocab_size": corpus.vocab_size, **{k: given[k] for k in given if k not in SETTINGS}}
+        **size, "vocab_size": corpus.vocab_size, **without_orphans({k: given[k] for k in given if k not in SETTINGS}, typed)}
     if not earlier and given.get("memory_slots") and corpus.tokenizer and corpus.tokenizer.eot is not None:
         chosen.setdefault("document_token", corpus.tokenizer.eot)
     config = GPTConfig(**chosen)
+    if windows > 1 and not config.memory_slots and "windows" not in typed and "memory_slots" in typed:
+        print(f"windows={windows} of the config file is dropped: it needs a memory")
+        windows = 1
     if windows > 1 and not config.memory_slots:
         raise UserError(f"windows={windows} needs a memory: nothing else sees from one into the next\nadd --memory_slots=16, or drop it")
     sequence = windows * config.block_size # tokens
@@ -317,8 +363,13 @@ with user_errors():
         raise UserError(f"windows={windows} of block_size={config.block_size} are {sequence} tokens, more than the {len(corpus.train):,} "
                         "of the text\nlower --windows")
     corpus.train.batch(0, 1, sequence, seed) # refuse too short a text now
-    corpus.val.batch(0, 1, sequence, seed) if eval_iters else next(corpus.val.windows(sequence, 1))
-    model = GPT(config).to(device)
+    corpus.val.batch(0, 1, sequence, seed) if eval_iters > 0 else next(corpus.val.windows(sequence, 1))
+    try:
+        model = GPT(config).to(device)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        raise UserError(f"this model does not fit into memory: {str(error).splitlines()[0][:200]}\nmake it smaller") from None
     opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     constant = warmup_iters, warmup_iters + int(0.8 * ((lr_decay_iters or max_iters) - warmup_iters)) # steps at the peak of wsd
     sparsity = Sparse(model, opt, sparse, sparse_density, sparse_interval, constant, sparse_prune_rate, sparse_boost,
@@ -354,7 +405,7 @@ def restore_random_states(s):
 
 
 run = {"run_id": began.get("run_id", uuid.uuid4().hex), "step": 0, "evaluated": -1, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0,
-       "time_s": 0.0, "metrics_bytes": 0}
+       "time_s": 0.0, "metrics_bytes": 0, "unwritten": ""} # unwritten: lines of metrics.jsonl that a full disk did not take
 if checkpoint:
     with user_errors():
         model.load(checkpoint["model"], checkpoint_path)
@@ -363,7 +414,7 @@ if checkpoint:
         sparsity.load_state_dict(checkpoint["sparse"])
     scaler.load_state_dict(checkpoint["scaler"])
     restore_random_states(checkpoint["random"])
-    run = {k: checkpoint[k] for k in run}
+    run = {k: checkpoint.get(k, v) for k, v in run.items()}
 checkpoint = None # frees its memory
 
 settings = {k: globals()[k] for k in SETTINGS}
@@ -383,9 +434,21 @@ def save(path, keep_previous):
         save_checkpoint(path, snapshot(), keep_previous)
         return True
     except (OSError, RuntimeError) as error: # torch.save reports a full disk as a RuntimeError
+        if not os.path.isdir(out_dir):
+            sys.exit(f"error: the folder {out_dir} is gone: stopped at step {run['step']}, nothing can be saved") # exit code 1
         free = shutil.disk_usage(out_dir).free
-        print(f"WARNING: {path} WAS NOT WRITTEN ({error}); {free:,} bytes are free. The one before is kept; training goes on.", flush=True)
+        say(f"WARNING: {path} WAS NOT WRITTEN ({error}); {free:,} bytes are free. The one before is kept; training goes on.")
         return False
+
+
+def say(*words, **how):
+    """print, for a run that nobody may be listening to any more: a closed pipe or a full disk behind `> log` costs the words alone."""
+    try:
+        print(*words, flush=True, **how)
+    except OSError:
+        with suppress(OSError): # stderr may be gone too
+            print("stdout cannot be written: the run goes on, metrics.jsonl has its numbers", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what waits in the buffer would fail again at exit
 
 
 process = {"step": run["step"], "command": shlex.join([os.path.basename(sys.executable), *sys.argv]), "git_commit": git_commit(),
@@ -398,12 +461,12 @@ about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.item
          "dataset": corpus.name, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
          "resumed": began.get("resumed", []) + [process] * resume} # one entry for each process that went on
 with user_errors():
-    if not resume:
+    if not resumed:
         set_aside(out_dir) # only now: no slip above may touch the run that lies there
     with open(os.path.join(out_dir, "run.json.part"), "w", encoding="utf-8") as f:
         json.dump(about, f, indent=1)
     os.replace(f.name, os.path.join(out_dir, "run.json"))
-    metrics = open(os.path.join(out_dir, "metrics.jsonl"), "a", encoding="utf-8")
+    metrics = open(os.path.join(out_dir, "metrics.jsonl"), "ab", buffering=0)
 if os.path.getsize(metrics.name) < run["metrics_bytes"]:
     print(f"WARNING: {metrics.name} is shorter than when the checkpoint was saved; its lines go on from here")
 else:
@@ -411,14 +474,28 @@ else:
 
 
 def log(**line):
-    metrics.write(json.dumps(line) + "\n")
-    metrics.flush()
+    """A line of metrics.jsonl."""
+    full = bool(run["unwritten"])
+    run["unwritten"] += json.dumps(line) + "\n" # ASCII: a character is a byte
+    write_lines(said=full)
+
+
+def write_lines(said=True):
+    """Lines that wait go to metrics.jsonl. What a full disk does not take waits on, and is said once."""
+    try:
+        while run["unwritten"]:
+            run["unwritten"] = run["unwritten"][metrics.write(run["unwritten"].encode()) :]
+    except OSError as error:
+        if not said:
+            say(f"WARNING: {metrics.name} CANNOT BE WRITTEN ({error}). Its lines are kept in memory and in the checkpoints.")
 
 
 def mark():
     """Notes in `run` how long it has trained and where metrics.jsonl stands, all of it on the disk before a checkpoint says so."""
-    os.fsync(metrics.fileno())
-    run.update(time_s=time.monotonic() - clock, metrics_bytes=os.path.getsize(metrics.name))
+    write_lines()
+    with suppress(OSError): # a disk that is full or gone: save() says it
+        os.fsync(metrics.fileno())
+    run.update(time_s=time.monotonic() - clock, metrics_bytes=os.fstat(metrics.fileno()).st_size)
 
 
 def finite(x):
@@ -446,21 +523,40 @@ def lr_at(step):
     return min_lr + left * (learning_rate - min_lr)
 
 
+def evaluation_batches():
+    """
+    Batches of an evaluation, and how many targets they have. eval_iters 0 is the whole validation split, but where that would cost
+    more than about a sixth of the time of training, windows spread evenly over it: the same ones each time.
+    """
+    if eval_iters > 0:
+        batches = (corpus.val.batch(i, batch_size, sequence, seed) for i in range(eval_iters))
+        return batches, eval_iters * batch_size * sequence
+    # A forward costs a third of a step. At least 2^17, so that the split of TinyShakespeare is whole in any run.
+    limit = max(2**17, eval_interval * tokens_per_step // 2) if eval_iters == 0 else 0
+    return corpus.val.windows(sequence, batch_size, limit), corpus.val.targets(sequence, limit)
+
+
 @torch.no_grad()
 def evaluate():
-    """Mean cross-entropy in nats per token: every target of the validation split once, or eval_iters random batches."""
+    """Mean cross-entropy in nats per token over evaluation_batches, None if a signal asks to stop meanwhile."""
     model.eval()
-    if eval_iters:
-        batches = (corpus.val.batch(i, batch_size, sequence, seed) for i in range(eval_iters))
-    else:
-        batches = corpus.val.windows(sequence, batch_size)
-    total, count = 0.0, 0
+    batches, of = evaluation_batches()
+    total, count, began = 0.0, 0, time.monotonic()
+    spoke = began
     for x, y in batches:
         with autocast:
-            _, losses = model(x.to(device), y.to(device), with_logits=False) # never the compiled one: odd last batches would compile again
+            # never the compiled model: odd last batches would compile again
+            _, losses = model(x.to(device), y.to(device), with_logits=False)
         total, count = total + losses["ce"].item() * y.numel(), count + y.numel()
+        if caught:
+            break
+        now = time.monotonic()
+        if now - spoke > 2 and (sys.stdout.isatty() or spoke == began): # on a terminal again and again, in a file once
+            say(f"evaluating: {count:,} of {of:,} tokens, {(of / count - 1) * (now - began):.0f} s left",
+                end="\r" if sys.stdout.isatty() else "\n")
+            spoke = now
     model.train()
-    return total / count
+    return None if caught else total / count
 
 
 def write_sample():
@@ -517,7 +613,8 @@ caught = [] # signals that asked to stop
 def on_signal(number, frame):
     caught.append(number)
     signal.signal(number, signal.SIG_DFL) # a second one ends the process at once
-    os.write(1, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode()) # print is not safe inside a handler
+    with suppress(OSError): # Ctrl-C ends `| tee` first
+        os.write(1, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode()) # print is not safe in a handler
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -525,14 +622,20 @@ def on_signal(number, frame):
 
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # the terminal is closed, and no nohup
+    signal.signal(signal.SIGHUP, on_signal)
 clock = time.monotonic() - run["time_s"] # of training; evaluation moves it on
 step_model = compiled_or_eager()
 saved_ok, window_time, window_steps = True, time.monotonic(), 0 # compiling counts as time, not as slow steps
 model.train()
 parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-# what learns beside the model from detached numbers (model.extras) is clipped by itself, so that the model's own steps are the same
-# with and without it; memory, peek and routers are parts of the model
-clipped = [[p for name, p in parameters.items() if name.startswith("extras.") == apart] for apart in (False, True)]
+# What learns beside the model, from detached numbers, is clipped by itself: the model's own steps are the same with and without it.
+clipped = [[p for p, d in declarations(model).items() if d.detached == apart] for apart in (False, True)]
+if resumed and run["step"] >= max_iters:
+    say(f"NOTHING TO TRAIN: the run is at step {run['step']:,} and max_iters={max_iters:,}; give a larger --max_iters")
+taken, there = evaluation_batches()[1], corpus.val.targets(sequence)
+if eval_iters == 0 and taken < there:
+    say(f"each evaluation takes {taken:,} of {there:,} validation tokens, in windows spread over them; --eval_iters=-1 takes all")
 while True:
     step = run["step"]
 
@@ -540,9 +643,11 @@ while True:
     if (step % eval_interval == 0 or step >= max_iters) and step != run["evaluated"] and not caught:
         paused = time.monotonic()
         val_loss = evaluate()
+        if val_loss is None: # a signal: a resumed run evaluates here anew
+            continue
         sample = write_sample() if math.isfinite(val_loss) else {}
         log(step=step, tokens=step * tokens_per_step, time_s=round(paused - clock, 3), val_loss=finite(val_loss), **density(), **sample)
-        print(f"step {step}: val loss {val_loss:.4f}" + (f"   {sample['sample_text']!r}" if sample else ""), flush=True)
+        say(f"step {step}: val loss {val_loss:.4f}" + (f"   {sample['sample_text']!r}" if sample else ""))
         clock += time.monotonic() - paused
         window_time += time.monotonic() - paused
         run["evaluated"], before = step, run["best"]
@@ -565,7 +670,7 @@ while True:
     for group in opt.param_groups:
         group["lr"] = lr
     if sparsity and sparsity.choose(step):
-        print(f"step {step}: {sparsity.active():,} of {sparsity.total:,} weights kept, {sparsity.to_grow:,} will grow back")
+        say(f"step {step}: {sparsity.active():,} of {sparsity.total:,} weights kept, {sparsity.to_grow:,} will grow back")
     micro_batches = next_batch(step)
     beside = gradient(micro_batches)
     scaler.unscale_(opt)
@@ -575,8 +680,12 @@ while True:
     norms = [torch.nn.utils.clip_grad_norm_(part, grad_clip or math.inf).item() for part in clipped if part]
     beside = {name: float(v) for name, v in beside.items()}
     loss = beside.pop("ce")
-    norm = norms[0] if math.isfinite(sum(norms)) else math.nan
-    if math.isfinite(loss + sum(beside.values()) + norm):
+    norm = norms[0]
+    if not math.isfinite(sum(norms[1:])): # it must not cost the model a batch either
+        say(f"step {step}: what learns beside the model has a gradient of norm {norms[1]}, AND SKIPS THIS BATCH")
+        for p in clipped[1]:
+            p.grad = None
+    if math.isfinite(loss + norm + sum(v for name, v in beside.items() if name not in model.extras)):
         scaler.step(opt)
         if sparsity:
             sparsity.finish(step)
@@ -584,7 +693,7 @@ while True:
     else: # neither the weights nor the optimizer's moments ever see it
         run["skipped"] += 1
         run["skipped_in_a_row"] += 1
-        print(f"step {step}: loss {loss}, gradient norm {norm}: BATCH SKIPPED ({run['skipped']} so far)", flush=True)
+        say(f"step {step}: loss {loss}, gradient norm {norm}: BATCH SKIPPED ({run['skipped']} so far)")
         if run["skipped_in_a_row"] > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
             print(f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate or use --dtype=float32; "
                   f"{checkpoint_path} holds the last saved state.", file=sys.stderr)
@@ -606,9 +715,11 @@ while True:
             **{name: finite(v) for name, v in beside.items()}, lr=lr, grad_norm=finite(norm),
             tokens_per_s=round(rate * tokens_per_step), **density(), **noted)
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
-        print(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s"
-              f"{mfu}  {(max_iters - run['step']) / rate:,.0f} s left", flush=True)
+        say(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {rate * tokens_per_step:,.0f} tokens/s"
+              f"{mfu}  {(max_iters - run['step']) / rate:,.0f} s left")
 
-print(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}"
-      + (f", {run['skipped']} batches skipped" if run["skipped"] else "") + f", {'saved in' if saved_ok else 'NOT SAVED in'} {out_dir}")
+say(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}"
+      + (f", {run['skipped']} batches skipped" if run["skipped"] else "")
+      + (", THE LAST LINES OF metrics.jsonl NOT WRITTEN" if run["unwritten"] else "")
+      + f", {'saved in' if saved_ok else 'NOT SAVED in'} {out_dir}")
 sys.exit(1 if not saved_ok else 128 + caught[0] if caught else 0)

@@ -1,8 +1,11 @@
 """train.py through its command line: what it writes, exact resume, damage, signals, numbers that are no numbers."""
+import hashlib
 import json
 import math
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -176,6 +179,18 @@ def test_killed_before_the_first_checkpoint(corpus, tmp_path):
     assert done.returncode == 0 and "NOTHING TO RESUME" in done.stdout, done.stdout + done.stderr
     assert same(state(tmp_path / "calm"), state(out)) and timeless(tmp_path / "calm") == timeless(out)
     assert len(json.loads((out / "run.json").read_text(encoding="utf-8"))["resumed"]) == 1
+    assert (out / "previous_1/metrics.jsonl").exists() # what it had measured is kept
+
+
+def test_best_alone_is_gone_on_from(whole, corpus, tmp_path):
+    """It holds all that a checkpoint does. To begin anew would empty metrics.jsonl and overwrite a better best.pt."""
+    out = tmp_path / "o"
+    shutil.copytree(whole[0], out)
+    (out / "ckpt.pt").unlink(), (out / "ckpt.prev.pt").unlink()
+    kept = (out / "best.pt").read_bytes()
+    done = train(corpus, out, "--max_iters=60", "--resume")
+    assert f"RESUMING from {out / 'best.pt'}, step {load_checkpoint(out / 'best.pt')['step']}" in done.stdout
+    assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out) and (out / "best.pt").read_bytes() == kept
 
 
 def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
@@ -184,6 +199,7 @@ def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
     (out / "metrics.jsonl").write_text("", encoding="utf-8")
     done = train(corpus, out, "--max_iters=5", "--resume")
     assert "is shorter than when the checkpoint was saved" in done.stdout and load_checkpoint(out / "ckpt.pt")["step"] == 10
+    assert "NOTHING TO TRAIN: the run is at step 10 and max_iters=5" in done.stdout
     assert b"\0" not in (out / "metrics.jsonl").read_bytes()
 
 
@@ -215,16 +231,17 @@ def test_every_optimizer_and_every_rule_resumes_to_the_bit(flags, stop, corpus, 
     assert lines[0] == lines[1] and len(lines[0]) == 4
 
 
-@pytest.mark.parametrize("knob, name, falls", [("--n_ahead=2", "ahead", 0.3), ("--uncertainty", "uncertainty", 0.1)])
-def test_what_learns_beside_the_model_leaves_it_as_it_is(knob, name, falls, corpus, tmp_path):
-    """With and without the knob the trunk ends in the same bits, clipping included; its cell or head learns."""
-    train(corpus, tmp_path / "with", "--max_iters=30", knob, "--grad_clip=0.5", "--dropout=0.0")
-    train(corpus, tmp_path / "without", "--max_iters=30", "--grad_clip=0.5", "--dropout=0.0")
+@pytest.mark.parametrize("knob, name", [("--n_ahead=2", "ahead"), ("--uncertainty", "uncertainty")])
+def test_what_learns_beside_the_model_leaves_it_as_it_is(knob, name, corpus, tmp_path):
+    """With and without the knob the trunk ends in the same bits, dropout and clipping included; its cell or head learns."""
+    train(corpus, tmp_path / "with", "--max_iters=30", knob, "--grad_clip=0.5")
+    train(corpus, tmp_path / "without", "--max_iters=30", "--grad_clip=0.5")
     with_, without = state(tmp_path / "with")["model"], state(tmp_path / "without")["model"]
     assert same({k: v for k, v in with_.items() if not k.startswith("extras")}, without)
     lines = [[line for line in metrics(tmp_path / out) if "train_loss" in line] for out in ("with", "without")]
     assert [line["grad_norm"] for line in lines[0]] == [line["grad_norm"] for line in lines[1]]
-    assert lines[0][-1][name] < lines[0][0][name] - falls and name not in lines[1][0]
+    assert name in lines[0][0] and name not in lines[1][0]
+    assert with_[f"extras.{name}.down.weight"].abs().mean() > 1e-3 # which starts at 0: it learns
 
 
 def test_resume_refuses_a_field_that_the_checkpoint_did_not_know(corpus, tmp_path):
@@ -289,6 +306,8 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(damage, whol
     done = train(corpus, out, "--max_iters=60", "--resume")
     assert f"WARNING: {out / 'ckpt.pt'} is" in done.stdout and "RESUMING from" in done.stdout and "ckpt.prev.pt, step 50" in done.stdout
     assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
+    assert load_checkpoint(out / "ckpt.prev.pt")["step"] == 50 # no save puts the damaged file in the place of the whole one
+    assert (out / "ckpt.pt.damaged").exists()
 
 
 def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
@@ -313,9 +332,57 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     save_checkpoint(tmp_path / "bomb.pt", {"model": Bomb()}) # with a good seal: what a malicious author would send
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(ValueError, match="bomb.pt holds more than weights"):
         load_checkpoint(tmp_path / "bomb.pt")
     assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="is a folder; give a file in it"):
+        GPT.from_checkpoint(tmp_path)
+    save_checkpoint(tmp_path / "none.pt", {"model": {}})
+    with pytest.raises(ValueError, match="holds no model"):
+        GPT.from_checkpoint(tmp_path / "none.pt")
+
+
+CRAFTED = { # what a checkpoint has in place of a setting -> what is said
+    "a global": ({"math": 5}, "settings that this train.py does not know: math"),
+    "another type": ({"learning_rate": "1e-3"}, "settings that this train.py does not know: learning_rate"),
+    "code": ({"update_hooks": "{d}/mine.py:f"}, "if you trust it, name it again: --update_hooks="),
+    "code that watches": ({"forward_hooks": "{d}/mine.py:f"}, "if you trust it, name it again: --forward_hooks="),
+}
+
+
+@pytest.mark.parametrize("change, said", CRAFTED.values(), ids=CRAFTED)
+def test_a_crafted_checkpoint_changes_settings_only(change, said, whole, corpus, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(whole[0], out)
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(*a): pass")
+    saved = load_checkpoint(out / "ckpt.pt")
+    saved["config"]["train"].update({k: v.format(d=tmp_path) if isinstance(v, str) else v for k, v in change.items()})
+    save_checkpoint(str(out / "ckpt.pt"), saved)
+    done = train(corpus, out, "--max_iters=62", "--resume", code=2)
+    assert said in done.stderr and not (tmp_path / "ran").exists() and len(done.stderr.strip().splitlines()) <= 3
+    if "update_hooks" in change:
+        train(corpus, out, "--max_iters=62", "--resume", f"--update_hooks={tmp_path / 'mine.py'}:f")
+        assert (tmp_path / "ran").exists()
+
+
+def test_a_sealed_file_that_is_no_checkpoint_and_a_strange_run_json(whole, corpus, tmp_path):
+    """The one before is used, as with a damaged one."""
+    out = tmp_path / "o"
+    shutil.copytree(whole[0], out)
+    (out / "run.json").write_text('["of", "another", "shape"]')
+    blob = (out / "ckpt.pt").read_bytes()
+    (out / "ckpt.pt").write_bytes(resealed(blob, b"collections", b"collectionz"))
+    done = train(corpus, out, "--max_iters=60", "--resume")
+    assert "holds more than weights" in done.stdout and "ckpt.prev.pt, step 50" in done.stdout
+    assert "WARNING" in done.stdout and "run.json is left aside" in done.stdout
+    assert same(state(whole[0])["model"], state(out)["model"])
+
+
+def resealed(blob, old, new):
+    """A checkpoint with other bytes and a good seal: what a damaged pickle in a whole file looks like."""
+    assert old in blob and len(old) == len(new)
+    body = blob[:-64 - 7].replace(old, new) + b"sha256:"
+    return body + hashlib.sha256(body[:-7]).hexdigest().encode()
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -361,6 +428,73 @@ def test_a_signal_saves_and_resume_goes_on(number, code, whole, corpus, tmp_path
     assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
 
 
+def started(corpus, out, line, *flags):
+    """A running train.py that has printed `line`."""
+    process = subprocess.Popen(command(corpus, out, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, line)
+    return process
+
+
+def wait_for(process, *lines):
+    for line in lines:
+        while line not in (said := process.stdout.readline()):
+            assert said, f"ended before it printed {line}"
+
+
+def test_nobody_listens(whole, corpus, tmp_path):
+    """The pipe behind stdout closes, as when `| tee log` ends first at Ctrl-C: a signal still saves, and without one the run goes on."""
+    process = started(corpus, tmp_path / "stopped", "step     15/", "--max_iters=100000")
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and load_checkpoint(tmp_path / "stopped/ckpt.pt")["step"] >= 15
+    process = started(corpus, tmp_path / "on", "step     15/", "--max_iters=60")
+    process.stdout.close()
+    assert process.wait(60) == 0 and same(state(whole[0]), state(tmp_path / "on")) and timeless(whole[0]) == timeless(tmp_path / "on")
+    assert "the run goes on" in process.stderr.read()
+
+
+def test_a_closed_terminal_saves(corpus, tmp_path):
+    process = started(corpus, tmp_path / "o", "step     15/", "--max_iters=100000")
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP and load_checkpoint(tmp_path / "o/ckpt.pt")["step"] >= 15
+
+
+def test_a_full_disk_costs_no_line_and_no_run(corpus, tmp_path):
+    """No file may grow for a while, then they may again: the log has every step."""
+    out = tmp_path / "o"
+    process = started(corpus, out, "step     10/", "--max_iters=100000", "--log_interval=1")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (os.path.getsize(out / "metrics.jsonl") + 100, resource.RLIM_INFINITY))
+    wait_for(process, "metrics.jsonl CANNOT BE WRITTEN", "ckpt.pt WAS NOT WRITTEN", "step ")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    last = load_checkpoint(out / "ckpt.pt")
+    assert process.returncode == 143 and not last["unwritten"] and last["metrics_bytes"] == os.path.getsize(out / "metrics.jsonl")
+    assert [line["step"] for line in metrics(out) if "train_loss" in line] == list(range(1, last["step"] + 1))
+
+
+def test_a_folder_that_is_gone_ends_the_run_in_a_line(corpus, tmp_path):
+    process = started(corpus, tmp_path / "o", "step     10/", "--max_iters=100000")
+    shutil.rmtree(tmp_path / "o")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and f"the folder {tmp_path / 'o'} is gone" in said and len(said.splitlines()) == 1
+
+
+def test_evaluation_is_bounded_shows_where_it_is_and_ends_at_a_signal(corpus, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text("to be or not to be, that is the question\n" * 80_000)
+    flags = [f"--dataset={long}", f"--data_dir={tmp_path / 'data'}", "--val_fraction=0.9", "--max_iters=1", "--batch_size=1"]
+    process = started(corpus, tmp_path / "o", "evaluating: ", *flags, "--eval_iters=-1")
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - began < 5 and load_checkpoint(tmp_path / "o/ckpt.pt")["evaluated"] == -1
+    said = train(corpus, tmp_path / "p", *flags, "--batch_size=64").stdout
+    taken, there = re.search(r"each evaluation takes ([\d,]+) of ([\d,]+) validation tokens", said).groups()
+    assert there == "2,952,000" and 100_000 < int(taken.replace(",", "")) < 140_000
+
+
 SABOTAGE = """
 import sys, runpy, torch
 sys.argv = sys.argv[1:]
@@ -391,6 +525,23 @@ def test_a_non_finite_batch_is_skipped(bad, corpus, tmp_path):
     before, after = load_checkpoint(out / "ckpt.prev.pt"), load_checkpoint(out / "ckpt.pt")
     assert (before["step"], after["step"], after["skipped"]) == (3, 4, 1)
     assert same(before["model"], after["model"]) and same(before["optimizer"]["state"], after["optimizer"]["state"])
+
+
+def test_a_non_finite_batch_of_the_drafting_cell_costs_the_model_nothing(corpus, tmp_path):
+    script = f"""
+import sys, runpy
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {str(ROOT)!r})
+import model
+real, calls = model.Ahead.loss, []
+model.Ahead.loss = lambda *a: real(*a) * (float("nan") if calls.append(1) or len(calls) == 4 else 1)
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", script, *command(corpus, tmp_path / "with", "--max_iters=10", "--n_ahead=2")[1:]],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "beside the model has a gradient of norm nan" in done.stdout, done.stdout + done.stderr
+    train(corpus, tmp_path / "without", "--max_iters=10")
+    a, b = state(tmp_path / "with")["model"], state(tmp_path / "without")["model"]
+    assert all(torch.equal(a[k], b[k]) for k in b) and all(v.isfinite().all() for v in a.values())
 
 
 def test_many_non_finite_batches_stop_the_run(corpus, tmp_path):
