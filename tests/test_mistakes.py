@@ -41,6 +41,8 @@ SLIPS = {
     "another tokenizer file than the data's": ("train.py --tokenizer={d}/saved.json", "was prepared with tokenizer=char"),
     "another validation share than the data's": ("train.py --val_fraction=0.3", "--val_fraction=0.3 --data_dir="),
     "truncated shard": ("train.py --dataset=cut", "prepare the dataset again"),
+    "more than any memory holds": ("train.py --attention=mla --kv_rank=10000000000", "make it smaller"),
+    "whole split misspelt": ("train.py --eval_iters=-2", "-1 for the whole validation split"),
     "width not divisible": ("train.py --n_embd=15 --n_head=2", "not divisible by n_head=2"),
     "unknown attention": ("train.py --attention=flash", "mha, mla, diff, diff_mla"),
     "unknown activation": ("train.py --activation=swish", "gelu, relu2, silu, telu, crrelu"),

@@ -580,6 +580,23 @@ def test_model_size_is_below_everything_given(corpus, tmp_path):
     assert last["step"] == 4 and last["config"]["model"] == config["model"] and last["config"]["train"]["model_size"] == "nano"
 
 
+def test_what_a_file_gave_goes_when_the_command_line_has_no_use_for_it(corpus, tmp_path):
+    (tmp_path / "c.py").write_text("kv_rank, rope_dim, attention = 8, 4, 'diff_mla'\nsparse_density, windows, memory_slots = 0.3, 2, 4\nmin_lr = 1e-3")
+    said = train(corpus, tmp_path / "o", str(tmp_path / "c.py"), "--attention=mha", "--memory_slots=0", "--learning_rate=3e-5", "--max_iters=2").stdout
+    for words in ("kv_rank=8 of the config file is dropped", "rope_dim=4 of", "sparse_density=0.3 of", "windows=2 of", "lowered to 3e-06"):
+        assert words in said, said
+    last = load_checkpoint(tmp_path / "o/ckpt.pt")["config"]
+    assert (last["model"]["kv_rank"], last["train"]["windows"]) == (0, 1) and last["train"]["min_lr"] == pytest.approx(3e-6)
+    (tmp_path / "d.py").write_text("learning_rate = 3e-5") # min_lr's default was nobody's wish
+    assert "lowered to" in train(corpus, tmp_path / "p", "--max_iters=0", str(tmp_path / "d.py")).stdout
+    train(corpus, tmp_path / "q", "--max_iters=0", "--learning_rate=3e-5", "--min_lr=1e-4", code=2)
+
+
+def test_several_processes_are_refused_in_plain_words(corpus, tmp_path):
+    """What torchrun sets. They would wait for each other's folder."""
+    assert "without torchrun" in train(corpus, tmp_path / "o", code=2, env={"WORLD_SIZE": "2", "RANK": "1"}).stderr
+
+
 # --- shards and tokenizers of other programs ---
 
 
