@@ -39,6 +39,16 @@ _SHARD = 100_000_000 # tokens in a file at most, as llm.c has it: 200 MB in uint
 _TRIES, _DEADLINE, _PATIENCE = 3, 600, 30 # of a download: attempts, seconds in all, seconds that a busy server may ask us to wait
 _TIMEOUT = (10, 30) # seconds to connect, seconds without a byte
 WIDTHS = {(20240520, 1): "<u2", (20240801, 7): "<u4"} # (magic, version) -> type of a token; the second is llm.c's form for Llama 3
+TEXTS = {".txt", ".md", ".py", ".jsonl"} # meant as text; another file in a folder of texts may be anything
+CONTROLS = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b")) # characters that even a log does not have
+FIRST_BYTES = { # of files that are no text: what they are, and the way out
+    b"\x1f\x8b": "gzip, not text: unpack it with gunzip -k",
+    b"%PDF": "a PDF, not text: take its text out, say with pdftotext",
+    b"PK\3\4": "a zip archive (as .docx and .epub are), not text: take its text out",
+    b"\x93NUMPY": "a numpy array, not text: call it shard_0.npy and prepare its folder",
+    b"\xff\xfe": "UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 OLD > NEW",
+    b"\xfe\xff": "UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 OLD > NEW",
+    **{np.array(key, "<i4").tobytes(): "a shard of tokens, not text: name its folder" for key in WIDTHS}}
 
 # --- tokenizers ---
 
@@ -244,15 +254,29 @@ def make_tokenizer(name, text_chars, data_dir="data"):
 # --- sources: where the text comes from, as a list of documents ---
 
 def read_text(path):
-    """The text of a UTF-8 file, without a byte order mark and with its line ends as they are. UserError if it is not UTF-8."""
+    """The text of a UTF-8 file, without a byte order mark and with its line ends as they are. UserError for
+    anything else: it says what the file seems to be."""
     try:
         raw = Path(path).read_bytes() # bytes: reading as text would turn \r\n into \n
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}\n"
-                        "re-encode it; if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if what := next((what for first, what in FIRST_BYTES.items() if raw.startswith(first)), None):
+        raise UserError(f"{path} is {what}")
+    even, odd = (raw[::2].count(0), raw[1::2].count(0)) if 0 in raw else (0, 0) # zeros at even, odd offsets
+    wide = min(even, odd) < 0.05 * len(raw) and max(even, odd) > 0.4 * len(raw)
+    letters = raw.replace(b"\0", b"") if wide else raw # small ids have as many zeros, and control characters
+    if len(letters.translate(None, CONTROLS)) < 0.99 * len(letters):
+        raise UserError(f"{path} is no text: more than one byte in a hundred is a control character\n"
+                        "convert it to plain text in UTF-8, or name another file")
+    try:
+        if not wide:
+            return raw.decode("utf-8").removeprefix("\ufeff")
+        code, what = "utf-16be" if even > odd else "utf-16le", "every second byte is zero"
+    except UnicodeDecodeError as error:
+        what = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+        code = "windows-1252" if re.search(b"[\x80-\x9f]", raw) else "latin1" # Latin-1 has no letters there
+    raise UserError(f"{path} is not UTF-8: {what}\n"
+                    f"re-encode it; if it is {code}: iconv -f {code} -t utf-8 OLD > NEW")
 
 def read_file(path):
     """The documents of one file: the field "text" of every line of a .jsonl, else the whole text as one."""
@@ -277,7 +301,7 @@ def read_folder(folder):
         try:
             found = read_file(path)
         except UserError:
-            if path.suffix in (".txt", ".md", ".py", ".jsonl"): # meant as text, so the user must know; a .png is not
+            if path.suffix in TEXTS: # so the user must know
                 raise
             found = ["\0"]
         if any("\0" in text for text in found): # a shard of small ids is valid UTF-8, but half of it is zero bytes
@@ -285,7 +309,7 @@ def read_folder(folder):
         else:
             documents += found
     if left_out:
-        print(f"left out, because not UTF-8 text: {listed(left_out)}")
+        print(f"left out, because they are no text in UTF-8: {listed(left_out)}")
     if not documents:
         raise UserError(f"{folder} has no text files: put .txt, .md, .py or .jsonl files there, or name another folder")
     return documents
@@ -501,11 +525,20 @@ def prepare(source, tokenizer="char", data_dir="data", val_fraction=0.1):
     """Writes source, a known dataset or a path, as shards and meta.json, and returns their folder data_dir/NAME. Text and ids are held in
     memory: 11 bytes per character measured for char, 7 byte, 5 gpt2, 133 with `tokenizers`. A folder of shard_*.npy goes shard by shard.
     Raises UserError; an interrupted call leaves no half dataset."""
+    source = str(source)
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1: the share of the text for validation, say 0.1")
-    if files := npy_files(str(source)):
-        return prepare_rows(str(source), files, tokenizer, data_dir, val_fraction)
-    name, origin, documents = read_source(str(source), data_dir)
+    try:
+        if files := npy_files(source):
+            return prepare_rows(source, files, tokenizer, data_dir, val_fraction)
+        return prepare_text(source, tokenizer, data_dir, val_fraction)
+    except MemoryError as error:
+        raise UserError(f"{source} does not fit into memory: a character takes 5 bytes with --tokenizer=gpt2,"
+                        " 7 with byte, 11 with char\ntake one of these, or a part of the text") from error
+
+def prepare_text(source, tokenizer, data_dir, val_fraction):
+    """prepare for text: a file, a folder or a known dataset."""
+    name, origin, documents = read_source(source, data_dir)
     documents = [text for text in documents if text]
     if not documents:
         raise UserError(f"{source} is empty: there is no text to prepare")

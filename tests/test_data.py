@@ -1,5 +1,6 @@
 """data.py: nothing is lost on the way from text to batches, and every kind of damage is named before it is trained on."""
 import errno
+import gzip
 import hashlib
 import http.server
 import json
@@ -244,6 +245,33 @@ def test_bytes_that_are_not_utf8(tmp_path):
 def test_byte_order_mark_goes_and_line_ends_stay(tmp_path):
     found = made(tmp_path, b"\xef\xbb\xbfone\r\ntwo\n\rthree", val_fraction=0.0)
     assert found.tokenizer.decode(whole(found.train)) == "one\r\ntwo\n\rthree"
+
+PROSE = "He said \u201cno\u201d \u2014 caf\u00e9. " * 20
+
+@pytest.mark.parametrize("content, way_out", [
+    (gzip.compress(VERSE.encode()), "gunzip"), (b"%PDF-1.7\n" + VERSE.encode(), "pdftotext"),
+    (b"PK\3\4 docx", "zip archive"), (b"\x93NUMPY\1\0", "shard_0.npy"),
+    (PROSE.encode("utf-16"), "iconv -f utf-16 "),
+    (b"\xfe\xff" + PROSE.encode("utf-16-be"), "iconv -f utf-16 "),
+    (VERSE.encode("utf-16-le"), "iconv -f utf-16le"), (VERSE.encode("utf-16-be"), "iconv -f utf-16be"),
+    (PROSE.encode("cp1252"), "iconv -f windows-1252"), ("caf\u00e9 ".encode("latin1") * 9, "iconv -f latin1"),
+    (bytes(range(256)) * 9, "is no text"), (VERSE.encode() + b"\0" * 99, "is no text"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is no text"),
+    (gzip.compress(bytes(range(256)) * 9).decode("latin1").encode(), "is no text"), # as iconv would make it
+    ((np.arange(999, dtype="<u2") % 65).tobytes(), "is no text")], ids=range(15))
+def test_what_is_no_text_is_named(content, way_out, tmp_path):
+    refused(lambda: made(tmp_path, content), "verse.txt", way_out)
+
+def test_a_log_is_text(tmp_path):
+    text = "\x1b[1mbold\x1b[0m\tone\fpage\r\n" * 20 + "\0"
+    assert made(tmp_path, text, val_fraction=0.0).tokenizer.encode(text).shape == (len(text),)
+
+def test_a_text_beyond_the_memory(tmp_path, monkeypatch):
+    def fails(*args):
+        raise MemoryError
+    monkeypatch.setattr(data, "encode_all", fails)
+    refused(lambda: made(tmp_path), "verse.txt", "memory", "--tokenizer=gpt2")
+    assert os.listdir(tmp_path / "data") == []
 
 def test_missing_source_names_its_neighbours(tmp_path):
     write(tmp_path / "hamlet.txt", VERSE)
