@@ -25,6 +25,11 @@ import requests
 import torch
 import urllib3 # comes with requests; some of its errors pass through
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None # Windows: there two calls at once are not kept apart
+
 from configurator import UserError, configure
 
 # --- settings of the command line ---
@@ -163,8 +168,7 @@ class GPT2Tokenizer(Tokenizer):
             cached = cache / hashlib.sha1((self.address + filename).encode()).hexdigest()
             if not has_hash(cached, sha256):
                 found = fetch(self.address + filename, filename, sha256, self.data_dir)
-                with writing(cached): # by a name of our own, so that another process never reads half of it
-                    cache.mkdir(exist_ok=True)
+                with writing(cached), alone(cached): # by a name of our own: nobody reads half of it
                     os.replace(shutil.copyfile(found, f"{cached}.{os.getpid()}"), cached)
         os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
         return tiktoken.get_encoding("gpt2")
@@ -425,6 +429,32 @@ def writing(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}\nfree some space, or choose another --data_dir") from error
 
+@contextlib.contextmanager
+def alone(path):
+    """One process or thread at a time makes path; the others wait. Where no lock can be had (Windows, a
+    read-only folder) nobody waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, file = path.with_name(f".{path.name}.lock"), None
+    while fcntl:
+        try:
+            file = open(lock, "ab")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path} is being made by another process: waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                break
+        file.close() # the one before has deleted this file: the lock is that of the new file, if there is one
+    try:
+        yield
+    finally:
+        if file:
+            lock.unlink(missing_ok=True)
+            file.close()
+
 # --- prepare: text -> shards ---
 
 def split_documents(documents, val_fraction):
@@ -574,13 +604,15 @@ def prepare_rows(source, files, tokenizer, data_dir, val_fraction):
 
 def put(target, meta, splits):
     """Writes the dataset that meta describes into the folder target, and says so; False if it lies there already."""
-    if is_prepared(target, meta):
-        print(f"{target} is prepared already, from the same source with the same tokenizer: nothing to do")
-        return False
-    if target.exists():
-        print(f"{target} holds other data, or damaged data, and is replaced")
-    with writing(target), replacing(target) as folder:
-        meta = write_dataset(folder, splits, meta)
+    with writing(target), alone(target): # of two calls at once the second finds what the first has prepared
+        if is_prepared(target, meta):
+            print(f"{target} is prepared already, from the same source with the same tokenizer: "
+                  "nothing to do")
+            return False
+        if target.exists():
+            print(f"{target} holds other data, or damaged data, and is replaced")
+        with replacing(target) as folder:
+            meta = write_dataset(folder, splits, meta)
     print(f"{target}: {summary(meta)}")
     return True
 
@@ -751,19 +783,20 @@ class DownloadError(UserError):
 def fetch(url, filename, sha256, data_dir="data"):
     """The path of filename in data_dir, with the given sha256: it lies there, or in the folder DATA_MIRROR, or is downloaded.
     Raises UserError if the name or the file there is wrong, DownloadError if it cannot be had."""
-    target = Path(data_dir) / filename
-    if not re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII) or target.resolve().parent != Path(data_dir).resolve():
-        raise UserError(f"{filename!r} is not the name of a file inside {data_dir}/: nothing was downloaded")
-    if has_hash(target, sha256):
+    target, named = Path(data_dir) / filename, re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII)
+    if named and has_hash(target, sha256): # through a link, too
         return target
-    if target.exists(): # perhaps a text that someone has edited, so it is not overwritten
-        raise UserError(f"{target} has sha256 {sha256_of(target)}, expected {sha256}\n"
-                        "delete it to get it anew, or rename it and prepare it by its path")
+    if not named or target.resolve().parent != Path(data_dir).resolve():
+        raise UserError(f"{filename!r} is not the name of a file inside {data_dir}/: nothing was downloaded")
     part, mirrored = target.with_name(filename + ".part"), Path(os.environ.get("DATA_MIRROR") or data_dir) / filename # no mirror: no file
-    if mirrored.exists() and not has_hash(mirrored, sha256):
-        print(f"{mirrored} is not used: its sha256 is not {sha256}", file=sys.stderr)
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target), alone(target):
+        if has_hash(target, sha256): # another process got it while this one waited
+            return target
+        if target.exists(): # perhaps a text that someone has edited, so it is not overwritten
+            raise UserError(f"{target} has sha256 {sha256_of(target)}, expected {sha256}\n"
+                            "delete it to get it anew, or rename it and prepare it by its path")
+        if mirrored.exists() and not has_hash(mirrored, sha256):
+            print(f"{mirrored} is not used: its sha256 is not {sha256}", file=sys.stderr)
         if has_hash(mirrored, sha256):
             shutil.copyfile(mirrored, part)
         elif problem := download(url, part, sha256):

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -24,6 +25,7 @@ from configurator import UserError
 from data import DownloadError, Tokens, load, make_tokenizer, prepare, tokenizer_from_dict, verify
 
 ROOT = Path(__file__).resolve().parent.parent
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no locks on Windows")
 VERSE = "".join(f"line {i}: to be, or not to be?\n" for i in range(100))
 
 def wild(seed):
@@ -372,6 +374,48 @@ def test_prepare_does_not_delete_what_it_did_not_write(tmp_path):
     refused(lambda: prepare(tmp_path / "mine", data_dir=tmp_path), "input.txt", "--data_dir")
     refused(lambda: prepare(write(tmp_path / "up" / "verse.txt", VERSE), data_dir=write(tmp_path / "f" / "verse", "").parent), "verse")
     assert source.read_text(encoding="utf-8") == VERSE and os.listdir(tmp_path / "mine") == ["input.txt"]
+
+def at_once(call, count=4):
+    """The exit codes of processes that run call at the same moment."""
+    fork = multiprocessing.get_context("fork") # Python and torch are there already
+    barrier = fork.Barrier(count)
+    processes = [fork.Process(target=lambda: (barrier.wait(), call())) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+@posix
+def test_prepare_at_the_same_moment(tmp_path, monkeypatch):
+    """Fetching, preparing and replacing: all succeed, and what they leave is whole."""
+    monkeypatch.setenv("DATA_MIRROR", str(write(tmp_path / "mirror/file.txt", VERSE * 300).parent))
+    sha256 = hashlib.sha256((VERSE * 300).encode()).hexdigest()
+    for round in range(3):
+        target = tmp_path / f"data/{round}"
+        write(target / ".file.lock", "") # as a killed run leaves it
+        fetch = lambda: data.fetch("", "file.txt", sha256, target)
+        assert at_once(lambda: prepare(fetch(), "char", target)) == [0] * 4
+        assert at_once(lambda: prepare(fetch(), random.choice(["byte", "char"]), target)) == [0] * 4
+        assert sorted(os.listdir(target)) == ["file", "file.txt"] and len(verify("file", target)) == 2
+
+@posix
+def test_one_at_a_time(tmp_path):
+    """Also between a thread that waits for a lock whose file is gone and one that makes a new file."""
+    inside, together = [], []
+    def call():
+        for _ in range(40):
+            with data.alone(tmp_path / "it"):
+                inside.append(1)
+                time.sleep(0.0005)
+                together.append(len(inside))
+                inside.pop()
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1] * 160 and os.listdir(tmp_path) == []
 
 @pytest.mark.parametrize("moment", [0, 1, 2])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
@@ -895,6 +939,29 @@ def test_file_of_the_same_name_is_not_overwritten(serve, tmp_path):
     mine, server = write(tmp_path / "file.txt", b"my own"), serve("ok")
     refused(lambda: data.fetch(server.url, "file.txt", SHA, tmp_path), "file.txt", hashlib.sha256(b"my own").hexdigest(), SHA, "delete")
     assert mine.read_bytes() == b"my own" and server.asked == []
+
+def test_link_to_the_right_file(tmp_path, serve):
+    write(tmp_path / "elsewhere/file", BODY)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/file.txt").symlink_to(tmp_path / "elsewhere/file")
+    assert data.fetch("", "file.txt", SHA, tmp_path / "data").read_bytes() == BODY
+    write(tmp_path / "elsewhere/file", b"other")
+    refused(lambda: data.fetch(serve("ok").url, "file.txt", SHA, tmp_path / "data"))
+    assert (tmp_path / "elsewhere/file").read_bytes() == b"other"
+
+@posix
+def test_downloads_at_once_are_one(serve, tmp_path):
+    server, found, barrier = serve("ok"), [], threading.Barrier(3)
+    def call():
+        barrier.wait()
+        found.append(data.fetch(server.url, "file.txt", SHA, tmp_path))
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and server.asked == [None] and os.listdir(tmp_path) == ["file.txt"]
+    assert found[0].read_bytes() == BODY
 
 def test_mirror_is_asked_before_the_network(serve, tmp_path, monkeypatch, capsys):
     server = serve("ok")
