@@ -404,7 +404,23 @@ def row_parts(files, first, last, kind):
 
 def token_type(vocab_size): return "<u2" if vocab_size <= 65536 else "<u4"
 
-def split_of(file): return "val" if "val" in file else "train"
+def split_of(file):
+    """The split of a shard, by the word train or val in its name: interval_train_2.bin is for training. None
+    if it has neither word, or both."""
+    found = set(re.findall("(?<![a-z])(train|val)(?:ing|id|idation)?(?![a-z])", file.lower()))
+    return found.pop() if len(found) == 1 else None
+
+def is_meta(path):
+    """Whether a file is the meta.json of a dataset, damaged or not. Texts may have another of that name."""
+    with contextlib.suppress(OSError, ValueError):
+        raw = Path(path).read_bytes()
+        return all(key in raw for key in (b'"format"', b'"tokenizer"', b'"shards"'))
+    return False
+
+def is_dataset(folder):
+    """Whether a folder has training shards, or the meta.json of a dataset."""
+    return os.path.isdir(folder) and (is_meta(Path(folder) / "meta.json") or any(
+        split_of(path.name) == "train" for path in Path(folder).glob("*.bin")))
 
 def hash_of_json(value): return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
 
@@ -586,6 +602,9 @@ def prepare_text(source, tokenizer, data_dir, val_fraction):
 def prepare_rows(source, files, tokenizer, data_dir, val_fraction):
     """prepare for shard_*.npy: the last rows become the validation split. Rows are kept apart, for nothing says that one goes on in the
     next. Without a tokenizer (char cannot have made ids of this kind) the vocabulary ends with the highest id."""
+    if stray := [path.name for path in files if split_of(path.name) == "val"]:
+        raise UserError(f"{source}: the last rows of all shards become the validation split, not {stray[0]}\n"
+                        "move it elsewhere, or rename it without the word val")
     codec = make_tokenizer(tokenizer, "", data_dir) if tokenizer != "char" else None
     top, n = highest_row_id(files, codec.vocab_size if codec else 2 ** 32), sum(len(open_npy(path)) for path in files)
     cut = int(n * (1 - val_fraction))
@@ -669,9 +688,12 @@ def read_meta(folder):
 
 def guess_meta(folder):
     """Says what it assumed, since a wrong guess would show only in the samples."""
-    shards = {path.name: open_shard(path) for path in sorted(folder.glob("*.bin")) if "train" in path.name or "val" in path.name}
+    files = sorted(path.name for path in folder.glob("*.bin"))
+    shards = {file: open_shard(folder / file) for file in files if split_of(file)}
     if "train" not in map(split_of, shards):
         raise UserError(f"{folder} has neither meta.json nor train.bin: make a dataset with python data.py prepare SOURCE")
+    if left_out := [file for file in files if file not in shards]:
+        print(f"{folder}: left out {listed(left_out)}: a shard has either train or val in its name")
     top = max(highest(shard, enough=256) for shard in shards.values())
     vocab_size, saved = (50257, {"name": "gpt2"}) if top > 255 else (top + 1, None)
     print(f"{folder} has no meta.json: assumed vocab_size={vocab_size} and {'the gpt2' if saved else 'no'} tokenizer, by the highest id")
@@ -689,8 +711,8 @@ def load(name, data_dir="data"):
                         f"to make one: python data.py prepare {name if name in DATASETS else 'shakespeare, or the path of a text'}")
     meta, splits = read_meta(folder), {"train": [], "val": []}
     for file, entry in sorted(meta["shards"].items()):
-        if os.path.basename(file) != file:
-            raise damaged(folder / "meta.json", f"names the file {file!r}, expected one in this folder")
+        if os.path.basename(file) != file or not split_of(file):
+            raise damaged(folder / "meta.json", f"names the file {file!r}, expected a shard in this folder")
         splits[split_of(file)].append((open_shard(folder / file, entry["tokens"] if "sha256" in entry else None), entry.get("row", 0)))
     codec = tokenizer_from_dict(meta["tokenizer"], data_dir) if meta["tokenizer"] else None
     train, val = (Tokens([shard for shard, _ in found], meta["vocab_size"], f"{split} split of {name}", [row for _, row in found])
@@ -855,7 +877,7 @@ def receive(url, part, deadline):
 def prepared(data_dir):
     """The names of the folders in data_dir that look like datasets."""
     folders = sorted(Path(data_dir).iterdir()) if Path(data_dir).is_dir() else []
-    return [f.name for f in folders if f.name[0] != "." and ((f / "meta.json").exists() or any(f.glob("*train*.bin")))]
+    return [f.name for f in folders if f.name[0] != "." and is_dataset(f)]
 
 def summary(meta):
     kind, counts = (meta["tokenizer"] or {"name": "unknown"})["name"], count_tokens(meta["shards"])

@@ -649,6 +649,11 @@ def test_documents_of_hugging_face_are_kept_apart_by_its_end_of_text(tmp_path):
     ids = whole(made(tmp_path, lines, "two.jsonl", tokenizer=path, val_fraction=0.0).train).tolist()
     assert ids.count(0) == 1 and ids[ids.index(0) + 1:] == codec.encode("line 2").ids
 
+def test_rows_for_validation_are_not_taken_for_training(tmp_path):
+    source = shards(tmp_path / "rows", numbered(20, 9))
+    shutil.copy(source / "shard_0.npy", source / "shard_val_0.npy")
+    refused(lambda: prepare(source, data_dir=tmp_path / "data"), "not shard_val_0.npy", "rename it")
+
 # --- load: what must be refused ---
 
 def test_load_of_nothing_says_how_to_make_it(tmp_path):
@@ -754,6 +759,21 @@ def test_nanogpt_bpe_and_llm_c(tmp_path, capsys):
     for bad in (b"\1\0\2", b""):
         write(tmp_path / "nano" / "val.bin", bad)
         refused(lambda: load("nano", tmp_path), "val.bin", f"{len(bad)} bytes")
+
+@pytest.mark.parametrize("name, split", [
+    ("interval_train_2.bin", "train"), ("fineweb_train_1.bin", "train"), ("train.bin", "train"),
+    ("training.bin", "train"), ("shakespeare_val.bin", "val"), ("val.bin", "val"), ("edu-VAL-0.bin", "val"),
+    ("validation1.bin", "val"), ("train_val.bin", None), ("strain_2.bin", None), ("oval.bin", None),
+    ("value.bin", None), ("tokens.bin", None)])
+def test_the_split_of_a_shard_is_a_word_of_its_name(name, split, tmp_path, capsys):
+    write(tmp_path / "a/train_9.bin", np.full(90, 1, "<u2").tobytes())
+    write(tmp_path / "a" / name, np.full(7, 2, "<u2").tobytes())
+    found = load("a", tmp_path)
+    assert [2 in whole(found.train), len(found.val) == 7] == [split == "train", split == "val"]
+    assert (f"left out {name}" in capsys.readouterr().out) == (split is None)
+    assert len(verify("a", tmp_path)) == 1 + bool(split)
+    (tmp_path / "a/train_9.bin").unlink()
+    assert data.prepared(tmp_path) == ["a"] * (split == "train")
 
 # --- batches ---
 
