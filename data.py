@@ -7,7 +7,7 @@ Tokens cuts batches from them. fetch gets what must come from the network. The c
     python data.py prepare shakespeare                 # or pystdlib, or a path: a text file, a .jsonl file, a folder of text files
     python data.py prepare book.txt --tokenizer=gpt2   # char (default), ascii, gpt2, byte, or a tokenizer saved as FILE.json
     python data.py prepare path/to/shards --tokenizer=FILE.json    # a folder of shard_*.npy, rows of ids that FILE.json made
-    python data.py verify shakespeare                  # reads every byte: sizes, hashes, ids
+    python data.py verify shakespeare                  # or data/shakespeare; reads all: sizes, hashes, ids
     python data.py list                                # what is known and what is prepared
 
 A dataset is a folder data/NAME/, and nothing in it is a pickle:
@@ -284,6 +284,8 @@ def read_text(path):
 
 def read_file(path):
     """The documents of one file: the field "text" of every line of a .jsonl, else the whole text as one."""
+    if is_part(Path(path)):
+        raise UserError(f"{path} is part of a dataset, not text: name its folder, {Path(path).parent}")
     if Path(path).suffix != ".jsonl":
         return [read_text(path)]
     documents = []
@@ -416,6 +418,11 @@ def is_meta(path):
         raw = Path(path).read_bytes()
         return all(key in raw for key in (b'"format"', b'"tokenizer"', b'"shards"'))
     return False
+
+def is_part(path):
+    """Whether a file is a shard or the meta.json of a dataset: never text, wherever it lies."""
+    return (path.suffix == ".bin" and split_of(path.name) is not None or path.match("shard_*.npy")
+            or path.name == "meta.json" and is_meta(path))
 
 def is_dataset(folder):
     """Whether a folder has training shards, or the meta.json of a dataset."""
@@ -563,7 +570,8 @@ def is_prepared(target, meta):
                         "move them elsewhere, or choose another folder with --data_dir")
     try:
         same = lambda m: [m["source"]["sha256"], m["tokenizer"], m["split"]["val_fraction"]]
-        return same(load(target.name, target.parent).meta) == same(meta) and bool(verify(target.name, target.parent))
+        path = os.path.abspath(target) # by its path: the bare name may also be that of a folder here
+        return same(load(path).meta) == same(meta) and bool(verify(path))
     except (UserError, KeyError): # not there, damaged, or from another program: to be written
         return False
 
@@ -574,6 +582,13 @@ def prepare(source, tokenizer="char", data_dir="data", val_fraction=0.1):
     source = str(source)
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1: the share of the text for validation, say 0.1")
+    if is_dataset(data_dir) or npy_files(str(data_dir)): # a dataset would be made among the shards of another
+        raise UserError(f"--data_dir={data_dir} holds shards: it is a dataset, not a folder of datasets; "
+                        f"did you mean --dataset={data_dir}?")
+    there = is_dataset(source) or not os.path.exists(source) and find(source, data_dir)
+    if there and source not in DATASETS:
+        raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}\n"
+                        "to make it anew, prepare the text that it was made from")
     try:
         if files := npy_files(source):
             return prepare_rows(source, files, tokenizer, data_dir, val_fraction)
@@ -703,13 +718,23 @@ def guess_meta(folder):
     return {"source": {"from": str(folder)}, "tokenizer": saved, "vocab_size": vocab_size,
             "shards": {file: {"tokens": len(shard)} for file, shard in shards.items()}}
 
+def find(name, data_dir="data"):
+    """The folder of a prepared dataset, given by its name in data_dir or by its path, or None."""
+    path = os.path.abspath(name)
+    named = Path(data_dir) / os.path.basename(path)
+    places = [named] if name == named.name or path == os.path.abspath(named) else []
+    places += [Path(path)] if name not in DATASETS else []
+    return next((folder for folder in places if name and is_dataset(folder)), None)
+
 def load(name, data_dir="data"):
-    """Opens a prepared dataset and returns a Dataset. Quick: looks at sizes and headers; verify() reads all. Raises UserError."""
-    folder = Path(data_dir) / name
-    if name != dataset_name(name) or not folder.is_dir():
+    """Opens a prepared dataset, given by its name or by its path, and returns a Dataset. Quick: looks at
+    sizes and headers; verify() reads all. Raises UserError."""
+    name = str(name)
+    folder = find(name, data_dir) or name == dataset_name(name) and Path(data_dir) / name
+    if not folder or not folder.is_dir():
         raise UserError(f"no dataset {name!r} in {data_dir}/, only: {listed(prepared(data_dir)) or 'none'}\n"
                         f"to make one: python data.py prepare {name if name in DATASETS else 'shakespeare, or the path of a text'}")
-    meta, splits = read_meta(folder), {"train": [], "val": []}
+    name, meta, splits = folder.name, read_meta(folder), {"train": [], "val": []}
     for file, entry in sorted(meta["shards"].items()):
         if os.path.basename(file) != file or not split_of(file):
             raise damaged(folder / "meta.json", f"names the file {file!r}, expected a shard in this folder")

@@ -654,6 +654,68 @@ def test_rows_for_validation_are_not_taken_for_training(tmp_path):
     shutil.copy(source / "shard_0.npy", source / "shard_val_0.npy")
     refused(lambda: prepare(source, data_dir=tmp_path / "data"), "not shard_val_0.npy", "rename it")
 
+# --- a prepared folder is a dataset, not text ---
+
+def test_a_prepared_folder_by_its_path(tmp_path, monkeypatch, command, capsys):
+    first = made(tmp_path)
+    before = {path: path.read_bytes() for path in first.folder.iterdir()}
+    for path in ("data/verse", "data/verse/", "./data/verse", str(first.folder), "data/../data/verse"):
+        for data_dir in ("data", "elsewhere"):
+            found = load(path, data_dir)
+            assert (found.name, found.sha256, found.folder.resolve()) == ("verse", first.sha256, first.folder)
+        assert load(path).folder == Path("data/verse") # as by its name
+        refused(lambda: prepare(path), path, "is a prepared dataset", "--dataset=")
+    command("verify data/verse/ --data_dir=elsewhere")
+    assert capsys.readouterr().out.count("OK ") == 2
+    refused(lambda: prepare("verse"), "verse is a prepared dataset")
+    for file in before:
+        refused(lambda: prepare(file), file, "name its folder")
+    monkeypatch.chdir(first.folder)
+    assert load(".").sha256 == load("../verse").sha256 == first.sha256
+    refused(lambda: prepare("."), "is a prepared dataset")
+    assert before == {path: path.read_bytes() for path in first.folder.iterdir()}
+    assert os.listdir(tmp_path / "data") == ["verse"]
+
+def test_nanogpts_folder_by_its_path(tmp_path):
+    folder = write(tmp_path / "data/my chars/train.bin", np.arange(99, dtype="<u2").tobytes()).parent
+    write(folder / "input.txt", VERSE)
+    assert load(str(folder)).name == "my chars" and len(load("my chars", tmp_path / "data").train) == 99
+    refused(lambda: prepare(folder), "is a prepared dataset")
+
+def test_a_bare_name_is_prepared_where_it_belongs(tmp_path, monkeypatch, capsys):
+    """The folder of that name in the working directory, a dataset too, is not what was asked for."""
+    made(tmp_path)
+    monkeypatch.chdir(tmp_path / "data")
+    prepare("../verse.txt")
+    assert "nothing to do" not in capsys.readouterr().out and load("verse").folder == Path("data/verse")
+
+def test_shards_and_meta_json_are_never_text(tmp_path, capsys):
+    folder = made(tmp_path).folder
+    for name in ("train_000000.bin", "meta.json"):
+        target = write(tmp_path / "texts/deep" / name, (folder / name).read_bytes())
+    write(tmp_path / "texts/deep/tokens.txt.bin", (folder / "train_000000.bin").read_bytes())
+    write(tmp_path / "texts/deep/train.bin", b"looks like text")
+    shutil.copy(shards(tmp_path / "rows", numbered(2, 9)) / "shard_0.npy", tmp_path / "texts/shard_0.npy.bak")
+    write(tmp_path / "texts/meta.json", '{"title": "a file of the person\'s own"}')
+    write(tmp_path / "texts/a.txt", VERSE)
+    found = load(prepare(tmp_path / "texts", "byte", tmp_path / "data", 0.0).name, tmp_path / "data")
+    assert found.tokenizer.decode(whole(found.train)) == VERSE + '\n{"title": "a file of the person\'s own"}'
+    said = capsys.readouterr().out
+    parts = ("train_000000.bin", "meta.json", "tokens.txt.bin", "train.bin", "shard_0.npy.bak")
+    assert all(name in said for name in parts)
+    refused(lambda: prepare(target), "part of a dataset")
+    refused(lambda: prepare(tmp_path / "texts/deep/tokens.txt.bin"), "a shard of tokens")
+
+@pytest.mark.parametrize("kind", ["rows", "dataset", "nanogpt"])
+def test_data_dir_that_is_a_dataset(kind, tmp_path):
+    folder = shards(tmp_path / "it", numbered(20, 9)) if kind == "rows" else made(tmp_path).folder
+    if kind == "nanogpt":
+        folder = write(tmp_path / "it/train.bin", np.arange(99, dtype="<u2").tobytes()).parent
+    before = sorted(os.listdir(folder))
+    message = refused(lambda: prepare("recall", data_dir=folder), f"did you mean --dataset={folder}?")
+    assert len(message.splitlines()) == 1
+    assert sorted(os.listdir(folder)) == before
+
 # --- load: what must be refused ---
 
 def test_load_of_nothing_says_how_to_make_it(tmp_path):
