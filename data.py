@@ -349,18 +349,30 @@ def dataset_name(stem):
     """stem as a folder name: letters of any script, digits and . _ - only, so that it cannot lead elsewhere."""
     return re.sub(r"[^\w.-]+", "_", stem).strip("._-")[:100] or "text"
 
+def own_name(path):
+    """The name of the dataset that a file or folder of the person's own becomes. UserError for the name of a
+    known dataset: --dataset=shakespeare must mean one text."""
+    path = Path(os.path.abspath(path)) # so that "." has a name
+    if (name := dataset_name(path.name if path.is_dir() else path.stem)) in DATASETS:
+        raise UserError(f"{path} would take the name of a known dataset, {name}\n"
+                        f"rename it, say to my_{path.name}")
+    return name
+
 def read_source(source, data_dir):
     """(name of the dataset, where the text is from, documents) for a known dataset or a path. UserError if it is neither."""
     if source in DATASETS:
         return source, *DATASETS[source](data_dir)
-    path = Path(os.path.abspath(source)) # so that "." has a name
-    if source and path.is_dir():
-        return dataset_name(path.name), source, read_folder(Path(source))
-    if source and path.is_file():
-        return dataset_name(path.stem), source, read_file(source)
-    beside = [os.path.join(os.path.dirname(source), entry) for entry in os.listdir(path.parent)] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(source, [*DATASETS, *beside], n=3, cutoff=0.5)
-    raise UserError(f"no text file, folder or known dataset {source!r}\n{'nearest' if near else 'known'}: {listed(near or DATASETS)}")
+    path = Path(os.path.abspath(source))
+    if source and os.path.isdir(path):
+        return own_name(path), str(path), read_folder(Path(source))
+    if source and os.path.isfile(path):
+        return own_name(path), str(path), read_file(source)
+    beside = path.parent.iterdir() if os.path.isdir(path.parent) else ()
+    beside = [os.path.join(os.path.dirname(source), entry.name) for entry in beside
+              if entry.name[0] not in "._" and (entry.is_dir() or entry.suffix in TEXTS)]
+    near = difflib.get_close_matches(source, [*DATASETS, *prepared(data_dir), *beside], n=3)
+    raise UserError(f"no text file, folder or known dataset {source!r}\n"
+                    f"{'nearest' if near else 'known'}: {listed(near or DATASETS)}")
 
 # --- token shards of other programs: shard_*.npy, each an array of rows that are sequences by themselves ---
 
@@ -617,6 +629,7 @@ def prepare_text(source, tokenizer, data_dir, val_fraction):
 def prepare_rows(source, files, tokenizer, data_dir, val_fraction):
     """prepare for shard_*.npy: the last rows become the validation split. Rows are kept apart, for nothing says that one goes on in the
     next. Without a tokenizer (char cannot have made ids of this kind) the vocabulary ends with the highest id."""
+    target = Path(data_dir) / own_name(source)
     if stray := [path.name for path in files if split_of(path.name) == "val"]:
         raise UserError(f"{source}: the last rows of all shards become the validation split, not {stray[0]}\n"
                         "move it elsewhere, or rename it without the word val")
@@ -629,12 +642,23 @@ def prepare_rows(source, files, tokenizer, data_dir, val_fraction):
         print(f"{source}: assumed vocab_size={top + 1} by the highest id and no tokenizer; to write text too: --tokenizer=FILE.json")
     vocab_size = codec.vocab_size if codec else top + 1
     hashes = hash_of_json([sha256_of(path) for path in files])
-    meta = {"format": _FORMAT, "name": dataset_name(os.path.basename(os.path.abspath(source))),
-            "source": {"from": source, "sha256": hashes, "documents": n}, "tokenizer": codec.to_dict() if codec else None,
+    meta = {"format": _FORMAT, "name": target.name,
+            "source": {"from": os.path.abspath(source), "sha256": hashes, "documents": n},
+            "tokenizer": codec.to_dict() if codec else None,
             "vocab_size": vocab_size, "split": {"val_fraction": val_fraction}}
-    kind, target = token_type(vocab_size), Path(data_dir) / meta["name"]
+    kind = token_type(vocab_size)
     put(target, meta, {"train": row_parts(files, 0, cut, kind), "val": row_parts(files, cut, n, kind)})
     return target
+
+def other_source(target, meta):
+    """What the dataset in target was prepared from, if it is another path and another text than meta's. None
+    if nobody can tell: damaged data may be replaced."""
+    try:
+        was, new = read_meta(target)["source"], meta["source"]
+        same = was.get("sha256") == new["sha256"] or os.path.abspath(was["from"]) == new["from"]
+        return None if same or meta["name"] in DATASETS else was["from"]
+    except (UserError, KeyError):
+        return None
 
 def put(target, meta, splits):
     """Writes the dataset that meta describes into the folder target, and says so; False if it lies there already."""
@@ -643,6 +667,9 @@ def put(target, meta, splits):
             print(f"{target} is prepared already, from the same source with the same tokenizer: "
                   "nothing to do")
             return False
+        if other := other_source(target, meta):
+            raise UserError(f"{target} was prepared from {other}: {meta['source']['from']} would replace it\n"
+                            f"choose another --data_dir, rename one, or delete {target} if no run needs it")
         if target.exists():
             print(f"{target} holds other data, or damaged data, and is replaced")
         with replacing(target) as folder:
@@ -715,7 +742,7 @@ def guess_meta(folder):
     if (folder / "meta.pkl").exists():
         print("its meta.pkl is a pickle, which may run any code when it is opened, and is not read. To have the tokenizer too:\n"
               f"    python data.py prepare {folder / 'input.txt'}")
-    return {"source": {"from": str(folder)}, "tokenizer": saved, "vocab_size": vocab_size,
+    return {"source": {"from": "another program"}, "tokenizer": saved, "vocab_size": vocab_size,
             "shards": {file: {"tokens": len(shard)} for file, shard in shards.items()}}
 
 def find(name, data_dir="data"):

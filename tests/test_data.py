@@ -268,6 +268,14 @@ def test_a_log_is_text(tmp_path):
     text = "\x1b[1mbold\x1b[0m\tone\fpage\r\n" * 20 + "\0"
     assert made(tmp_path, text, val_fraction=0.0).tokenizer.encode(text).shape == (len(text),)
 
+def test_only_what_can_be_a_dataset_is_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".tinystorys", "_tinystories", "tinystories.png", "tinystories.py"):
+        write(tmp_path / name, "x")
+    made(tmp_path, name="tinystory.txt")
+    message = refused(lambda: prepare("tinystories"), "nearest: ", "tinystory,", "tinystories.py")
+    assert not any(name in message for name in ("tinystorys", "_tiny", "png"))
+
 def test_a_text_beyond_the_memory(tmp_path, monkeypatch):
     def fails(*args):
         raise MemoryError
@@ -374,6 +382,32 @@ def test_prepare_does_not_delete_what_it_did_not_write(tmp_path):
     refused(lambda: prepare(tmp_path / "mine", data_dir=tmp_path), "input.txt", "--data_dir")
     refused(lambda: prepare(write(tmp_path / "up" / "verse.txt", VERSE), data_dir=write(tmp_path / "f" / "verse", "").parent), "verse")
     assert source.read_text(encoding="utf-8") == VERSE and os.listdir(tmp_path / "mine") == ["input.txt"]
+
+def test_two_sources_never_share_a_name_in_silence(tmp_path, monkeypatch):
+    first, path = made(tmp_path / "a", name="play.txt"), write(tmp_path / "b/play.txt", VERSE[::-1])
+    def again(path, **kwargs):
+        return load(prepare(path, data_dir=tmp_path / "a/data", **kwargs).name, tmp_path / "a/data")
+    lines = write(tmp_path / "c/play.jsonl", json.dumps({"text": VERSE[::-1]}))
+    folder, rows = write(tmp_path / "play/x.txt", "ab").parent, shards(tmp_path / "d/play", numbered(20, 9))
+    for other in (path, lines, folder, rows):
+        refused(lambda: again(other), "prepared from", tmp_path / "a/play.txt", other, "another --data_dir")
+    assert again(tmp_path / "a/play.txt").sha256 == first.sha256
+    monkeypatch.chdir(tmp_path / "a")
+    write(tmp_path / "a/play.txt", VERSE + "edited")
+    assert again("play.txt", tokenizer="byte").vocab_size == 256 # the same path, typed in another way
+    write(path, VERSE + "edited")
+    assert again(path).vocab_size < 256 # the same text, moved
+    write(tmp_path / "a/data/play/val_000000.bin", "damaged")
+    refused(lambda: again(lines), "was prepared from")
+    write(tmp_path / "a/data/play/meta.json", "damaged")
+    assert again(lines).meta["source"]["from"] == str(lines)
+
+@pytest.mark.parametrize("name", ["shakespeare.txt", "pystdlib/x.txt", "recall/shard_0.npy"])
+def test_a_known_name_is_not_taken(name, tmp_path):
+    path = write(tmp_path / name, VERSE)
+    source = path if path.suffix == ".txt" and name.count("/") == 0 else path.parent
+    refused(lambda: prepare(source, data_dir=tmp_path / "data"), source, "known dataset", f"my_{source.name}")
+    assert not (tmp_path / "data").exists()
 
 def at_once(call, count=4):
     """The exit codes of processes that run call at the same moment."""
