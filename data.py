@@ -16,7 +16,8 @@ A dataset is a folder data/NAME/, and nothing in it is a pickle:
 
 B rows of a batch   T block_size   N tokens of a shard   an "id" is a token's number, 0 <= id < vocab_size
 """
-import contextlib, difflib, functools, hashlib, itertools, json, os, random, re, shutil, sys, sysconfig, time
+import contextlib, difflib, functools, hashlib, itertools, json, os, random, re, shlex, shutil, sys, sysconfig
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -590,7 +591,8 @@ def is_prepared(target, meta):
 def prepare(source, tokenizer="char", data_dir="data", val_fraction=0.1):
     """Writes source, a known dataset or a path, as shards and meta.json, and returns their folder data_dir/NAME. Text and ids are held in
     memory: 11 bytes per character measured for char, 7 byte, 5 gpt2, 133 with `tokenizers`. A folder of shard_*.npy goes shard by shard.
-    Raises UserError; an interrupted call leaves no half dataset."""
+    Without a tokenizer the dataset keeps the one it has, else char. Raises UserError; an interrupted call
+    leaves no half dataset."""
     source = str(source)
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1: the share of the text for validation, say 0.1")
@@ -609,6 +611,12 @@ def prepare(source, tokenizer="char", data_dir="data", val_fraction=0.1):
         raise UserError(f"{source} does not fit into memory: a character takes 5 bytes with --tokenizer=gpt2,"
                         " 7 with byte, 11 with char\ntake one of these, or a part of the text") from error
 
+def usual_tokenizer(folder):
+    """The tokenizer that the dataset in folder has already, as --tokenizer has it; char if there is none."""
+    codec = load(os.path.abspath(folder)).tokenizer if is_dataset(folder) else None
+    name = codec.name if codec else "char"
+    return name if name in TOKENIZERS else str(folder / "meta.json") # a vocabulary that only its own file has
+
 def prepare_text(source, tokenizer, data_dir, val_fraction):
     """prepare for text: a file, a folder or a known dataset."""
     name, origin, documents = read_source(source, data_dir)
@@ -616,7 +624,7 @@ def prepare_text(source, tokenizer, data_dir, val_fraction):
     if not documents:
         raise UserError(f"{source} is empty: there is no text to prepare")
     chars = "".join(sorted(set().union(*documents, "\n" if len(documents) > 1 else ""))) # the newline: it goes between documents
-    codec = make_tokenizer(tokenizer, chars, data_dir)
+    codec = make_tokenizer(tokenizer or usual_tokenizer(Path(data_dir) / name), chars, data_dir)
     codec.encode(chars) # a character without an id stops us now, not after an hour of encoding
     text_hash = hashlib.sha256(b"\xff".join(text.encode("utf-8", "surrogatepass") for text in documents)) # 0xff: never in UTF-8
     meta = {"format": _FORMAT, "name": name, "source": {"from": origin, "sha256": text_hash.hexdigest(), "documents": len(documents)},
@@ -633,6 +641,7 @@ def prepare_rows(source, files, tokenizer, data_dir, val_fraction):
     if stray := [path.name for path in files if split_of(path.name) == "val"]:
         raise UserError(f"{source}: the last rows of all shards become the validation split, not {stray[0]}\n"
                         "move it elsewhere, or rename it without the word val")
+    tokenizer = tokenizer or usual_tokenizer(target)
     codec = make_tokenizer(tokenizer, "", data_dir) if tokenizer != "char" else None
     top, n = highest_row_id(files, codec.vocab_size if codec else 2 ** 32), sum(len(open_npy(path)) for path in files)
     cut = int(n * (1 - val_fraction))
@@ -787,6 +796,28 @@ class Dataset:
         """Identifies the data: every shard and the tokenizer. Only shards of other programs must be read for it."""
         shards = {file: entry.get("sha256") or sha256_of(self.folder / file) for file, entry in self.meta["shards"].items()}
         return hash_of_json([shards, self.meta["tokenizer"]])
+
+    def check(self, asked, typed, resuming=False):
+        """UserError if asked, {setting: value}, has a tokenizer or val_fraction that the data has not; it
+        would be ignored. typed: the settings of the command line itself; a config's cannot be dropped."""
+        made = self.tokenizer.to_dict() if self.tokenizer else {"name": "none"}
+        share = self.meta.get("split", {}).get("val_fraction") # None: from another program, which did not say
+        name, folder = asked.get("tokenizer") or made["name"], self.folder.parent
+        by_file = name.endswith(".json") and make_tokenizer(name, "", folder).to_dict() == made
+        other = {} if name == made["name"] or by_file else {"tokenizer": name}
+        if share not in (None, asked.get("val_fraction", share)):
+            other["val_fraction"] = asked["val_fraction"]
+        if not other:
+            return
+        flags = lambda values: " ".join(f"--{key}={shlex.quote(str(values[key]))}" for key in other)
+        has = flags({"tokenizer": made["name"] if made["name"] in TOKENIZERS else "", "val_fraction": share})
+        origin = self.name if self.name in DATASETS else self.meta["source"]["from"]
+        again = f"python data.py prepare {'SOURCE' if share is None else shlex.quote(origin)} {flags(other)}"
+        told = typed.issuperset(other)
+        anew = ("train anew in another --out_dir" if resuming else f"run: {again} --data_dir={folder}" if told
+                else f"prepare it apart: {again} --data_dir={folder}2\nand add --data_dir={folder}2")
+        raise UserError(f"{self.folder} was prepared with tokenizer={made['name']}, val_fraction={share}, "
+                        f"not {flags(other)}\n{'drop that' if told else 'add ' + has}, or {anew}")
 
 class Tokens:
     """One split: a list of memory-mapped shards. No window crosses from one shard into the next, nor from one row into the next where a

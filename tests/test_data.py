@@ -750,6 +750,21 @@ def test_data_dir_that_is_a_dataset(kind, tmp_path):
     assert len(message.splitlines()) == 1
     assert sorted(os.listdir(folder)) == before
 
+def test_settings_that_the_data_does_not_have(tmp_path):
+    """The advice fits where the setting came from: a config file's cannot be dropped."""
+    found = made(tmp_path)
+    asked = {"tokenizer": "byte", "val_fraction": 0.1, "seed": 5}
+    found.check({**asked, "tokenizer": "char"}, set())
+    found.check({"tokenizer": ""}, set())
+    found.check({"tokenizer": str(found.folder / "meta.json")}, set())
+    again = f"python data.py prepare {tmp_path}/verse.txt --tokenizer=byte --data_dir={tmp_path}/data"
+    refused(lambda: found.check(asked, {"tokenizer"}), f"not --tokenizer=byte\ndrop that, or run: {again}")
+    message = refused(lambda: found.check(asked, {"seed"}),
+                      f"add --tokenizer=char, or prepare it apart: {again}2\n")
+    assert "drop" not in message and message.endswith(f"add --data_dir={tmp_path}/data2")
+    refused(lambda: found.check({"val_fraction": 0.5}, set()), "add --val_fraction=0.1")
+    refused(lambda: found.check(asked, {"tokenizer"}, resuming=True), "drop that, or train anew in another")
+
 # --- load: what must be refused ---
 
 def test_load_of_nothing_says_how_to_make_it(tmp_path):
