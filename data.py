@@ -7,7 +7,7 @@ Tokens cuts batches from them. fetch gets what must come from the network. The c
     python data.py prepare shakespeare                 # or pystdlib, or a path: a text file, a .jsonl file, a folder of text files
     python data.py prepare book.txt --tokenizer=gpt2   # char (default), ascii, gpt2, byte, or a tokenizer saved as FILE.json
     python data.py prepare path/to/shards --tokenizer=FILE.json    # a folder of shard_*.npy, rows of ids that FILE.json made
-    python data.py verify shakespeare                  # reads every byte: sizes, hashes, ids
+    python data.py verify shakespeare                  # or data/shakespeare; reads all: sizes, hashes, ids
     python data.py list                                # what is known and what is prepared
 
 A dataset is a folder data/NAME/, and nothing in it is a pickle:
@@ -16,7 +16,8 @@ A dataset is a folder data/NAME/, and nothing in it is a pickle:
 
 B rows of a batch   T block_size   N tokens of a shard   an "id" is a token's number, 0 <= id < vocab_size
 """
-import contextlib, difflib, functools, hashlib, itertools, json, os, random, re, shutil, sys, sysconfig, time
+import contextlib, difflib, functools, hashlib, itertools, json, os, random, re, shlex, shutil, sys, sysconfig
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,11 @@ import numpy as np
 import requests
 import torch
 import urllib3 # comes with requests; some of its errors pass through
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None # Windows: there two calls at once are not kept apart
 
 from configurator import UserError, configure
 
@@ -39,6 +45,16 @@ _SHARD = 100_000_000 # tokens in a file at most, as llm.c has it: 200 MB in uint
 _TRIES, _DEADLINE, _PATIENCE = 3, 600, 30 # of a download: attempts, seconds in all, seconds that a busy server may ask us to wait
 _TIMEOUT = (10, 30) # seconds to connect, seconds without a byte
 WIDTHS = {(20240520, 1): "<u2", (20240801, 7): "<u4"} # (magic, version) -> type of a token; the second is llm.c's form for Llama 3
+TEXTS = {".txt", ".md", ".py", ".jsonl"} # meant as text; another file in a folder of texts may be anything
+CONTROLS = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b")) # characters that even a log does not have
+FIRST_BYTES = { # of files that are no text: what they are, and the way out
+    b"\x1f\x8b": "gzip, not text: unpack it with gunzip -k",
+    b"%PDF": "a PDF, not text: take its text out, say with pdftotext",
+    b"PK\3\4": "a zip archive (as .docx and .epub are), not text: take its text out",
+    b"\x93NUMPY": "a numpy array, not text: call it shard_0.npy and prepare its folder",
+    b"\xff\xfe": "UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 OLD > NEW",
+    b"\xfe\xff": "UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 OLD > NEW",
+    **{np.array(key, "<i4").tobytes(): "a shard of tokens, not text: name its folder" for key in WIDTHS}}
 
 # --- tokenizers ---
 
@@ -153,8 +169,7 @@ class GPT2Tokenizer(Tokenizer):
             cached = cache / hashlib.sha1((self.address + filename).encode()).hexdigest()
             if not has_hash(cached, sha256):
                 found = fetch(self.address + filename, filename, sha256, self.data_dir)
-                with writing(cached): # by a name of our own, so that another process never reads half of it
-                    cache.mkdir(exist_ok=True)
+                with writing(cached), alone(cached): # by a name of our own: nobody reads half of it
                     os.replace(shutil.copyfile(found, f"{cached}.{os.getpid()}"), cached)
         os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
         return tiktoken.get_encoding("gpt2")
@@ -244,18 +259,34 @@ def make_tokenizer(name, text_chars, data_dir="data"):
 # --- sources: where the text comes from, as a list of documents ---
 
 def read_text(path):
-    """The text of a UTF-8 file, without a byte order mark and with its line ends as they are. UserError if it is not UTF-8."""
+    """The text of a UTF-8 file, without a byte order mark and with its line ends as they are. UserError for
+    anything else: it says what the file seems to be."""
     try:
         raw = Path(path).read_bytes() # bytes: reading as text would turn \r\n into \n
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}\n"
-                        "re-encode it; if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if what := next((what for first, what in FIRST_BYTES.items() if raw.startswith(first)), None):
+        raise UserError(f"{path} is {what}")
+    even, odd = (raw[::2].count(0), raw[1::2].count(0)) if 0 in raw else (0, 0) # zeros at even, odd offsets
+    wide = min(even, odd) < 0.05 * len(raw) and max(even, odd) > 0.4 * len(raw)
+    letters = raw.replace(b"\0", b"") if wide else raw # small ids have as many zeros, and control characters
+    if len(letters.translate(None, CONTROLS)) < 0.99 * len(letters):
+        raise UserError(f"{path} is no text: more than one byte in a hundred is a control character\n"
+                        "convert it to plain text in UTF-8, or name another file")
+    try:
+        if not wide:
+            return raw.decode("utf-8").removeprefix("\ufeff")
+        code, what = "utf-16be" if even > odd else "utf-16le", "every second byte is zero"
+    except UnicodeDecodeError as error:
+        what = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+        code = "windows-1252" if re.search(b"[\x80-\x9f]", raw) else "latin1" # Latin-1 has no letters there
+    raise UserError(f"{path} is not UTF-8: {what}\n"
+                    f"re-encode it; if it is {code}: iconv -f {code} -t utf-8 OLD > NEW")
 
 def read_file(path):
     """The documents of one file: the field "text" of every line of a .jsonl, else the whole text as one."""
+    if is_part(Path(path)):
+        raise UserError(f"{path} is part of a dataset, not text: name its folder, {Path(path).parent}")
     if Path(path).suffix != ".jsonl":
         return [read_text(path)]
     documents = []
@@ -277,7 +308,7 @@ def read_folder(folder):
         try:
             found = read_file(path)
         except UserError:
-            if path.suffix in (".txt", ".md", ".py", ".jsonl"): # meant as text, so the user must know; a .png is not
+            if path.suffix in TEXTS: # so the user must know
                 raise
             found = ["\0"]
         if any("\0" in text for text in found): # a shard of small ids is valid UTF-8, but half of it is zero bytes
@@ -285,7 +316,7 @@ def read_folder(folder):
         else:
             documents += found
     if left_out:
-        print(f"left out, because not UTF-8 text: {listed(left_out)}")
+        print(f"left out, because they are no text in UTF-8: {listed(left_out)}")
     if not documents:
         raise UserError(f"{folder} has no text files: put .txt, .md, .py or .jsonl files there, or name another folder")
     return documents
@@ -319,18 +350,30 @@ def dataset_name(stem):
     """stem as a folder name: letters of any script, digits and . _ - only, so that it cannot lead elsewhere."""
     return re.sub(r"[^\w.-]+", "_", stem).strip("._-")[:100] or "text"
 
+def own_name(path):
+    """The name of the dataset that a file or folder of the person's own becomes. UserError for the name of a
+    known dataset: --dataset=shakespeare must mean one text."""
+    path = Path(os.path.abspath(path)) # so that "." has a name
+    if (name := dataset_name(path.name if path.is_dir() else path.stem)) in DATASETS:
+        raise UserError(f"{path} would take the name of a known dataset, {name}\n"
+                        f"rename it, say to my_{path.name}")
+    return name
+
 def read_source(source, data_dir):
     """(name of the dataset, where the text is from, documents) for a known dataset or a path. UserError if it is neither."""
     if source in DATASETS:
         return source, *DATASETS[source](data_dir)
-    path = Path(os.path.abspath(source)) # so that "." has a name
-    if source and path.is_dir():
-        return dataset_name(path.name), source, read_folder(Path(source))
-    if source and path.is_file():
-        return dataset_name(path.stem), source, read_file(source)
-    beside = [os.path.join(os.path.dirname(source), entry) for entry in os.listdir(path.parent)] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(source, [*DATASETS, *beside], n=3, cutoff=0.5)
-    raise UserError(f"no text file, folder or known dataset {source!r}\n{'nearest' if near else 'known'}: {listed(near or DATASETS)}")
+    path = Path(os.path.abspath(source))
+    if source and os.path.isdir(path):
+        return own_name(path), str(path), read_folder(Path(source))
+    if source and os.path.isfile(path):
+        return own_name(path), str(path), read_file(source)
+    beside = path.parent.iterdir() if os.path.isdir(path.parent) else ()
+    beside = [os.path.join(os.path.dirname(source), entry.name) for entry in beside
+              if entry.name[0] not in "._" and (entry.is_dir() or entry.suffix in TEXTS)]
+    near = difflib.get_close_matches(source, [*DATASETS, *prepared(data_dir), *beside], n=3)
+    raise UserError(f"no text file, folder or known dataset {source!r}\n"
+                    f"{'nearest' if near else 'known'}: {listed(near or DATASETS)}")
 
 # --- token shards of other programs: shard_*.npy, each an array of rows that are sequences by themselves ---
 
@@ -376,7 +419,28 @@ def row_parts(files, first, last, kind):
 
 def token_type(vocab_size): return "<u2" if vocab_size <= 65536 else "<u4"
 
-def split_of(file): return "val" if "val" in file else "train"
+def split_of(file):
+    """The split of a shard, by the word train or val in its name: interval_train_2.bin is for training. None
+    if it has neither word, or both."""
+    found = set(re.findall("(?<![a-z])(train|val)(?:ing|id|idation)?(?![a-z])", file.lower()))
+    return found.pop() if len(found) == 1 else None
+
+def is_meta(path):
+    """Whether a file is the meta.json of a dataset, damaged or not. Texts may have another of that name."""
+    with contextlib.suppress(OSError, ValueError):
+        raw = Path(path).read_bytes()
+        return all(key in raw for key in (b'"format"', b'"tokenizer"', b'"shards"'))
+    return False
+
+def is_part(path):
+    """Whether a file is a shard or the meta.json of a dataset: never text, wherever it lies."""
+    return (path.suffix == ".bin" and split_of(path.name) is not None or path.match("shard_*.npy")
+            or path.name == "meta.json" and is_meta(path))
+
+def is_dataset(folder):
+    """Whether a folder has training shards, or the meta.json of a dataset."""
+    return os.path.isdir(folder) and (is_meta(Path(folder) / "meta.json") or any(
+        split_of(path.name) == "train" for path in Path(folder).glob("*.bin")))
 
 def hash_of_json(value): return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
 
@@ -400,6 +464,32 @@ def writing(path):
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}\nfree some space, or choose another --data_dir") from error
+
+@contextlib.contextmanager
+def alone(path):
+    """One process or thread at a time makes path; the others wait. Where no lock can be had (Windows, a
+    read-only folder) nobody waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, file = path.with_name(f".{path.name}.lock"), None
+    while fcntl:
+        try:
+            file = open(lock, "ab")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path} is being made by another process: waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                break
+        file.close() # the one before has deleted this file: the lock is that of the new file, if there is one
+    try:
+        yield
+    finally:
+        if file:
+            lock.unlink(missing_ok=True)
+            file.close()
 
 # --- prepare: text -> shards ---
 
@@ -493,24 +583,48 @@ def is_prepared(target, meta):
                         "move them elsewhere, or choose another folder with --data_dir")
     try:
         same = lambda m: [m["source"]["sha256"], m["tokenizer"], m["split"]["val_fraction"]]
-        return same(load(target.name, target.parent).meta) == same(meta) and bool(verify(target.name, target.parent))
+        path = os.path.abspath(target) # by its path: the bare name may also be that of a folder here
+        return same(load(path).meta) == same(meta) and bool(verify(path))
     except (UserError, KeyError): # not there, damaged, or from another program: to be written
         return False
 
 def prepare(source, tokenizer="char", data_dir="data", val_fraction=0.1):
     """Writes source, a known dataset or a path, as shards and meta.json, and returns their folder data_dir/NAME. Text and ids are held in
     memory: 11 bytes per character measured for char, 7 byte, 5 gpt2, 133 with `tokenizers`. A folder of shard_*.npy goes shard by shard.
-    Raises UserError; an interrupted call leaves no half dataset."""
+    Without a tokenizer the dataset keeps the one it has, else char. Raises UserError; an interrupted call
+    leaves no half dataset."""
+    source = str(source)
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1: the share of the text for validation, say 0.1")
-    if files := npy_files(str(source)):
-        return prepare_rows(str(source), files, tokenizer, data_dir, val_fraction)
-    name, origin, documents = read_source(str(source), data_dir)
+    if is_dataset(data_dir) or npy_files(str(data_dir)): # a dataset would be made among the shards of another
+        raise UserError(f"--data_dir={data_dir} holds shards: it is a dataset, not a folder of datasets; "
+                        f"did you mean --dataset={data_dir}?")
+    there = is_dataset(source) or not os.path.exists(source) and find(source, data_dir)
+    if there and source not in DATASETS:
+        raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}\n"
+                        "to make it anew, prepare the text that it was made from")
+    try:
+        if files := npy_files(source):
+            return prepare_rows(source, files, tokenizer, data_dir, val_fraction)
+        return prepare_text(source, tokenizer, data_dir, val_fraction)
+    except MemoryError as error:
+        raise UserError(f"{source} does not fit into memory: a character takes 5 bytes with --tokenizer=gpt2,"
+                        " 7 with byte, 11 with char\ntake one of these, or a part of the text") from error
+
+def usual_tokenizer(folder):
+    """The tokenizer that the dataset in folder has already, as --tokenizer has it; char if there is none."""
+    codec = load(os.path.abspath(folder)).tokenizer if is_dataset(folder) else None
+    name = codec.name if codec else "char"
+    return name if name in TOKENIZERS else str(folder / "meta.json") # a vocabulary that only its own file has
+
+def prepare_text(source, tokenizer, data_dir, val_fraction):
+    """prepare for text: a file, a folder or a known dataset."""
+    name, origin, documents = read_source(source, data_dir)
     documents = [text for text in documents if text]
     if not documents:
         raise UserError(f"{source} is empty: there is no text to prepare")
     chars = "".join(sorted(set().union(*documents, "\n" if len(documents) > 1 else ""))) # the newline: it goes between documents
-    codec = make_tokenizer(tokenizer, chars, data_dir)
+    codec = make_tokenizer(tokenizer or usual_tokenizer(Path(data_dir) / name), chars, data_dir)
     codec.encode(chars) # a character without an id stops us now, not after an hour of encoding
     text_hash = hashlib.sha256(b"\xff".join(text.encode("utf-8", "surrogatepass") for text in documents)) # 0xff: never in UTF-8
     meta = {"format": _FORMAT, "name": name, "source": {"from": origin, "sha256": text_hash.hexdigest(), "documents": len(documents)},
@@ -523,6 +637,11 @@ def prepare(source, tokenizer="char", data_dir="data", val_fraction=0.1):
 def prepare_rows(source, files, tokenizer, data_dir, val_fraction):
     """prepare for shard_*.npy: the last rows become the validation split. Rows are kept apart, for nothing says that one goes on in the
     next. Without a tokenizer (char cannot have made ids of this kind) the vocabulary ends with the highest id."""
+    target = Path(data_dir) / own_name(source)
+    if stray := [path.name for path in files if split_of(path.name) == "val"]:
+        raise UserError(f"{source}: the last rows of all shards become the validation split, not {stray[0]}\n"
+                        "move it elsewhere, or rename it without the word val")
+    tokenizer = tokenizer or usual_tokenizer(target)
     codec = make_tokenizer(tokenizer, "", data_dir) if tokenizer != "char" else None
     top, n = highest_row_id(files, codec.vocab_size if codec else 2 ** 32), sum(len(open_npy(path)) for path in files)
     cut = int(n * (1 - val_fraction))
@@ -532,22 +651,38 @@ def prepare_rows(source, files, tokenizer, data_dir, val_fraction):
         print(f"{source}: assumed vocab_size={top + 1} by the highest id and no tokenizer; to write text too: --tokenizer=FILE.json")
     vocab_size = codec.vocab_size if codec else top + 1
     hashes = hash_of_json([sha256_of(path) for path in files])
-    meta = {"format": _FORMAT, "name": dataset_name(os.path.basename(os.path.abspath(source))),
-            "source": {"from": source, "sha256": hashes, "documents": n}, "tokenizer": codec.to_dict() if codec else None,
+    meta = {"format": _FORMAT, "name": target.name,
+            "source": {"from": os.path.abspath(source), "sha256": hashes, "documents": n},
+            "tokenizer": codec.to_dict() if codec else None,
             "vocab_size": vocab_size, "split": {"val_fraction": val_fraction}}
-    kind, target = token_type(vocab_size), Path(data_dir) / meta["name"]
+    kind = token_type(vocab_size)
     put(target, meta, {"train": row_parts(files, 0, cut, kind), "val": row_parts(files, cut, n, kind)})
     return target
 
+def other_source(target, meta):
+    """What the dataset in target was prepared from, if it is another path and another text than meta's. None
+    if nobody can tell: damaged data may be replaced."""
+    try:
+        was, new = read_meta(target)["source"], meta["source"]
+        same = was.get("sha256") == new["sha256"] or os.path.abspath(was["from"]) == new["from"]
+        return None if same or meta["name"] in DATASETS else was["from"]
+    except (UserError, KeyError):
+        return None
+
 def put(target, meta, splits):
     """Writes the dataset that meta describes into the folder target, and says so; False if it lies there already."""
-    if is_prepared(target, meta):
-        print(f"{target} is prepared already, from the same source with the same tokenizer: nothing to do")
-        return False
-    if target.exists():
-        print(f"{target} holds other data, or damaged data, and is replaced")
-    with writing(target), replacing(target) as folder:
-        meta = write_dataset(folder, splits, meta)
+    with writing(target), alone(target): # of two calls at once the second finds what the first has prepared
+        if is_prepared(target, meta):
+            print(f"{target} is prepared already, from the same source with the same tokenizer: "
+                  "nothing to do")
+            return False
+        if other := other_source(target, meta):
+            raise UserError(f"{target} was prepared from {other}: {meta['source']['from']} would replace it\n"
+                            f"choose another --data_dir, rename one, or delete {target} if no run needs it")
+        if target.exists():
+            print(f"{target} holds other data, or damaged data, and is replaced")
+        with replacing(target) as folder:
+            meta = write_dataset(folder, splits, meta)
     print(f"{target}: {summary(meta)}")
     return True
 
@@ -604,28 +739,41 @@ def read_meta(folder):
 
 def guess_meta(folder):
     """Says what it assumed, since a wrong guess would show only in the samples."""
-    shards = {path.name: open_shard(path) for path in sorted(folder.glob("*.bin")) if "train" in path.name or "val" in path.name}
+    files = sorted(path.name for path in folder.glob("*.bin"))
+    shards = {file: open_shard(folder / file) for file in files if split_of(file)}
     if "train" not in map(split_of, shards):
         raise UserError(f"{folder} has neither meta.json nor train.bin: make a dataset with python data.py prepare SOURCE")
+    if left_out := [file for file in files if file not in shards]:
+        print(f"{folder}: left out {listed(left_out)}: a shard has either train or val in its name")
     top = max(highest(shard, enough=256) for shard in shards.values())
     vocab_size, saved = (50257, {"name": "gpt2"}) if top > 255 else (top + 1, None)
     print(f"{folder} has no meta.json: assumed vocab_size={vocab_size} and {'the gpt2' if saved else 'no'} tokenizer, by the highest id")
     if (folder / "meta.pkl").exists():
         print("its meta.pkl is a pickle, which may run any code when it is opened, and is not read. To have the tokenizer too:\n"
               f"    python data.py prepare {folder / 'input.txt'}")
-    return {"source": {"from": str(folder)}, "tokenizer": saved, "vocab_size": vocab_size,
+    return {"source": {"from": "another program"}, "tokenizer": saved, "vocab_size": vocab_size,
             "shards": {file: {"tokens": len(shard)} for file, shard in shards.items()}}
 
+def find(name, data_dir="data"):
+    """The folder of a prepared dataset, given by its name in data_dir or by its path, or None."""
+    path = os.path.abspath(name)
+    named = Path(data_dir) / os.path.basename(path)
+    places = [named] if name == named.name or path == os.path.abspath(named) else []
+    places += [Path(path)] if name not in DATASETS else []
+    return next((folder for folder in places if name and is_dataset(folder)), None)
+
 def load(name, data_dir="data"):
-    """Opens a prepared dataset and returns a Dataset. Quick: looks at sizes and headers; verify() reads all. Raises UserError."""
-    folder = Path(data_dir) / name
-    if name != dataset_name(name) or not folder.is_dir():
+    """Opens a prepared dataset, given by its name or by its path, and returns a Dataset. Quick: looks at
+    sizes and headers; verify() reads all. Raises UserError."""
+    name = str(name)
+    folder = find(name, data_dir) or name == dataset_name(name) and Path(data_dir) / name
+    if not folder or not folder.is_dir():
         raise UserError(f"no dataset {name!r} in {data_dir}/, only: {listed(prepared(data_dir)) or 'none'}\n"
                         f"to make one: python data.py prepare {name if name in DATASETS else 'shakespeare, or the path of a text'}")
-    meta, splits = read_meta(folder), {"train": [], "val": []}
+    name, meta, splits = folder.name, read_meta(folder), {"train": [], "val": []}
     for file, entry in sorted(meta["shards"].items()):
-        if os.path.basename(file) != file:
-            raise damaged(folder / "meta.json", f"names the file {file!r}, expected one in this folder")
+        if os.path.basename(file) != file or not split_of(file):
+            raise damaged(folder / "meta.json", f"names the file {file!r}, expected a shard in this folder")
         splits[split_of(file)].append((open_shard(folder / file, entry["tokens"] if "sha256" in entry else None), entry.get("row", 0)))
     codec = tokenizer_from_dict(meta["tokenizer"], data_dir) if meta["tokenizer"] else None
     train, val = (Tokens([shard for shard, _ in found], meta["vocab_size"], f"{split} split of {name}", [row for _, row in found])
@@ -648,6 +796,28 @@ class Dataset:
         """Identifies the data: every shard and the tokenizer. Only shards of other programs must be read for it."""
         shards = {file: entry.get("sha256") or sha256_of(self.folder / file) for file, entry in self.meta["shards"].items()}
         return hash_of_json([shards, self.meta["tokenizer"]])
+
+    def check(self, asked, typed, resuming=False):
+        """UserError if asked, {setting: value}, has a tokenizer or val_fraction that the data has not; it
+        would be ignored. typed: the settings of the command line itself; a config's cannot be dropped."""
+        made = self.tokenizer.to_dict() if self.tokenizer else {"name": "none"}
+        share = self.meta.get("split", {}).get("val_fraction") # None: from another program, which did not say
+        name, folder = asked.get("tokenizer") or made["name"], self.folder.parent
+        by_file = name.endswith(".json") and make_tokenizer(name, "", folder).to_dict() == made
+        other = {} if name == made["name"] or by_file else {"tokenizer": name}
+        if share not in (None, asked.get("val_fraction", share)):
+            other["val_fraction"] = asked["val_fraction"]
+        if not other:
+            return
+        flags = lambda values: " ".join(f"--{key}={shlex.quote(str(values[key]))}" for key in other)
+        has = flags({"tokenizer": made["name"] if made["name"] in TOKENIZERS else "", "val_fraction": share})
+        origin = self.name if self.name in DATASETS else self.meta["source"]["from"]
+        again = f"python data.py prepare {'SOURCE' if share is None else shlex.quote(origin)} {flags(other)}"
+        told = typed.issuperset(other)
+        anew = ("train anew in another --out_dir" if resuming else f"run: {again} --data_dir={folder}" if told
+                else f"prepare it apart: {again} --data_dir={folder}2\nand add --data_dir={folder}2")
+        raise UserError(f"{self.folder} was prepared with tokenizer={made['name']}, val_fraction={share}, "
+                        f"not {flags(other)}\n{'drop that' if told else 'add ' + has}, or {anew}")
 
 class Tokens:
     """One split: a list of memory-mapped shards. No window crosses from one shard into the next, nor from one row into the next where a
@@ -730,19 +900,20 @@ class DownloadError(UserError):
 def fetch(url, filename, sha256, data_dir="data"):
     """The path of filename in data_dir, with the given sha256: it lies there, or in the folder DATA_MIRROR, or is downloaded.
     Raises UserError if the name or the file there is wrong, DownloadError if it cannot be had."""
-    target = Path(data_dir) / filename
-    if not re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII) or target.resolve().parent != Path(data_dir).resolve():
-        raise UserError(f"{filename!r} is not the name of a file inside {data_dir}/: nothing was downloaded")
-    if has_hash(target, sha256):
+    target, named = Path(data_dir) / filename, re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII)
+    if named and has_hash(target, sha256): # through a link, too
         return target
-    if target.exists(): # perhaps a text that someone has edited, so it is not overwritten
-        raise UserError(f"{target} has sha256 {sha256_of(target)}, expected {sha256}\n"
-                        "delete it to get it anew, or rename it and prepare it by its path")
+    if not named or target.resolve().parent != Path(data_dir).resolve():
+        raise UserError(f"{filename!r} is not the name of a file inside {data_dir}/: nothing was downloaded")
     part, mirrored = target.with_name(filename + ".part"), Path(os.environ.get("DATA_MIRROR") or data_dir) / filename # no mirror: no file
-    if mirrored.exists() and not has_hash(mirrored, sha256):
-        print(f"{mirrored} is not used: its sha256 is not {sha256}", file=sys.stderr)
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target), alone(target):
+        if has_hash(target, sha256): # another process got it while this one waited
+            return target
+        if target.exists(): # perhaps a text that someone has edited, so it is not overwritten
+            raise UserError(f"{target} has sha256 {sha256_of(target)}, expected {sha256}\n"
+                            "delete it to get it anew, or rename it and prepare it by its path")
+        if mirrored.exists() and not has_hash(mirrored, sha256):
+            print(f"{mirrored} is not used: its sha256 is not {sha256}", file=sys.stderr)
         if has_hash(mirrored, sha256):
             shutil.copyfile(mirrored, part)
         elif problem := download(url, part, sha256):
@@ -801,7 +972,7 @@ def receive(url, part, deadline):
 def prepared(data_dir):
     """The names of the folders in data_dir that look like datasets."""
     folders = sorted(Path(data_dir).iterdir()) if Path(data_dir).is_dir() else []
-    return [f.name for f in folders if f.name[0] != "." and ((f / "meta.json").exists() or any(f.glob("*train*.bin")))]
+    return [f.name for f in folders if f.name[0] != "." and is_dataset(f)]
 
 def summary(meta):
     kind, counts = (meta["tokenizer"] or {"name": "unknown"})["name"], count_tokens(meta["shards"])

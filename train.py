@@ -290,31 +290,24 @@ print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})   "
 
 def get_data(name):
     """The dataset, prepared first if it is not there."""
-    if name not in data.prepared(data_dir):
-        known = data.dataset_name(os.path.splitext(os.path.basename(os.path.abspath(name)))[0]) # a path: prepared before under this name?
-        before = data.load(known, data_dir) if known in data.prepared(data_dir) else None
-        kind = before.tokenizer.name if before and before.tokenizer else "char"
-        again = kind if kind in data.TOKENIZERS else str(before.folder / "meta.json") # a vocabulary that only its own file describes
-        name = data.prepare(name, tokenizer or again, data_dir, val_fraction).name
+    if not data.find(name, data_dir):
+        name = data.prepare(name, tokenizer, data_dir, val_fraction)
     found = data.load(name, data_dir)
-    made = found.tokenizer.to_dict() if found.tokenizer else {"name": "none"}
-    share = found.meta.get("split", {}).get("val_fraction", val_fraction)
-    other = [f"tokenizer={tokenizer}"] * bool(tokenizer and tokenizer != made["name"] and not (
-        tokenizer.endswith(".json") and data.make_tokenizer(tokenizer, "", data_dir).to_dict() == made))
-    other += [f"val_fraction={val_fraction}"] * ("val_fraction" in given and share != val_fraction)
-    if other: # asked for and not there: to go on would ignore it
-        source = name if name in data.DATASETS else found.meta["source"]["from"]
-        raise UserError(f"{found.folder} was prepared with tokenizer={made['name']}, val_fraction={share}, not {', '.join(other)}\n"
-                        f"drop that, or run: python data.py prepare {source} --{' --'.join(other)} --data_dir={data_dir}")
+    found.check(given, getattr(given, "typed", set(given)))
     return found
 
 
 def same_data(saved):
     """On resume: the very data of the run, loaded and never prepared anew, whatever the network says by now."""
     name, asked = saved["train"]["dataset"], given.get("dataset", saved["asked"])
-    if asked not in (name, saved["asked"]):
+    place = data.find(asked, data_dir) # asked may be the path of a folder
+    same = place is not None and place.name == name
+    if not same and asked not in (name, saved["asked"]):
         raise UserError(f"cannot resume: {asked} is not the data this run was trained on, which is {name}\ndrop --dataset, or train anew")
-    return data.load(name, data_dir)
+    found = data.load(place if same else name, data_dir)
+    changed = {k: v for k, v in given.items() if v != saved["train"].get(k)}
+    found.check(changed, getattr(given, "typed", set(given)), resuming=True)
+    return found
 
 
 asked = earlier["asked"] if earlier else dataset
@@ -330,7 +323,7 @@ if corpus.tokenizer and sample_tokens and (not sample_prompt or corpus.tokenizer
     if "sample_prompt" in given:
         raise UserError(f"sample_prompt={sample_prompt!r} is empty or has characters that {corpus.name} does not have; change it")
     sample_prompt = corpus.tokenizer.decode([int(corpus.train.shards[0][0])]) # a text without a newline: begin as it begins
-dataset = corpus.name # what a resumed run must find again, whatever the network says then
+dataset, data_dir = corpus.name, str(corpus.folder.parent) # what a resumed run must find again
 try:
     prompt_ids = corpus.tokenizer.encode(sample_prompt).astype(np.int64) if corpus.tokenizer and sample_tokens else None
 except data.DownloadError as error: # tokens made elsewhere: training needs no tokenizer

@@ -1,8 +1,10 @@
 """data.py: nothing is lost on the way from text to batches, and every kind of damage is named before it is trained on."""
 import errno
+import gzip
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -23,6 +25,7 @@ from configurator import UserError
 from data import DownloadError, Tokens, load, make_tokenizer, prepare, tokenizer_from_dict, verify
 
 ROOT = Path(__file__).resolve().parent.parent
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no locks on Windows")
 VERSE = "".join(f"line {i}: to be, or not to be?\n" for i in range(100))
 
 def wild(seed):
@@ -245,6 +248,41 @@ def test_byte_order_mark_goes_and_line_ends_stay(tmp_path):
     found = made(tmp_path, b"\xef\xbb\xbfone\r\ntwo\n\rthree", val_fraction=0.0)
     assert found.tokenizer.decode(whole(found.train)) == "one\r\ntwo\n\rthree"
 
+PROSE = "He said \u201cno\u201d \u2014 caf\u00e9. " * 20
+
+@pytest.mark.parametrize("content, way_out", [
+    (gzip.compress(VERSE.encode()), "gunzip"), (b"%PDF-1.7\n" + VERSE.encode(), "pdftotext"),
+    (b"PK\3\4 docx", "zip archive"), (b"\x93NUMPY\1\0", "shard_0.npy"),
+    (PROSE.encode("utf-16"), "iconv -f utf-16 "),
+    (b"\xfe\xff" + PROSE.encode("utf-16-be"), "iconv -f utf-16 "),
+    (VERSE.encode("utf-16-le"), "iconv -f utf-16le"), (VERSE.encode("utf-16-be"), "iconv -f utf-16be"),
+    (PROSE.encode("cp1252"), "iconv -f windows-1252"), ("caf\u00e9 ".encode("latin1") * 9, "iconv -f latin1"),
+    (bytes(range(256)) * 9, "is no text"), (VERSE.encode() + b"\0" * 99, "is no text"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is no text"),
+    (gzip.compress(bytes(range(256)) * 9).decode("latin1").encode(), "is no text"), # as iconv would make it
+    ((np.arange(999, dtype="<u2") % 65).tobytes(), "is no text")], ids=range(15))
+def test_what_is_no_text_is_named(content, way_out, tmp_path):
+    refused(lambda: made(tmp_path, content), "verse.txt", way_out)
+
+def test_a_log_is_text(tmp_path):
+    text = "\x1b[1mbold\x1b[0m\tone\fpage\r\n" * 20 + "\0"
+    assert made(tmp_path, text, val_fraction=0.0).tokenizer.encode(text).shape == (len(text),)
+
+def test_only_what_can_be_a_dataset_is_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".tinystorys", "_tinystories", "tinystories.png", "tinystories.py"):
+        write(tmp_path / name, "x")
+    made(tmp_path, name="tinystory.txt")
+    message = refused(lambda: prepare("tinystories"), "nearest: ", "tinystory,", "tinystories.py")
+    assert not any(name in message for name in ("tinystorys", "_tiny", "png"))
+
+def test_a_text_beyond_the_memory(tmp_path, monkeypatch):
+    def fails(*args):
+        raise MemoryError
+    monkeypatch.setattr(data, "encode_all", fails)
+    refused(lambda: made(tmp_path), "verse.txt", "memory", "--tokenizer=gpt2")
+    assert os.listdir(tmp_path / "data") == []
+
 def test_missing_source_names_its_neighbours(tmp_path):
     write(tmp_path / "hamlet.txt", VERSE)
     refused(lambda: prepare(tmp_path / "hamelt.txt", data_dir=tmp_path), "hamlet.txt")
@@ -344,6 +382,74 @@ def test_prepare_does_not_delete_what_it_did_not_write(tmp_path):
     refused(lambda: prepare(tmp_path / "mine", data_dir=tmp_path), "input.txt", "--data_dir")
     refused(lambda: prepare(write(tmp_path / "up" / "verse.txt", VERSE), data_dir=write(tmp_path / "f" / "verse", "").parent), "verse")
     assert source.read_text(encoding="utf-8") == VERSE and os.listdir(tmp_path / "mine") == ["input.txt"]
+
+def test_two_sources_never_share_a_name_in_silence(tmp_path, monkeypatch):
+    first, path = made(tmp_path / "a", name="play.txt"), write(tmp_path / "b/play.txt", VERSE[::-1])
+    def again(path, **kwargs):
+        return load(prepare(path, data_dir=tmp_path / "a/data", **kwargs).name, tmp_path / "a/data")
+    lines = write(tmp_path / "c/play.jsonl", json.dumps({"text": VERSE[::-1]}))
+    folder, rows = write(tmp_path / "play/x.txt", "ab").parent, shards(tmp_path / "d/play", numbered(20, 9))
+    for other in (path, lines, folder, rows):
+        refused(lambda: again(other), "prepared from", tmp_path / "a/play.txt", other, "another --data_dir")
+    assert again(tmp_path / "a/play.txt").sha256 == first.sha256
+    monkeypatch.chdir(tmp_path / "a")
+    write(tmp_path / "a/play.txt", VERSE + "edited")
+    assert again("play.txt", tokenizer="byte").vocab_size == 256 # the same path, typed in another way
+    write(path, VERSE + "edited")
+    assert again(path).vocab_size < 256 # the same text, moved
+    write(tmp_path / "a/data/play/val_000000.bin", "damaged")
+    refused(lambda: again(lines), "was prepared from")
+    write(tmp_path / "a/data/play/meta.json", "damaged")
+    assert again(lines).meta["source"]["from"] == str(lines)
+
+@pytest.mark.parametrize("name", ["shakespeare.txt", "pystdlib/x.txt", "recall/shard_0.npy"])
+def test_a_known_name_is_not_taken(name, tmp_path):
+    path = write(tmp_path / name, VERSE)
+    source = path if path.suffix == ".txt" and name.count("/") == 0 else path.parent
+    refused(lambda: prepare(source, data_dir=tmp_path / "data"), source, "known dataset", f"my_{source.name}")
+    assert not (tmp_path / "data").exists()
+
+def at_once(call, count=4):
+    """The exit codes of processes that run call at the same moment."""
+    fork = multiprocessing.get_context("fork") # Python and torch are there already
+    barrier = fork.Barrier(count)
+    processes = [fork.Process(target=lambda: (barrier.wait(), call())) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+@posix
+def test_prepare_at_the_same_moment(tmp_path, monkeypatch):
+    """Fetching, preparing and replacing: all succeed, and what they leave is whole."""
+    monkeypatch.setenv("DATA_MIRROR", str(write(tmp_path / "mirror/file.txt", VERSE * 300).parent))
+    sha256 = hashlib.sha256((VERSE * 300).encode()).hexdigest()
+    for round in range(3):
+        target = tmp_path / f"data/{round}"
+        write(target / ".file.lock", "") # as a killed run leaves it
+        fetch = lambda: data.fetch("", "file.txt", sha256, target)
+        assert at_once(lambda: prepare(fetch(), "char", target)) == [0] * 4
+        assert at_once(lambda: prepare(fetch(), random.choice(["byte", "char"]), target)) == [0] * 4
+        assert sorted(os.listdir(target)) == ["file", "file.txt"] and len(verify("file", target)) == 2
+
+@posix
+def test_one_at_a_time(tmp_path):
+    """Also between a thread that waits for a lock whose file is gone and one that makes a new file."""
+    inside, together = [], []
+    def call():
+        for _ in range(40):
+            with data.alone(tmp_path / "it"):
+                inside.append(1)
+                time.sleep(0.0005)
+                together.append(len(inside))
+                inside.pop()
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1] * 160 and os.listdir(tmp_path) == []
 
 @pytest.mark.parametrize("moment", [0, 1, 2])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
@@ -577,6 +683,88 @@ def test_documents_of_hugging_face_are_kept_apart_by_its_end_of_text(tmp_path):
     ids = whole(made(tmp_path, lines, "two.jsonl", tokenizer=path, val_fraction=0.0).train).tolist()
     assert ids.count(0) == 1 and ids[ids.index(0) + 1:] == codec.encode("line 2").ids
 
+def test_rows_for_validation_are_not_taken_for_training(tmp_path):
+    source = shards(tmp_path / "rows", numbered(20, 9))
+    shutil.copy(source / "shard_0.npy", source / "shard_val_0.npy")
+    refused(lambda: prepare(source, data_dir=tmp_path / "data"), "not shard_val_0.npy", "rename it")
+
+# --- a prepared folder is a dataset, not text ---
+
+def test_a_prepared_folder_by_its_path(tmp_path, monkeypatch, command, capsys):
+    first = made(tmp_path)
+    before = {path: path.read_bytes() for path in first.folder.iterdir()}
+    for path in ("data/verse", "data/verse/", "./data/verse", str(first.folder), "data/../data/verse"):
+        for data_dir in ("data", "elsewhere"):
+            found = load(path, data_dir)
+            assert (found.name, found.sha256, found.folder.resolve()) == ("verse", first.sha256, first.folder)
+        assert load(path).folder == Path("data/verse") # as by its name
+        refused(lambda: prepare(path), path, "is a prepared dataset", "--dataset=")
+    command("verify data/verse/ --data_dir=elsewhere")
+    assert capsys.readouterr().out.count("OK ") == 2
+    refused(lambda: prepare("verse"), "verse is a prepared dataset")
+    for file in before:
+        refused(lambda: prepare(file), file, "name its folder")
+    monkeypatch.chdir(first.folder)
+    assert load(".").sha256 == load("../verse").sha256 == first.sha256
+    refused(lambda: prepare("."), "is a prepared dataset")
+    assert before == {path: path.read_bytes() for path in first.folder.iterdir()}
+    assert os.listdir(tmp_path / "data") == ["verse"]
+
+def test_nanogpts_folder_by_its_path(tmp_path):
+    folder = write(tmp_path / "data/my chars/train.bin", np.arange(99, dtype="<u2").tobytes()).parent
+    write(folder / "input.txt", VERSE)
+    assert load(str(folder)).name == "my chars" and len(load("my chars", tmp_path / "data").train) == 99
+    refused(lambda: prepare(folder), "is a prepared dataset")
+
+def test_a_bare_name_is_prepared_where_it_belongs(tmp_path, monkeypatch, capsys):
+    """The folder of that name in the working directory, a dataset too, is not what was asked for."""
+    made(tmp_path)
+    monkeypatch.chdir(tmp_path / "data")
+    prepare("../verse.txt")
+    assert "nothing to do" not in capsys.readouterr().out and load("verse").folder == Path("data/verse")
+
+def test_shards_and_meta_json_are_never_text(tmp_path, capsys):
+    folder = made(tmp_path).folder
+    for name in ("train_000000.bin", "meta.json"):
+        target = write(tmp_path / "texts/deep" / name, (folder / name).read_bytes())
+    write(tmp_path / "texts/deep/tokens.txt.bin", (folder / "train_000000.bin").read_bytes())
+    write(tmp_path / "texts/deep/train.bin", b"looks like text")
+    shutil.copy(shards(tmp_path / "rows", numbered(2, 9)) / "shard_0.npy", tmp_path / "texts/shard_0.npy.bak")
+    write(tmp_path / "texts/meta.json", '{"title": "a file of the person\'s own"}')
+    write(tmp_path / "texts/a.txt", VERSE)
+    found = load(prepare(tmp_path / "texts", "byte", tmp_path / "data", 0.0).name, tmp_path / "data")
+    assert found.tokenizer.decode(whole(found.train)) == VERSE + '\n{"title": "a file of the person\'s own"}'
+    said = capsys.readouterr().out
+    parts = ("train_000000.bin", "meta.json", "tokens.txt.bin", "train.bin", "shard_0.npy.bak")
+    assert all(name in said for name in parts)
+    refused(lambda: prepare(target), "part of a dataset")
+    refused(lambda: prepare(tmp_path / "texts/deep/tokens.txt.bin"), "a shard of tokens")
+
+@pytest.mark.parametrize("kind", ["rows", "dataset", "nanogpt"])
+def test_data_dir_that_is_a_dataset(kind, tmp_path):
+    folder = shards(tmp_path / "it", numbered(20, 9)) if kind == "rows" else made(tmp_path).folder
+    if kind == "nanogpt":
+        folder = write(tmp_path / "it/train.bin", np.arange(99, dtype="<u2").tobytes()).parent
+    before = sorted(os.listdir(folder))
+    message = refused(lambda: prepare("recall", data_dir=folder), f"did you mean --dataset={folder}?")
+    assert len(message.splitlines()) == 1
+    assert sorted(os.listdir(folder)) == before
+
+def test_settings_that_the_data_does_not_have(tmp_path):
+    """The advice fits where the setting came from: a config file's cannot be dropped."""
+    found = made(tmp_path)
+    asked = {"tokenizer": "byte", "val_fraction": 0.1, "seed": 5}
+    found.check({**asked, "tokenizer": "char"}, set())
+    found.check({"tokenizer": ""}, set())
+    found.check({"tokenizer": str(found.folder / "meta.json")}, set())
+    again = f"python data.py prepare {tmp_path}/verse.txt --tokenizer=byte --data_dir={tmp_path}/data"
+    refused(lambda: found.check(asked, {"tokenizer"}), f"not --tokenizer=byte\ndrop that, or run: {again}")
+    message = refused(lambda: found.check(asked, {"seed"}),
+                      f"add --tokenizer=char, or prepare it apart: {again}2\n")
+    assert "drop" not in message and message.endswith(f"add --data_dir={tmp_path}/data2")
+    refused(lambda: found.check({"val_fraction": 0.5}, set()), "add --val_fraction=0.1")
+    refused(lambda: found.check(asked, {"tokenizer"}, resuming=True), "drop that, or train anew in another")
+
 # --- load: what must be refused ---
 
 def test_load_of_nothing_says_how_to_make_it(tmp_path):
@@ -682,6 +870,21 @@ def test_nanogpt_bpe_and_llm_c(tmp_path, capsys):
     for bad in (b"\1\0\2", b""):
         write(tmp_path / "nano" / "val.bin", bad)
         refused(lambda: load("nano", tmp_path), "val.bin", f"{len(bad)} bytes")
+
+@pytest.mark.parametrize("name, split", [
+    ("interval_train_2.bin", "train"), ("fineweb_train_1.bin", "train"), ("train.bin", "train"),
+    ("training.bin", "train"), ("shakespeare_val.bin", "val"), ("val.bin", "val"), ("edu-VAL-0.bin", "val"),
+    ("validation1.bin", "val"), ("train_val.bin", None), ("strain_2.bin", None), ("oval.bin", None),
+    ("value.bin", None), ("tokens.bin", None)])
+def test_the_split_of_a_shard_is_a_word_of_its_name(name, split, tmp_path, capsys):
+    write(tmp_path / "a/train_9.bin", np.full(90, 1, "<u2").tobytes())
+    write(tmp_path / "a" / name, np.full(7, 2, "<u2").tobytes())
+    found = load("a", tmp_path)
+    assert [2 in whole(found.train), len(found.val) == 7] == [split == "train", split == "val"]
+    assert (f"left out {name}" in capsys.readouterr().out) == (split is None)
+    assert len(verify("a", tmp_path)) == 1 + bool(split)
+    (tmp_path / "a/train_9.bin").unlink()
+    assert data.prepared(tmp_path) == ["a"] * (split == "train")
 
 # --- batches ---
 
@@ -867,6 +1070,29 @@ def test_file_of_the_same_name_is_not_overwritten(serve, tmp_path):
     mine, server = write(tmp_path / "file.txt", b"my own"), serve("ok")
     refused(lambda: data.fetch(server.url, "file.txt", SHA, tmp_path), "file.txt", hashlib.sha256(b"my own").hexdigest(), SHA, "delete")
     assert mine.read_bytes() == b"my own" and server.asked == []
+
+def test_link_to_the_right_file(tmp_path, serve):
+    write(tmp_path / "elsewhere/file", BODY)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/file.txt").symlink_to(tmp_path / "elsewhere/file")
+    assert data.fetch("", "file.txt", SHA, tmp_path / "data").read_bytes() == BODY
+    write(tmp_path / "elsewhere/file", b"other")
+    refused(lambda: data.fetch(serve("ok").url, "file.txt", SHA, tmp_path / "data"))
+    assert (tmp_path / "elsewhere/file").read_bytes() == b"other"
+
+@posix
+def test_downloads_at_once_are_one(serve, tmp_path):
+    server, found, barrier = serve("ok"), [], threading.Barrier(3)
+    def call():
+        barrier.wait()
+        found.append(data.fetch(server.url, "file.txt", SHA, tmp_path))
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and server.asked == [None] and os.listdir(tmp_path) == ["file.txt"]
+    assert found[0].read_bytes() == BODY
 
 def test_mirror_is_asked_before_the_network(serve, tmp_path, monkeypatch, capsys):
     server = serve("ok")

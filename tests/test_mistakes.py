@@ -107,6 +107,13 @@ SLIPS = {
     "memory without a memory": ("bench.py memory --out_dir={d}/run", "config/train_recall.py"),
     "model without heads": ("model.py --n_head=0", "at least 1"),
     "unknown suite": ("bench.py speed", "train, decode, kv_cache"),
+    "another tokenizer on resume": (
+        "train.py --resume --out_dir={d}/run2 --dataset={d}/data/play --tokenizer=byte --val_fraction=0.5",
+        "not --tokenizer=byte --val_fraction=0.5\ndrop that, or train anew"),
+    "prepared folder by its path": (
+        "train.py --dataset={d}/data/play/ --tokenizer=byte --data_dir={d}/new3", "with tokenizer=char"),
+    "data_dir that is a dataset": (
+        "train.py --dataset=recall --data_dir={d}/data/play", "did you mean --dataset="),
 }
 
 
