@@ -1172,3 +1172,21 @@ def test_a_padded_vocabulary_is_shown_not_refused():
     """vocab_size=50304 over GPT-2's 50257: an untrained model writes ids that mean nothing."""
     codec = make_tokenizer("byte", "")
     assert codec.readable([104, 105, 300, 33, 999, 999]) == "hi\ufffd!\ufffd\ufffd" and codec.readable([]) == ""
+
+# --- a part of a split, for evaluations that would take long ---
+
+@pytest.mark.parametrize("lengths, rows", [([1000], ()), ([97, 40, 301], ()), ([120, 66], (12, 33)), ([60], (6,))])
+@pytest.mark.parametrize("limit", [1, 50, 300, 10**6])
+def test_a_bounded_evaluation_takes_windows_spread_over_the_split(lengths, rows, limit):
+    ids = np.split(np.arange(sum(lengths), dtype="<u2"), np.cumsum(lengths)[:-1])
+    split = data.Tokens(ids, 2000, "val split", rows)
+    whole = [y.flatten().tolist() for _, y in split.windows(8, 1)]
+    taken = [y.flatten().tolist() for _, y in split.windows(8, 1, limit)]
+    assert sum(map(len, taken)) == split.targets(8, limit) and sum(map(len, whole)) == split.targets(8)
+    assert all(y in whole for y in taken)
+    if limit == 10**6:
+        assert taken == whole
+    if limit == 300 and len(lengths) == 1 and not rows: # every 4th window of 8
+        assert [y[0] for y in taken[:-1]] == list(range(1, 993, 32))
+    if limit == 50:
+        assert sum(map(len, taken)) < 130 and {int(i >= sum(lengths) // 2) for y in taken for i in y} == {0, 1} # both ends
