@@ -28,7 +28,8 @@ def configure(namespace, schema=None, argv=None, guest_of=None):
     given = parse(argv, {**(top_level(guest_of) if guest_of else {}), **known})
     given = {name: value for name, value in given.items() if name in known}
     namespace.update({name: value for name, value in given.items() if name in settings}) # only now: an error changes nothing
-    for name, value in given.items(): print(f'{name} = {value!r}    (default {known[name]!r})')
+    for name, value in given.items(): # on stderr, because stdout may go into a file: sample.py > story.txt
+        print(f'{name} = {value!r}    (default {known[name]!r})', file=sys.stderr)
     return given
 
 def top_level(path):

@@ -28,6 +28,7 @@ DEFAULTS = dict(out_dir='out', batch_size=12, learning_rate=1e-3, compile=True, 
 SCRIPT = '''"""A toy script."""
 import dataclasses, os, sys
 from configurator import UserError, configure, user_errors
+import slow # stands for torch
 
 def helper():
     out_dir = 'local' # not the setting
@@ -60,6 +61,8 @@ if out_dir == 'bug': raise KeyError('a bug')
 if out_dir == 'value': raise ValueError('a bug in the script')
 if out_dir == 'lines': raise UserError('one\\ntwo\\nthree\\nfour')
 if out_dir == 'locale': print('é')
+if out_dir == 'memory': raise MemoryError()
+if out_dir == 'wait': print('waiting', flush=True); os.read(0, 1)
 with user_errors():
     if out_dir == 'illegal': raise ValueError('n_layer=0 builds nothing; use 1 or more')
     if out_dir == 'nowhere': open('no/such/file')
@@ -91,12 +94,24 @@ def refusal(*argv):
     assert len(str(caught.value).splitlines()) <= 3
     return str(caught.value)
 
+def start(*argv, slow='', stdout=subprocess.PIPE, more={}, **env):
+    """SCRIPT started as a person would. slow: the text of a module that it imports."""
+    write('train.py', SCRIPT), write('slow.py', slow)
+    env = {**os.environ, 'PYTHONPATH': ROOT, 'PYTHONIOENCODING': '', 'PYTHONUNBUFFERED': '', **env}
+    streams = dict(stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, 'train.py', *argv], env=env, **streams, **more)
+
 def run(*argv, **env):
-    """Run SCRIPT as a person would: (exit code, stdout, stderr)."""
-    write('train.py', SCRIPT)
-    env = {**os.environ, 'PYTHONPATH': ROOT, 'PYTHONIOENCODING': '', **env}
-    done = subprocess.run([sys.executable, 'train.py', *argv], env=env, capture_output=True, timeout=60)
-    return done.returncode, done.stdout.decode('utf-8'), done.stderr.decode('utf-8')
+    """(exit code, stdout, stderr without the list of settings) of SCRIPT."""
+    process = start(*argv, **env)
+    out, err = process.communicate(timeout=60)
+    kept = [line for line in err.decode('utf-8').splitlines(keepends=True) if '    (default ' not in line]
+    return process.returncode, (out or b'').decode('utf-8'), ''.join(kept)
+
+def door(script, *argv):
+    """One of the project's scripts in this process, up to the SystemExit or UserError that ends it."""
+    sys.argv = [script, *argv] # own_folder puts the old one back
+    runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
 
 # --- the command line ---
 
@@ -189,16 +204,17 @@ def test_refused(argv, fragments):
 def test_nothing_given(capsys):
     given, namespace = give()
     assert given == {} and {name: namespace[name] for name in DEFAULTS} == DEFAULTS
-    assert capsys.readouterr().out == ''
+    assert capsys.readouterr() == ('', '')
 
 def test_overrides_are_printed_once_each(capsys):
     give('--batch_size=1', '--out_dir=x', '--batch_size=2', '--bias')
-    assert capsys.readouterr().out == ("batch_size = 2    (default 12)\nout_dir = 'x'    (default 'out')\nbias = True    (default False)\n")
+    assert capsys.readouterr() == ('', "batch_size = 2    (default 12)\nout_dir = 'x'    (default 'out')\n"
+                                       "bias = True    (default False)\n") # on stderr: sample.py > story.txt
 
 def test_shared_name_has_the_scripts_default(capsys):
     given, namespace = give('--block_size=8')
     assert given == {'block_size': 8} and namespace['block_size'] == 8
-    assert '(default 64)' in capsys.readouterr().out
+    assert '(default 64)' in capsys.readouterr().err
 
 def test_without_schema():
     namespace = {'steps': 1}
@@ -297,10 +313,7 @@ def test_missing_file_prefers_the_config_folder():
 def test_process_success():
     code, out, err = run('--learning_rate=1', '--n_layer=3', '--out_dir=a=b')
     assert (code, err) == (0, '')
-    assert out.splitlines() == ['learning_rate = 1.0    (default 0.001)',
-                                'n_layer = 3    (default 6)',
-                                "out_dir = 'a=b'    (default 'out#1')",
-                                "END {'learning_rate': 1.0, 'n_layer': 3, 'out_dir': 'a=b'} float 1.0 a=b False"]
+    assert out == "END {'learning_rate': 1.0, 'n_layer': 3, 'out_dir': 'a=b'} float 1.0 a=b False\n"
 
 @pytest.mark.parametrize('argv, text, fragment', [
     (['--nonsense=1'], '', 'nonsense'),
