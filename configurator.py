@@ -10,6 +10,18 @@ SIMPLE = (bool, int, float, str, tuple) # what a setting can be; anything else i
 KIND = {bool: 'true or false', int: 'an int', float: 'a float, not nan', str: 'a str', tuple: 'a tuple, as in (2, 4, 8)'}
 WORDS = {'true': True, '1': True, 'yes': True, 'on': True, 'false': False, '0': False, 'no': False, 'off': False}
 
+# what people type who come from other programs; said where the script has the setting on the left
+SYNONYMS = {
+    'learning_rate': 'lr max_lr peak_lr', 'weight_decay': 'wd', 'beta1': 'betas', 'beta2': 'betas',
+    'grad_clip': 'clip max_grad_norm clip_grad_norm', 'warmup_iters': 'warmup warmup_steps num_warmup_steps',
+    'max_iters': 'epochs n_epochs num_epochs iters num_iters steps n_steps num_steps max_steps train_steps',
+    'batch_size': 'bs micro_batch_size', 'gradient_accumulation_steps': 'grad_accum grad_accum_steps',
+    'block_size': 'seq_len seq_length sequence_length context context_length ctx n_ctx max_seq_len',
+    'n_embd': 'd_model dim n_embed embed_dim hidden_size hidden_dim width', 'mlp_hidden': 'd_ff',
+    'n_head': 'n_heads num_heads', 'n_kv_head': 'n_kv_heads', 'n_layer': 'n_layers num_layers depth',
+    'temperature': 'temp', 'max_new_tokens': 'max_tokens num_tokens n_tokens length', 'num_samples': 'n',
+    'start': 'prompt', 'sample_prompt': 'prompt', 'out_dir': 'out output output_dir', 'dataset': 'data'}
+
 class UserError(ValueError):
     """A message for a person: at most three lines, with the way out. Uncaught, it ends the process with exit code 2 and no traceback."""
 
@@ -115,9 +127,10 @@ def brief(value):
     """repr cut to a length that leaves room for the rest of the message."""
     return text if len(text := repr(value)) <= 60 else text[:57] + '...'
 
-def unknown(name, known, origin, hint):
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0) # cutoff 0: always name something
-    return UserError(f'unknown setting {brief(name)} ({origin})\nNearest: {", ".join(near)}. {hint}')
+def unknown(asked, known, origin, hint):
+    near = [name for name, words in SYNONYMS.items() if name in known and asked.lower() in words.split()]
+    near = near or difflib.get_close_matches(asked, known, n=3, cutoff=0) # cutoff 0: always name something
+    return UserError(f'unknown setting {brief(asked)} ({origin})\nNearest: {", ".join(near)}. {hint}')
 
 def missing(path):
     """The error for a config file that is not there: names the files that are, the most similar first."""

@@ -7,7 +7,9 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from configurator import UserError, configure, user_errors
+from configurator import SYNONYMS, UserError, configure, top_level, user_errors
+
+SCRIPTS = ('train.py', 'sample.py', 'bench.py', 'data.py', 'model.py', 'optim.py')
 
 @dataclasses.dataclass
 class ToyConfig:
@@ -225,6 +227,24 @@ def test_argv_is_left_alone():
     argv = ['--batch_size', '5']
     configure(dict(DEFAULTS), argv=argv)
     assert argv == ['--batch_size', '5']
+
+@pytest.mark.parametrize('typed, expected', [
+    ('lr', 'learning_rate'), ('seq_len', 'block_size'), ('max_seq_len', 'block_size'), ('ctx', 'block_size'),
+    ('epochs', 'max_iters'), ('max_steps', 'max_iters'), ('grad_accum', 'gradient_accumulation_steps'),
+    ('wd', 'weight_decay'), ('bs', 'batch_size'), ('d-model', 'n_embd'), ('hidden_size', 'n_embd'),
+    ('num_heads', 'n_head'), ('depth', 'n_layer'), ('prompt', 'sample_prompt'), ('output', 'out_dir'),
+    ('data', 'dataset'), ('warmup_steps', 'warmup_iters'), ('betas', 'beta1, beta2')])
+def test_names_of_other_programs(typed, expected):
+    from model import GPTConfig
+    with pytest.raises(UserError, match=f'unknown setting .*\nNearest: {expected}[.] '):
+        configure(top_level(os.path.join(ROOT, 'train.py')), GPTConfig, [f'--{typed}=1'])
+
+def test_synonyms_name_settings_that_exist():
+    from model import GPTConfig
+    known = {f.name for f in dataclasses.fields(GPTConfig)}
+    for script in SCRIPTS: known.update(top_level(os.path.join(ROOT, script)))
+    assert SYNONYMS.keys() <= known
+    assert 'weight_decay' not in refusal('--wd=1') # the toy script has none
 
 # --- config files ---
 
