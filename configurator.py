@@ -83,6 +83,7 @@ def parse_flag(arg, queue, known):
 def load_file(path, known):
     """{name: value} of a config file. It runs apart from the script: nothing in it gets out but what is returned here."""
     if not os.path.isfile(path): raise missing(path)
+    if is_program(path): raise UserError(f'{path} is a program; a config file only gives values to settings')
     try: bound = runpy.run_path(path)
     except (Exception, SystemExit) as error: raise broken(path, error) from error
     given = {}
@@ -91,7 +92,14 @@ def load_file(path, known):
         if name in known: given[name] = checked(fit, name, value, known[name], where(path, name))
         elif isinstance(value, (*SIMPLE, list)): # most likely a setting misspelt: accepted in silence it costs a run
             raise unknown(name, known, where(path, name), f'A scratch variable needs an underscore: _{name}')
+    if not given: print(f'{path} sets nothing', file=sys.stderr)
     return given
+
+def is_program(path):
+    """Whether the file is a script such as train.py, by names that only scripts use: read, it would run."""
+    with contextlib.suppress(Exception), open(path, 'rb') as file: # no Python: reported when it is run
+        names = {node.id for node in ast.walk(ast.parse(file.read())) if isinstance(node, ast.Name)}
+        return not names.isdisjoint({'configure', '__name__'})
 
 # --- types: the default decides ---
 

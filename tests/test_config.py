@@ -293,6 +293,19 @@ def test_file_refused(text, fragments):
     message = refusal(write('config/x.py', text))
     for fragment in fragments: assert fragment in message
 
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_script_is_no_config_file(script):
+    """It would run: train.py given to train.py trains."""
+    assert 'is a program' in refusal(os.path.join(ROOT, script))
+
+def test_a_program_does_not_run():
+    path = write('x.py', 'open("ran", "w")\nbatch_size = 3\nif __name__ == "__main__": pass')
+    assert 'x.py is a program' in refusal(path) and not os.path.exists('ran')
+
+def test_a_file_that_sets_nothing_says_so(capsys):
+    assert give(write('x.py', '# batch_size = 3'))[0] == {}
+    assert capsys.readouterr() == ('', 'x.py sets nothing\n')
+
 def test_import_with_the_name_of_a_setting():
     namespace = {'time': 1}
     assert configure(namespace, argv=[write('x.py', 'import time')]) == {} and namespace == {'time': 1}

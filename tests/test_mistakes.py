@@ -30,6 +30,8 @@ SLIPS = {
     "one dash": ("train.py -n_layer=2", "two dashes"),
     "no value": ("train.py --n_layer", "needs a value"),
     "setting without dashes": ("train.py n_layer=2", "--n_layer=2"),
+    "script for a config": ("train.py model.py", "model.py is a program"),
+    "model of a run that is not there": ("model.py --out_dir={d}/nowhere", "drop --out_dir"),
     "unknown dataset": ("train.py --dataset=shakespear", "shakespeare"),
     "empty text": ("train.py --dataset={d}/empty.txt", "is empty"),
     "text shorter than block_size": ("train.py --dataset={d}/short.txt", "lower --block_size"),
