@@ -32,6 +32,8 @@ call each per round; the figure is the median over the rounds, the ratio the med
 machine slows both sides).
 The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
 """
+from configurator import UserError, configure, git_commit, user_errors # first: see stop_at_once there
+
 import glob
 import importlib.util
 import json
@@ -51,7 +53,6 @@ import torch.nn.functional as F
 
 import data
 import kernels
-from configurator import UserError, configure, git_commit, user_errors
 from model import GPT, GPTConfig, Linear, Speculation, choose_device, forward_flops, load_checkpoint
 from optim import build_optimizer
 

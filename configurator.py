@@ -4,7 +4,21 @@ A script has its settings at its top, as `learning_rate = 1e-3 # peak rate`, and
 A setting is declared by that one line: its name, its default, its type (the default's) and its text in --help (the comment).
 
     python train.py config/small.py --learning_rate=3e-4 --compile --no-bias      # in the order written, later wins"""
-import ast, contextlib, dataclasses, difflib, glob, inspect, linecache, os, re, runpy, subprocess, sys, textwrap, traceback, types
+import os, signal, sys # before all others: from here on Ctrl-C ends in one line
+
+def stop_at_once(*_):
+    """Ctrl-C while torch is imported, where an exception would be fifty lines and some imports swallow it."""
+    os.write(2, b'stopped\n')
+    os._exit(130)
+
+# only in a script that calls configure, which makes Ctrl-C an exception again, and if Ctrl-C is not ignored
+_script = getattr(sys.modules['__main__'], '__file__', None) or '' # a notebook has none
+if os.path.isfile(_script) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    with open(_script, 'rb') as _file:
+        if b'configure(globals()' in _file.read(): signal.signal(signal.SIGINT, stop_at_once)
+
+import ast, contextlib, dataclasses, difflib, errno, glob, inspect, json, linecache, re, runpy, subprocess
+import textwrap, traceback, types
 
 SIMPLE = (bool, int, float, str, tuple) # what a setting can be; anything else in a script is not one
 KIND = {bool: 'true or false', int: 'an int', float: 'a float, not nan', str: 'a str', tuple: 'a tuple, as in (2, 4, 8)'}
@@ -30,8 +44,13 @@ def configure(namespace, schema=None, argv=None, guest_of=None):
     Fields of the dataclass schema are accepted too and returned, but never put into namespace. guest_of: another script whose config
     files this one reads as well; its settings are checked and then left out. Raises UserError; --help exits."""
     sys.excepthook = report
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # None is a closed stream. Lines are written at once, so that a failure is met here and not at the exit
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, 'w'), sys.stderr or open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr): # under an ASCII locale one accented letter in a sample would end the run
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(encoding='utf-8', errors='replace')
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(encoding='utf-8', errors='replace', line_buffering=True)
     argv = sys.argv[1:] if argv is None else argv
     settings = {name: value for name, value in namespace.items() if not name.startswith('_') and type(value) in SIMPLE}
     fields = {f.name: f.default for f in (dataclasses.fields(schema) if schema else ()) if type(f.default) in SIMPLE}
@@ -166,11 +185,17 @@ def stored(tree):
     return [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
 
 def report(kind, error, trace):
-    """sys.excepthook: a UserError is the user's to mend; anything else is a bug and keeps its traceback and exit code 1."""
-    if issubclass(kind, BrokenPipeError): # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(141)
-    if not issubclass(kind, UserError): return sys.__excepthook__(kind, error, trace)
+    """sys.excepthook: one line for what a person did or the machine lacks; a bug keeps its traceback."""
+    gone, full = issubclass(kind, BrokenPipeError), getattr(error, 'errno', None) == errno.ENOSPC
+    if gone or full: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # else its last flush fails too
+    if gone: raise SystemExit(141) # `| head` has read enough
+    if issubclass(kind, KeyboardInterrupt):
+        with contextlib.suppress(OSError): # if the same Ctrl-C has ended the tee that reads this
+            os.write(2, b'\n' * sys.stderr.isatty() + b'stopped\n') # a terminal has ^C on this line already
+        raise SystemExit(130)
+    memory = 'MemoryError' in kind.__name__ or "can't allocate memory" in str(error) # the last: torch, CPU
+    if not (issubclass(kind, UserError) or full or memory): return sys.__excepthook__(kind, error, trace)
+    if memory: error = f'not enough memory: {str(error)[:200]}\nMake the model, the batch or the text smaller'
     print('error: ' + '\n'.join(str(error).splitlines()[:3]), file=sys.stderr)
     raise SystemExit(2) # Python takes the exit code of a SystemExit that leaves the hook
 
@@ -178,7 +203,7 @@ def report(kind, error, trace):
 def user_errors():
     """Turn a ValueError or a file that cannot be opened into a UserError. For code that checks input; around a loop it would hide bugs."""
     try: yield
-    except UserError: raise
+    except (UserError, BrokenPipeError): raise # the second is a reader that has gone: see report
     except OSError as error:
         raise UserError(f'cannot open {error.filename}: {error.strerror}' if error.filename else str(error)) from error
     except ValueError as error: raise UserError(str(error)) from error

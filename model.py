@@ -33,6 +33,8 @@ N residual streams (n_stream)   M memory slots   G tokens of a memory segment
   n_ahead         Ahead        beside the trunk, for Speculation    Hydra, arXiv:2402.05109
   uncertainty     Uncertainty  beside the trunk
 """
+import configurator # first: see stop_at_once there
+
 import copy
 import difflib
 import hashlib

@@ -15,6 +15,8 @@ Each module of model.py declares what its parameters are; build_optimizer never 
 All four are ordinary torch.optim.Optimizers: parameter groups, closures, state_dict. None of them reads a value from the
 device in step(). FAdam and Adam-mini stand here twice: as a loop of plain PyTorch, and as C for the CPU.
 """
+import configurator # first: see stop_at_once there
+
 import functools
 import inspect
 import itertools

@@ -7,6 +7,8 @@ Prompt in, text out, from a checkpoint that train.py left behind (the tokenizer 
   python sample.py --uncertainty                                          how unsure the model was of each token; train with --uncertainty
   python sample.py --out_dir=out/shakespeare_diffmla --interactive        a prompt a line; `temperature=0.5` changes it; quit
 """
+from configurator import UserError, checked, configure, from_text, user_errors # first: see stop_at_once there
+
 import glob
 import itertools
 import os
@@ -17,7 +19,6 @@ from contextlib import nullcontext
 
 import torch
 
-from configurator import UserError, configure, user_errors
 from data import tokenizer_from_dict
 from model import GPT, GPTConfig, Speculation, check_sampling, choose_device, load_checkpoint, previous_checkpoint
 

@@ -9,6 +9,8 @@ out_dir afterwards: run.json (what ran), metrics.jsonl (what it measured), ckpt.
 one before), best.pt (the lowest validation loss). On a CPU a run is a pure function of its settings, the torch version and
 the number of threads: killed at any moment and resumed, it ends in the same bits. (GPU kernels may add in another order.)
 """
+import configurator # first: see stop_at_once there
+
 import hashlib
 import itertools
 import json

@@ -1,7 +1,7 @@
 """configurator.py: what each argument means, and what a person reads when it means nothing.
 
 The tables run configure in this process; what only a process can show (exit code, streams, no traceback) runs a real script."""
-import dataclasses, os, re, subprocess, sys
+import ast, dataclasses, json, os, re, runpy, signal, subprocess, sys
 
 import pytest
 
@@ -76,7 +76,7 @@ batch_size = 'not a setting any more' # nor is this its comment
 def own_folder(tmp_path, monkeypatch):
     """Every test has a folder of its own as working directory; configure's hook does not outlive it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    for name in ('excepthook', 'argv', 'stdout', 'stderr'): monkeypatch.setattr(sys, name, getattr(sys, name))
 
 def write(path, text):
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
@@ -358,6 +358,7 @@ def test_process_success():
     (['--out_dir=illegal'], '', 'n_layer=0 builds nothing; use 1 or more'), # a ValueError inside user_errors
     (['--out_dir=nowhere'], '', 'cannot open no/such/file: No such file or directory'),
     (['--out_dir=lines'], '', 'one\ntwo\nthree'), # the fourth line is cut
+    (['--out_dir=memory'], '', 'not enough memory'),
 ])
 def test_process_user_error_exits_with_2(argv, text, fragment):
     write('x.py', text)
@@ -424,15 +425,64 @@ def test_user_errors_turns(error, message):
         with user_errors(): raise error
     assert str(caught.value) == message and caught.value.__cause__ is error
 
-@pytest.mark.parametrize('error', [KeyError('x'), TypeError('x'), RuntimeError('x'), ZeroDivisionError(), UserError('as it was')])
+@pytest.mark.parametrize('error', [
+    KeyError('x'), TypeError('x'), RuntimeError('x'), ZeroDivisionError(), UserError('as it was'),
+    BrokenPipeError(32, 'Broken pipe')]) # the last is a reader that has gone, not bad input
 def test_user_errors_leaves_alone(error):
     with pytest.raises(type(error)) as caught:
         with user_errors(): raise error
     assert caught.value is error
 
 
-def test_a_reader_that_has_read_enough():
-    """python train.py --help | head: no traceback."""
-    line = f"{sys.executable} {os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train.py')} --help | head -1"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("usage") and done.stderr == ""
+@pytest.mark.parametrize('where', ['importing', 'waiting'])
+def test_ctrl_c_ends_in_one_line(where):
+    process = start('--out_dir=wait', slow=SWALLOWS if where == 'importing' else '')
+    assert process.stdout.readline().decode() == where + '\n'
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == b'' and err.decode().splitlines()[-1] == 'stopped'
+    assert err.count(b'\n') == (1 if where == 'importing' else 2) # the setting
+
+def test_ctrl_c_that_ends_the_reader_too():
+    """train.py 2>&1 | tee log: the terminal sends it to both."""
+    process = start('--out_dir=wait')
+    assert process.stdout.readline() == b'waiting\n'
+    process.stderr.close(), process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    """nohup, or a job in the background of a script."""
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = start('--out_dir=wait', slow=SWALLOWS, more={'preexec_fn': ignore})
+    for line in (b'importing\n', b'imported\n', b'waiting\n'):
+        while (said := process.stdout.readline()) != line: assert said
+        process.send_signal(signal.SIGINT)
+        if line != b'imported\n': process.stdin.write(b'x'), process.stdin.flush()
+    assert b'END' in process.communicate(timeout=60)[0] and process.returncode == 0
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_configurator_is_imported_first(script):
+    """Else Ctrl-C while torch is imported is a traceback, or is swallowed."""
+    with open(os.path.join(ROOT, script), encoding='utf-8') as file: text = file.read()
+    first = next(node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    assert (getattr(first, 'module', None) or first.names[0].name) == 'configurator'
+    assert 'configure(globals()' in text # by this call configurator knows its scripts
+
+@pytest.mark.parametrize('argv', [[], ['--help']])
+def test_a_reader_that_has_gone(argv):
+    """As `| head` has when it has read enough; even where all is written at the exit."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert run(*argv, stdout=writing) == (141, '', '')
+    os.close(writing)
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_full_disk():
+    with open('/dev/full', 'w') as full:
+        assert run(stdout=full) == (2, '', 'error: [Errno 28] No space left on device\n')
+
+@pytest.mark.parametrize('closed', [1, 2])
+def test_a_closed_stream(closed):
+    code, out, err = run('--n_layer=3', more={'preexec_fn': lambda: os.close(closed)})
+    assert code == 0 and err == '' and (out == '' if closed == 1 else out.startswith('END'))
