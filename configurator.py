@@ -52,7 +52,7 @@ def configure(namespace, schema=None, argv=None, guest_of=None):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(encoding='utf-8', errors='replace', line_buffering=True)
     argv = sys.argv[1:] if argv is None else argv
-    settings = {name: value for name, value in namespace.items() if not name.startswith('_') and type(value) in SIMPLE}
+    settings = simple(namespace)
     fields = {f.name: f.default for f in (dataclasses.fields(schema) if schema else ()) if type(f.default) in SIMPLE}
     known = {**settings, **fields, **settings} # the script's names first, and its default where both have the name
     if '--help' in argv or '-h' in argv: show_help(namespace, schema, known)
@@ -62,6 +62,11 @@ def configure(namespace, schema=None, argv=None, guest_of=None):
     for name, value in given.items(): # on stderr, because stdout may go into a file: sample.py > story.txt
         print(f'{name} = {value!r}    (default {known[name]!r})', file=sys.stderr)
     return given
+
+def simple(names):
+    """Those of {name: value} that are settings. NAMES in capitals are constants, _names are private."""
+    return {name: value for name, value in names.items()
+            if not name.startswith('_') and not name.isupper() and type(value) in SIMPLE}
 
 def top_level(path):
     """{name: default} of the settings at the top of a script that is not run."""
@@ -223,7 +228,9 @@ def show_help(namespace, schema, known):
     print(f'usage: python {os.path.basename(script) or "script.py"} [config/file.py ...] [--name=value ...]\n'
           'A true/false setting is also --name or --no-name. In the order written, later wins.')
     source = ''.join(linecache.getlines(script)) # of no file, nothing: then help is without comments
-    texts = comments(source, ast.parse(source).body, '')
+    body = ast.parse(source).body
+    body += [inner for node in body if isinstance(node, ast.If) for inner in node.body] # under the main guard
+    texts = comments(source, body, '')
     with contextlib.suppress(OSError, TypeError): # no schema, or one typed into a session: no source either
         source = textwrap.dedent(inspect.getsource(schema))
         texts = {**comments(source, ast.parse(source).body[0].body, f'{schema.__name__}: '), **texts}

@@ -246,6 +246,11 @@ def test_synonyms_name_settings_that_exist():
     assert SYNONYMS.keys() <= known
     assert 'weight_decay' not in refusal('--wd=1') # the toy script has none
 
+def test_capitals_are_constants():
+    namespace = {'rate': 1.0, 'MAX_SKIPPED': 5}
+    with pytest.raises(UserError, match='MAX_SKIPPED'): configure(namespace, argv=['--MAX_SKIPPED=6'])
+    assert top_level(write('x.py', 'MAX_SKIPPED = 5\nrate = 1.0')) == {'rate': 1.0}
+
 # --- config files ---
 
 @pytest.mark.parametrize('text, expected', [
@@ -380,7 +385,7 @@ def test_process_bytes_that_are_no_text():
     code, out, err = run(os.fsdecode(b'--out_dir=\xff')) # the script prints it
     assert (code, err) == (0, '') and 'END' in out
 
-@pytest.mark.parametrize('argv', [['--help'], ['-h'], ['--nonsense', '--help']])
+@pytest.mark.parametrize('argv', [['--help'], ['-h'], ['--nonsense', '--help'], ['gone.py', '-h']])
 def test_process_help(argv):
     code, out, err = run(*argv)
     assert (code, err) == (0, '') and 'END' not in out
@@ -401,6 +406,25 @@ def test_process_help(argv):
         '--n_layer=6 blocks',
         'ToyConfig: variants',
         '--bias=False in every linear']
+
+def is_value(text):
+    """Whether nothing follows the value."""
+    try: ast.literal_eval(text)
+    except SyntaxError: return False
+    return True
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_setting_of_every_script_has_its_text(script, capsys):
+    """What has none is no setting: a public number in the main part would be one."""
+    with pytest.raises(SystemExit) as stop: door(script, '--help')
+    out = capsys.readouterr().out
+    rows = re.findall(r'^  --(\w+)=(.*)$', out, re.M)
+    assert stop.value.code == 0 and rows and not [name for name, rest in rows if is_value(rest)]
+    if script == 'bench.py': assert 'python bench.py train' in out and 'kv_cache   bytes' in out # the suites
+
+def test_suites_and_settings_in_any_order(capsys):
+    door('bench.py', '--no-save', 'kv_cache', '--rounds', '1')
+    assert '"suite": "kv_cache"' in capsys.readouterr().out
 
 def test_help_without_a_file(capsys):
     """An interactive session has no source; the settings are still listed."""
