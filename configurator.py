@@ -36,13 +36,18 @@ SYNONYMS = {
     'temperature': 'temp', 'max_new_tokens': 'max_tokens num_tokens n_tokens length', 'num_samples': 'n',
     'start': 'prompt', 'sample_prompt': 'prompt', 'out_dir': 'out output output_dir', 'dataset': 'data'}
 
+class Given(dict):
+    """{name: value} of all that was given. typed: the names that the command line gave, not only a file."""
+    typed = frozenset()
+
 class UserError(ValueError):
     """A message for a person: at most three lines, with the way out. Uncaught, it ends the process with exit code 2 and no traceback."""
 
 def configure(namespace, schema=None, argv=None, guest_of=None):
-    """Override the settings in namespace (a script's globals()) from argv; return {name: value} of everything given.
-    Fields of the dataclass schema are accepted too and returned, but never put into namespace. guest_of: another script whose config
-    files this one reads as well; its settings are checked and then left out. Raises UserError; --help exits."""
+    """Override the settings in namespace (a script's globals()) from argv; return {name: value} of all given.
+    Fields of the dataclass schema are accepted too and returned, but never put into namespace. guest_of:
+    another script whose config files this one reads as well. Its settings are checked and left out, aloud if
+    typed; a typed --out_dir stands for the model of the run there. Raises UserError; --help exits."""
     sys.excepthook = report
     if signal.getsignal(signal.SIGINT) is stop_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,7 +62,11 @@ def configure(namespace, schema=None, argv=None, guest_of=None):
     known = {**settings, **fields, **settings} # the script's names first, and its default where both have the name
     if '--help' in argv or '-h' in argv: show_help(namespace, schema, known)
     given = parse(argv, {**(top_level(guest_of) if guest_of else {}), **known})
-    given = {name: value for name, value in given.items() if name in known}
+    if guest_of: given = of_run(given, known)
+    guest = os.path.basename(guest_of or '')
+    for name in sorted(given.keys() - known.keys()):
+        if name in given.typed: print(f'{name} has no effect here: it is of {guest}', file=sys.stderr)
+        del given[name]
     namespace.update({name: value for name, value in given.items() if name in settings}) # only now: an error changes nothing
     for name, value in given.items(): # on stderr, because stdout may go into a file: sample.py > story.txt
         print(f'{name} = {value!r}    (default {known[name]!r})', file=sys.stderr)
@@ -76,16 +85,37 @@ def top_level(path):
         with contextlib.suppress(ValueError): # not a literal, so not a setting
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 found[node.targets[0].id] = ast.literal_eval(node.value)
-    return {name: value for name, value in found.items() if type(value) in SIMPLE}
+    return simple(found)
+
+def of_run(given, known):
+    """given; or, if --out_dir was typed, the model in that run's run.json and, above it, all else typed."""
+    folder = given.pop('out_dir', '') # in a config file it is where train.py will write
+    if 'out_dir' not in given.typed: return given
+    if 'model_size' in given.typed: raise UserError('out_dir and model_size both choose a model; drop one')
+    path = os.path.join(folder, 'run.json')
+    try:
+        with open(path, encoding='utf-8') as file: saved = dict(json.load(file)['config']['model'])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f'cannot read {path}\nGive the folder of a run, or drop --out_dir') from error
+    run = Given()
+    for name, value in saved.items():
+        if name not in known: raise unknown(name, known, path, 'Use the commit that this file names.')
+        value = checked(fit, name, value, known[name], path)
+        if value != known[name] or name == 'vocab_size': run[name] = value # the rest is as by default
+    run.update({name: given[name] for name in given.typed & given.keys()})
+    run.typed = given.typed - {'out_dir'}
+    return run
 
 def parse(argv, known):
-    """{name: value} from all config files and flags."""
-    given, queue = {}, list(argv)
+    """The Given of all config files and flags."""
+    given, queue = Given(), list(argv)
     while queue:
         arg = queue.pop(0)
         if not arg.startswith('-'): given.update(load_file(arg, known))
         elif not arg.startswith('--'): raise UserError(f'{brief(arg)}: a setting takes two dashes, as in -{arg}')
-        else: given.update([parse_flag(arg, queue, known)])
+        else:
+            name, value = parse_flag(arg, queue, known)
+            given[name], given.typed = value, given.typed | {name}
     return given
 
 def parse_flag(arg, queue, known):

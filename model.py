@@ -1901,6 +1901,7 @@ model_size = "" # setting of this door and of train.py: a name in PRESETS; empty
 if __name__ == "__main__":
     from configurator import configure, user_errors
 
+    out_dir = "" # folder of a run, whose model is described; in a config file it has no effect
     given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     with user_errors():
         config = GPTConfig(**{**preset(given.pop("model_size", "")), **given})

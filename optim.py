@@ -680,6 +680,7 @@ if __name__ == "__main__":
     from model import GPT, GPTConfig, preset
 
     model_size = "" # as train.py's
+    out_dir = "" # as model.py's: folder of a run, whose model is taken
     given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     with user_errors(), torch.device("meta"):
         partition(GPT(GPTConfig(**{**preset(given.pop("model_size", "")), **given})))

@@ -228,6 +228,13 @@ def test_argv_is_left_alone():
     configure(dict(DEFAULTS), argv=argv)
     assert argv == ['--batch_size', '5']
 
+def test_typed_is_what_the_command_line_gave():
+    path = write('x.py', 'batch_size = 3\nn_layer = 2')
+    given = give('--batch_size=1', path, '--no-compile', '--attention', 'mla')[0]
+    assert given == {'batch_size': 3, 'n_layer': 2, 'compile': False, 'attention': 'mla'}
+    assert given.typed == {'batch_size', 'compile', 'attention'}
+    assert give(path)[0].typed == give()[0].typed == set()
+
 @pytest.mark.parametrize('typed, expected', [
     ('lr', 'learning_rate'), ('seq_len', 'block_size'), ('max_seq_len', 'block_size'), ('ctx', 'block_size'),
     ('epochs', 'max_iters'), ('max_steps', 'max_iters'), ('grad_accum', 'gradient_accumulation_steps'),
@@ -250,6 +257,46 @@ def test_capitals_are_constants():
     namespace = {'rate': 1.0, 'MAX_SKIPPED': 5}
     with pytest.raises(UserError, match='MAX_SKIPPED'): configure(namespace, argv=['--MAX_SKIPPED=6'])
     assert top_level(write('x.py', 'MAX_SKIPPED = 5\nrate = 1.0')) == {'rate': 1.0}
+
+# --- guests: a script that reads another one's config files, as model.py reads train.py's ---
+
+def visit(*argv):
+    guest = write('guest.py', 'learning_rate = 1e-3\nout_dir = "out"\nN = 1')
+    namespace = {'model_size': '', 'out_dir': ''}
+    return configure(namespace, ToyConfig, list(argv), guest_of=guest), namespace
+
+def a_run(model):
+    write('run/run.json', json.dumps({'config': {'model': model}}))
+
+def test_a_guests_setting_is_left_out_aloud_if_typed(capsys):
+    path = write('x.py', 'learning_rate = 1.0\nn_layer = 2\nout_dir = "nowhere"')
+    assert visit(path) == ({'n_layer': 2}, {'model_size': '', 'out_dir': ''})
+    assert capsys.readouterr() == ('', 'n_layer = 2    (default 6)\n')
+    assert visit('--learning_rate=2', path)[0] == {'n_layer': 2}
+    assert 'learning_rate has no effect here: it is of guest.py\n' in capsys.readouterr().err
+    with pytest.raises(UserError, match='a float'): visit('--learning_rate=fast')
+
+def test_a_typed_out_dir_is_the_model_of_that_run(capsys):
+    a_run({'n_layer': 3, 'dropout': 0.0, 'depths': [1, 3], 'bias': True})
+    path = write('x.py', 'n_layer = 2\nattention = "mla"\nmodel_size = "nano"')
+    given, namespace = visit(path, '--out_dir=run', '--no-bias', '--block_size=8')
+    assert given == {'n_layer': 3, 'depths': (1, 3), 'bias': False, 'block_size': 8}
+    assert given.typed == {'bias', 'block_size'} and namespace['model_size'] == ''
+    assert 'depths = (1, 3)    (default ())' in capsys.readouterr().err
+
+@pytest.mark.parametrize('model, argv, fragments', [
+    (None, [], ['nowhere/run.json', 'drop --out_dir']),
+    (None, ['--out_dir='], ['run.json', 'drop --out_dir']),
+    ({'n_layer': 'x'}, ['--out_dir=run'], ['n_layer', 'run/run.json', 'an int']),
+    ({'n_layr': 1}, ['--out_dir=run'], ['n_layr', 'run/run.json', 'commit']),
+    ([1], ['--out_dir=run'], ['run/run.json', 'drop --out_dir']),
+    ({}, ['--out_dir=run', '--model_size=nano'], ['model_size', 'drop one']),
+])
+def test_no_run_to_take_a_model_from(model, argv, fragments):
+    a_run(model)
+    with pytest.raises(UserError) as caught: visit('--out_dir=nowhere', *argv)
+    message = str(caught.value)
+    assert all(fragment in message for fragment in fragments) and len(message.splitlines()) <= 3
 
 # --- config files ---
 
@@ -457,6 +504,14 @@ def test_user_errors_leaves_alone(error):
         with user_errors(): raise error
     assert caught.value is error
 
+# --- Ctrl-C, a full disk, closed streams ---
+
+SWALLOWS = """
+print('importing', flush=True)
+try: import os; os.read(0, 1)
+except BaseException: pass # as a C extension may, while it is imported
+print('imported')
+"""
 
 @pytest.mark.parametrize('where', ['importing', 'waiting'])
 def test_ctrl_c_ends_in_one_line(where):
