@@ -62,6 +62,7 @@ def configure(namespace, schema=None, argv=None, guest_of=None):
     known = {**settings, **fields, **settings} # the script's names first, and its default where both have the name
     if '--help' in argv or '-h' in argv: show_help(namespace, schema, known)
     given = parse(argv, {**(top_level(guest_of) if guest_of else {}), **known})
+    for name, value in given.items(): given[name] = at_home(name, value)
     if guest_of: given = of_run(given, known)
     guest = os.path.basename(guest_of or '')
     for name in sorted(given.keys() - known.keys()):
@@ -154,6 +155,15 @@ def is_program(path):
     with contextlib.suppress(Exception), open(path, 'rb') as file: # no Python: reported when it is run
         names = {node.id for node in ast.walk(ast.parse(file.read())) if isinstance(node, ast.Name)}
         return not names.isdisjoint({'configure', '__name__'})
+
+# what stands before a path in the settings that are paths: nothing, a comma in a list, FILE:
+PATHS = {**dict.fromkeys(('out_dir', 'data_dir', 'dataset', 'offline_dataset', 'tokenizer', 'nanogpt'), '^'),
+         'update_hooks': '^|, *', 'forward_hooks': '^|, *', 'start': '^FILE:'}
+
+def at_home(name, value):
+    """value, the leading ~ of a path replaced by the home folder: no shell does that in --out_dir=~/run."""
+    if name not in PATHS or type(value) is not str: return value
+    return re.sub(f'({PATHS[name]})(~[^/,]*)', lambda found: found[1] + os.path.expanduser(found[2]), value)
 
 # --- types: the default decides ---
 

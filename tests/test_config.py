@@ -235,6 +235,28 @@ def test_typed_is_what_the_command_line_gave():
     assert given.typed == {'batch_size', 'compile', 'attention'}
     assert give(path)[0].typed == give()[0].typed == set()
 
+@pytest.mark.parametrize('name, text, expected', [
+    ('out_dir', '~/run', '/home/ada/run'),
+    ('out_dir', '~', '/home/ada'),
+    ('out_dir', 'a/~/b', 'a/~/b'),
+    ('data_dir', '~/d', '/home/ada/d'),
+    ('dataset', '~/book.txt', '/home/ada/book.txt'),
+    ('offline_dataset', '~/book.txt', '/home/ada/book.txt'),
+    ('tokenizer', '~/t.json', '/home/ada/t.json'),
+    ('nanogpt', '~/nanoGPT', '/home/ada/nanoGPT'),
+    ('update_hooks', '~/a.py:f,identity, ~/b.py:g=2', '/home/ada/a.py:f,identity, /home/ada/b.py:g=2'),
+    ('forward_hooks', '~/a.py:f', '/home/ada/a.py:f'),
+    ('start', 'FILE:~/p.txt', 'FILE:/home/ada/p.txt'),
+    ('start', '~/p.txt', '~/p.txt'), # a prompt, not a path
+    ('start', '~', '~'),
+    ('sample_prompt', '~/', '~/'),
+])
+def test_a_tilde_is_the_home_folder(name, text, expected, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/ada')
+    for arg in (f'--{name}={text}', write('x.py', f'{name} = {text!r}')):
+        given, namespace = give(arg, **{name: ''})
+        assert given[name] == namespace[name] == expected
+
 @pytest.mark.parametrize('typed, expected', [
     ('lr', 'learning_rate'), ('seq_len', 'block_size'), ('max_seq_len', 'block_size'), ('ctx', 'block_size'),
     ('epochs', 'max_iters'), ('max_steps', 'max_iters'), ('grad_accum', 'gradient_accumulation_steps'),
