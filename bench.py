@@ -32,6 +32,8 @@ call each per round; the figure is the median over the rounds, the ratio the med
 machine slows both sides).
 The last line printed is JSON; bench_results/<device>.json keeps all figures with versions, shapes and commit.
 """
+from configurator import UserError, configure, git_commit, user_errors # first: see stop_at_once there
+
 import glob
 import importlib.util
 import json
@@ -51,7 +53,6 @@ import torch.nn.functional as F
 
 import data
 import kernels
-from configurator import UserError, configure, git_commit, user_errors
 from model import GPT, GPTConfig, Linear, Speculation, choose_device, forward_flops, load_checkpoint
 from optim import build_optimizer
 
@@ -745,9 +746,12 @@ def keep(file, name, description, commit, results):
 
 
 if __name__ == "__main__":
-    first = next((i for i, a in enumerate(sys.argv) if a.startswith("-")), len(sys.argv)) # suites, then options
-    words = sys.argv[1:first]
-    configure(globals(), argv=sys.argv[first:])
+    # suites, then options; private names, because a public number would be a setting
+    _first = next((i for i, a in enumerate(sys.argv) if a.startswith("-")), len(sys.argv))
+    words = sys.argv[1:_first] + [a for a in sys.argv[_first:] if a in SUITES]
+    if {"--help", "-h"} & {*sys.argv}:
+        print(__doc__)
+    configure(globals(), argv=[a for a in sys.argv[_first:] if a not in SUITES])
     if unknown := [w for w in words if w not in SUITES]:
         raise UserError(f"no suite {unknown[0]!r}; there is: {', '.join(SUITES)}")
     with user_errors():

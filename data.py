@@ -16,6 +16,8 @@ A dataset is a folder data/NAME/, and nothing in it is a pickle:
 
 B rows of a batch   T block_size   N tokens of a shard   an "id" is a token's number, 0 <= id < vocab_size
 """
+import configurator # first: see stop_at_once there
+
 import contextlib, difflib, functools, hashlib, itertools, json, os, random, re, shlex, shutil, sys, sysconfig
 import time
 from dataclasses import dataclass

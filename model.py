@@ -33,6 +33,8 @@ N residual streams (n_stream)   M memory slots   G tokens of a memory segment
   n_ahead         Ahead        beside the trunk, for Speculation    Hydra, arXiv:2402.05109
   uncertainty     Uncertainty  beside the trunk
 """
+import configurator # first: see stop_at_once there
+
 import copy
 import difflib
 import hashlib
@@ -1953,9 +1955,10 @@ model_size = "" # setting of this door and of train.py: a name in PRESETS; empty
 if __name__ == "__main__":
     from configurator import configure, user_errors
 
+    out_dir = "" # folder of a run, whose model is described; in a config file it has no effect
     given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     with user_errors():
-        config = GPTConfig(**{**preset(given.pop("model_size", "")), **given})
+        config = GPTConfig(**{**preset(given.pop("model_size", "")), **without_orphans(given, given.typed)})
     if "vocab_size" not in given:
         print(f"(vocab_size={config.vocab_size:,} is the default; train.py takes it from the data: characters of Shakespeare are 65)\n")
     describe(config, config.block_size)

@@ -15,6 +15,8 @@ Each module of model.py declares what its parameters are; build_optimizer never 
 All four are ordinary torch.optim.Optimizers: parameter groups, closures, state_dict. None of them reads a value from the
 device in step(). FAdam and Adam-mini stand here twice: as a loop of plain PyTorch, and as C for the CPU.
 """
+import configurator # first: see stop_at_once there
+
 import functools
 import inspect
 import itertools
@@ -682,9 +684,11 @@ def watch(model, hooks, idx, targets):
 
 if __name__ == "__main__":
     from configurator import configure, user_errors
-    from model import GPT, GPTConfig, preset
+    from model import GPT, GPTConfig, preset, without_orphans
 
     model_size = "" # as train.py's
+    out_dir = "" # as model.py's: folder of a run, whose model is taken
     given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     with user_errors(), torch.device("meta"):
-        partition(GPT(GPTConfig(**{**preset(given.pop("model_size", "")), **given})))
+        sizes = preset(given.pop("model_size", ""))
+        partition(GPT(GPTConfig(**{**sizes, **without_orphans(given, given.typed)})))

@@ -7,6 +7,8 @@ Prompt in, text out, from a checkpoint that train.py left behind (the tokenizer 
   python sample.py --uncertainty                                          how unsure the model was of each token; train with --uncertainty
   python sample.py --out_dir=out/shakespeare_diffmla --interactive        a prompt a line; `temperature=0.5` changes it; quit
 """
+from configurator import UserError, checked, configure, from_text, user_errors # first: see stop_at_once there
+
 import glob
 import itertools
 import os
@@ -17,7 +19,6 @@ from contextlib import nullcontext
 
 import torch
 
-from configurator import UserError, configure, user_errors
 from data import tokenizer_from_dict
 from model import GPT, GPTConfig, Speculation, check_sampling, choose_device, load_checkpoint, previous_checkpoint
 
@@ -39,7 +40,7 @@ uncertainty = False
 interactive = False # ask for prompts until `quit`
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 
-ADJUSTABLE = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "max_new_tokens": int} # at the prompt
+ADJUSTABLE = ["temperature", "top_k", "top_p", "min_p", "max_new_tokens"] # at the prompt
 _SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...
 
 
@@ -181,10 +182,10 @@ def adjust(line):
     if not equals or name not in ADJUSTABLE:
         return False
     try:
-        globals()[name] = ADJUSTABLE[name](value)
+        globals()[name] = checked(from_text, name, value, globals()[name], "typed here")
         print(f"{name} = {globals()[name]}")
-    except ValueError:
-        print(f"error: {name} must be {ADJUSTABLE[name].__name__}, as in {name}={globals()[name]}")
+    except UserError as error:
+        print(f"error: {error}")
     return True
 
 
@@ -209,6 +210,8 @@ def converse():
 configure(globals())
 if num_samples < 1 or max_new_tokens < 1:
     raise UserError("num_samples and max_new_tokens must be at least 1")
+if not 0 <= seed < 2**64:
+    raise UserError(f"seed={seed} must be in [0, 2**64)")
 if draft != "auto" and not speculative:
     raise UserError(f"draft={draft} is of speculative decoding; add --speculative, or drop it")
 if uncertainty and (speculative or interactive):
@@ -218,7 +221,10 @@ lines = "\n" if uncertainty and (not sys.stdout.isatty() or os.environ.get("NO_C
 with user_errors():
     device, _ = choose_device(device)
     if start.startswith("FILE:"):
-        start = open(start[5:], encoding="utf-8").read()
+        try:
+            start = open(start[5:], encoding="utf-8").read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{start[5:]} is not UTF-8 text: {error}") from None
     model, tokenizer, dtype, about = load(out_dir, device)
     if uncertainty:
         model.uncertainty(model.embed.weight[:1]) # refuses where there is no head

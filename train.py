@@ -9,6 +9,8 @@ out_dir afterwards: run.json (what ran), metrics.jsonl (what it measured), ckpt.
 one before), best.pt (the lowest validation loss). On a CPU a run is a pure function of its settings, the torch version and
 the number of threads: killed at any moment and resumed, it ends in the same bits. (GPU kernels may add in another order.)
 """
+import configurator # first: see stop_at_once there
+
 import hashlib
 import itertools
 import json
@@ -92,7 +94,7 @@ kernel = "auto" # of kernels.py: auto (Triton on CUDA, C on a CPU, else PyTorch)
 given = configure(globals(), GPTConfig)
 with user_errors():
     size = preset(model_size) # below everything given; a resumed run has its checkpoint's fields instead
-typed = getattr(given, "typed", set(given)) # names that the command line gave itself, unlike those of a config file
+typed = given.typed # names that the command line gave itself, unlike those of a config file
 SETTINGS = [k for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)]
 # what a resumed run cannot change, besides the model
 FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2",
@@ -293,7 +295,7 @@ def get_data(name):
     if not data.find(name, data_dir):
         name = data.prepare(name, tokenizer, data_dir, val_fraction)
     found = data.load(name, data_dir)
-    found.check(given, getattr(given, "typed", set(given)))
+    found.check(given, typed)
     return found
 
 
@@ -306,7 +308,7 @@ def same_data(saved):
         raise UserError(f"cannot resume: {asked} is not the data this run was trained on, which is {name}\ndrop --dataset, or train anew")
     found = data.load(place if same else name, data_dir)
     changed = {k: v for k, v in given.items() if v != saved["train"].get(k)}
-    found.check(changed, getattr(given, "typed", set(given)), resuming=True)
+    found.check(changed, typed, resuming=True)
     return found
 
 
@@ -357,12 +359,7 @@ with user_errors():
                         "of the text\nlower --windows")
     corpus.train.batch(0, 1, sequence, seed) # refuse too short a text now
     corpus.val.batch(0, 1, sequence, seed) if eval_iters > 0 else next(corpus.val.windows(sequence, 1))
-    try:
-        model = GPT(config).to(device)
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        raise UserError(f"this model does not fit into memory: {str(error).splitlines()[0][:200]}\nmake it smaller") from None
+    model = GPT(config).to(device)
     opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     constant = warmup_iters, warmup_iters + int(0.8 * ((lr_decay_iters or max_iters) - warmup_iters)) # steps at the peak of wsd
     sparsity = Sparse(model, opt, sparse, sparse_density, sparse_interval, constant, sparse_prune_rate, sparse_boost,

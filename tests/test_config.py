@@ -1,13 +1,15 @@
 """configurator.py: what each argument means, and what a person reads when it means nothing.
 
 The tables run configure in this process; what only a process can show (exit code, streams, no traceback) runs a real script."""
-import dataclasses, os, re, subprocess, sys
+import ast, dataclasses, json, os, re, runpy, signal, subprocess, sys
 
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from configurator import UserError, configure, user_errors
+from configurator import SYNONYMS, UserError, configure, top_level, user_errors
+
+SCRIPTS = ('train.py', 'sample.py', 'bench.py', 'data.py', 'model.py', 'optim.py')
 
 @dataclasses.dataclass
 class ToyConfig:
@@ -28,6 +30,7 @@ DEFAULTS = dict(out_dir='out', batch_size=12, learning_rate=1e-3, compile=True, 
 SCRIPT = '''"""A toy script."""
 import dataclasses, os, sys
 from configurator import UserError, configure, user_errors
+import slow # stands for torch
 
 def helper():
     out_dir = 'local' # not the setting
@@ -60,6 +63,8 @@ if out_dir == 'bug': raise KeyError('a bug')
 if out_dir == 'value': raise ValueError('a bug in the script')
 if out_dir == 'lines': raise UserError('one\\ntwo\\nthree\\nfour')
 if out_dir == 'locale': print('é')
+if out_dir == 'memory': raise MemoryError()
+if out_dir == 'wait': print('waiting', flush=True); os.read(0, 1)
 with user_errors():
     if out_dir == 'illegal': raise ValueError('n_layer=0 builds nothing; use 1 or more')
     if out_dir == 'nowhere': open('no/such/file')
@@ -71,7 +76,7 @@ batch_size = 'not a setting any more' # nor is this its comment
 def own_folder(tmp_path, monkeypatch):
     """Every test has a folder of its own as working directory; configure's hook does not outlive it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    for name in ('excepthook', 'argv', 'stdout', 'stderr'): monkeypatch.setattr(sys, name, getattr(sys, name))
 
 def write(path, text):
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
@@ -91,12 +96,24 @@ def refusal(*argv):
     assert len(str(caught.value).splitlines()) <= 3
     return str(caught.value)
 
+def start(*argv, slow='', stdout=subprocess.PIPE, more={}, **env):
+    """SCRIPT started as a person would. slow: the text of a module that it imports."""
+    write('train.py', SCRIPT), write('slow.py', slow)
+    env = {**os.environ, 'PYTHONPATH': ROOT, 'PYTHONIOENCODING': '', 'PYTHONUNBUFFERED': '', **env}
+    streams = dict(stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, 'train.py', *argv], env=env, **streams, **more)
+
 def run(*argv, **env):
-    """Run SCRIPT as a person would: (exit code, stdout, stderr)."""
-    write('train.py', SCRIPT)
-    env = {**os.environ, 'PYTHONPATH': ROOT, 'PYTHONIOENCODING': '', **env}
-    done = subprocess.run([sys.executable, 'train.py', *argv], env=env, capture_output=True, timeout=60)
-    return done.returncode, done.stdout.decode('utf-8'), done.stderr.decode('utf-8')
+    """(exit code, stdout, stderr without the list of settings) of SCRIPT."""
+    process = start(*argv, **env)
+    out, err = process.communicate(timeout=60)
+    kept = [line for line in err.decode('utf-8').splitlines(keepends=True) if '    (default ' not in line]
+    return process.returncode, (out or b'').decode('utf-8'), ''.join(kept)
+
+def door(script, *argv):
+    """One of the project's scripts in this process, up to the SystemExit or UserError that ends it."""
+    sys.argv = [script, *argv] # own_folder puts the old one back
+    runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
 
 # --- the command line ---
 
@@ -189,16 +206,17 @@ def test_refused(argv, fragments):
 def test_nothing_given(capsys):
     given, namespace = give()
     assert given == {} and {name: namespace[name] for name in DEFAULTS} == DEFAULTS
-    assert capsys.readouterr().out == ''
+    assert capsys.readouterr() == ('', '')
 
 def test_overrides_are_printed_once_each(capsys):
     give('--batch_size=1', '--out_dir=x', '--batch_size=2', '--bias')
-    assert capsys.readouterr().out == ("batch_size = 2    (default 12)\nout_dir = 'x'    (default 'out')\nbias = True    (default False)\n")
+    assert capsys.readouterr() == ('', "batch_size = 2    (default 12)\nout_dir = 'x'    (default 'out')\n"
+                                       "bias = True    (default False)\n") # on stderr: sample.py > story.txt
 
 def test_shared_name_has_the_scripts_default(capsys):
     given, namespace = give('--block_size=8')
     assert given == {'block_size': 8} and namespace['block_size'] == 8
-    assert '(default 64)' in capsys.readouterr().out
+    assert '(default 64)' in capsys.readouterr().err
 
 def test_without_schema():
     namespace = {'steps': 1}
@@ -209,6 +227,98 @@ def test_argv_is_left_alone():
     argv = ['--batch_size', '5']
     configure(dict(DEFAULTS), argv=argv)
     assert argv == ['--batch_size', '5']
+
+def test_typed_is_what_the_command_line_gave():
+    path = write('x.py', 'batch_size = 3\nn_layer = 2')
+    given = give('--batch_size=1', path, '--no-compile', '--attention', 'mla')[0]
+    assert given == {'batch_size': 3, 'n_layer': 2, 'compile': False, 'attention': 'mla'}
+    assert given.typed == {'batch_size', 'compile', 'attention'}
+    assert give(path)[0].typed == give()[0].typed == set()
+
+@pytest.mark.parametrize('name, text, expected', [
+    ('out_dir', '~/run', '/home/ada/run'),
+    ('out_dir', '~', '/home/ada'),
+    ('out_dir', 'a/~/b', 'a/~/b'),
+    ('data_dir', '~/d', '/home/ada/d'),
+    ('dataset', '~/book.txt', '/home/ada/book.txt'),
+    ('offline_dataset', '~/book.txt', '/home/ada/book.txt'),
+    ('tokenizer', '~/t.json', '/home/ada/t.json'),
+    ('nanogpt', '~/nanoGPT', '/home/ada/nanoGPT'),
+    ('update_hooks', '~/a.py:f,identity, ~/b.py:g=2', '/home/ada/a.py:f,identity, /home/ada/b.py:g=2'),
+    ('forward_hooks', '~/a.py:f', '/home/ada/a.py:f'),
+    ('start', 'FILE:~/p.txt', 'FILE:/home/ada/p.txt'),
+    ('start', '~/p.txt', '~/p.txt'), # a prompt, not a path
+    ('start', '~', '~'),
+    ('sample_prompt', '~/', '~/'),
+])
+def test_a_tilde_is_the_home_folder(name, text, expected, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/ada')
+    for arg in (f'--{name}={text}', write('x.py', f'{name} = {text!r}')):
+        given, namespace = give(arg, **{name: ''})
+        assert given[name] == namespace[name] == expected
+
+@pytest.mark.parametrize('typed, expected', [
+    ('lr', 'learning_rate'), ('seq_len', 'block_size'), ('max_seq_len', 'block_size'), ('ctx', 'block_size'),
+    ('epochs', 'max_iters'), ('max_steps', 'max_iters'), ('grad_accum', 'gradient_accumulation_steps'),
+    ('wd', 'weight_decay'), ('bs', 'batch_size'), ('d-model', 'n_embd'), ('hidden_size', 'n_embd'),
+    ('num_heads', 'n_head'), ('depth', 'n_layer'), ('prompt', 'sample_prompt'), ('output', 'out_dir'),
+    ('data', 'dataset'), ('warmup_steps', 'warmup_iters'), ('betas', 'beta1, beta2')])
+def test_names_of_other_programs(typed, expected):
+    from model import GPTConfig
+    with pytest.raises(UserError, match=f'unknown setting .*\nNearest: {expected}[.] '):
+        configure(top_level(os.path.join(ROOT, 'train.py')), GPTConfig, [f'--{typed}=1'])
+
+def test_synonyms_name_settings_that_exist():
+    from model import GPTConfig
+    known = {f.name for f in dataclasses.fields(GPTConfig)}
+    for script in SCRIPTS: known.update(top_level(os.path.join(ROOT, script)))
+    assert SYNONYMS.keys() <= known
+    assert 'weight_decay' not in refusal('--wd=1') # the toy script has none
+
+def test_capitals_are_constants():
+    namespace = {'rate': 1.0, 'MAX_SKIPPED': 5}
+    with pytest.raises(UserError, match='MAX_SKIPPED'): configure(namespace, argv=['--MAX_SKIPPED=6'])
+    assert top_level(write('x.py', 'MAX_SKIPPED = 5\nrate = 1.0')) == {'rate': 1.0}
+
+# --- guests: a script that reads another one's config files, as model.py reads train.py's ---
+
+def visit(*argv):
+    guest = write('guest.py', 'learning_rate = 1e-3\nout_dir = "out"\nN = 1')
+    namespace = {'model_size': '', 'out_dir': ''}
+    return configure(namespace, ToyConfig, list(argv), guest_of=guest), namespace
+
+def a_run(model):
+    write('run/run.json', json.dumps({'config': {'model': model}}))
+
+def test_a_guests_setting_is_left_out_aloud_if_typed(capsys):
+    path = write('x.py', 'learning_rate = 1.0\nn_layer = 2\nout_dir = "nowhere"')
+    assert visit(path) == ({'n_layer': 2}, {'model_size': '', 'out_dir': ''})
+    assert capsys.readouterr() == ('', 'n_layer = 2    (default 6)\n')
+    assert visit('--learning_rate=2', path)[0] == {'n_layer': 2}
+    assert 'learning_rate has no effect here: it is of guest.py\n' in capsys.readouterr().err
+    with pytest.raises(UserError, match='a float'): visit('--learning_rate=fast')
+
+def test_a_typed_out_dir_is_the_model_of_that_run(capsys):
+    a_run({'n_layer': 3, 'dropout': 0.0, 'depths': [1, 3], 'bias': True})
+    path = write('x.py', 'n_layer = 2\nattention = "mla"\nmodel_size = "nano"')
+    given, namespace = visit(path, '--out_dir=run', '--no-bias', '--block_size=8')
+    assert given == {'n_layer': 3, 'depths': (1, 3), 'bias': False, 'block_size': 8}
+    assert given.typed == {'bias', 'block_size'} and namespace['model_size'] == ''
+    assert 'depths = (1, 3)    (default ())' in capsys.readouterr().err
+
+@pytest.mark.parametrize('model, argv, fragments', [
+    (None, [], ['nowhere/run.json', 'drop --out_dir']),
+    (None, ['--out_dir='], ['run.json', 'drop --out_dir']),
+    ({'n_layer': 'x'}, ['--out_dir=run'], ['n_layer', 'run/run.json', 'an int']),
+    ({'n_layr': 1}, ['--out_dir=run'], ['n_layr', 'run/run.json', 'commit']),
+    ([1], ['--out_dir=run'], ['run/run.json', 'drop --out_dir']),
+    ({}, ['--out_dir=run', '--model_size=nano'], ['model_size', 'drop one']),
+])
+def test_no_run_to_take_a_model_from(model, argv, fragments):
+    a_run(model)
+    with pytest.raises(UserError) as caught: visit('--out_dir=nowhere', *argv)
+    message = str(caught.value)
+    assert all(fragment in message for fragment in fragments) and len(message.splitlines()) <= 3
 
 # --- config files ---
 
@@ -257,6 +367,19 @@ def test_file_refused(text, fragments):
     message = refusal(write('config/x.py', text))
     for fragment in fragments: assert fragment in message
 
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_script_is_no_config_file(script):
+    """It would run: train.py given to train.py trains."""
+    assert 'is a program' in refusal(os.path.join(ROOT, script))
+
+def test_a_program_does_not_run():
+    path = write('x.py', 'open("ran", "w")\nbatch_size = 3\nif __name__ == "__main__": pass')
+    assert 'x.py is a program' in refusal(path) and not os.path.exists('ran')
+
+def test_a_file_that_sets_nothing_says_so(capsys):
+    assert give(write('x.py', '# batch_size = 3'))[0] == {}
+    assert capsys.readouterr() == ('', 'x.py sets nothing\n')
+
 def test_import_with_the_name_of_a_setting():
     namespace = {'time': 1}
     assert configure(namespace, argv=[write('x.py', 'import time')]) == {} and namespace == {'time': 1}
@@ -297,10 +420,7 @@ def test_missing_file_prefers_the_config_folder():
 def test_process_success():
     code, out, err = run('--learning_rate=1', '--n_layer=3', '--out_dir=a=b')
     assert (code, err) == (0, '')
-    assert out.splitlines() == ['learning_rate = 1.0    (default 0.001)',
-                                'n_layer = 3    (default 6)',
-                                "out_dir = 'a=b'    (default 'out#1')",
-                                "END {'learning_rate': 1.0, 'n_layer': 3, 'out_dir': 'a=b'} float 1.0 a=b False"]
+    assert out == "END {'learning_rate': 1.0, 'n_layer': 3, 'out_dir': 'a=b'} float 1.0 a=b False\n"
 
 @pytest.mark.parametrize('argv, text, fragment', [
     (['--nonsense=1'], '', 'nonsense'),
@@ -312,6 +432,7 @@ def test_process_success():
     (['--out_dir=illegal'], '', 'n_layer=0 builds nothing; use 1 or more'), # a ValueError inside user_errors
     (['--out_dir=nowhere'], '', 'cannot open no/such/file: No such file or directory'),
     (['--out_dir=lines'], '', 'one\ntwo\nthree'), # the fourth line is cut
+    (['--out_dir=memory'], '', 'not enough memory'),
 ])
 def test_process_user_error_exits_with_2(argv, text, fragment):
     write('x.py', text)
@@ -333,7 +454,7 @@ def test_process_bytes_that_are_no_text():
     code, out, err = run(os.fsdecode(b'--out_dir=\xff')) # the script prints it
     assert (code, err) == (0, '') and 'END' in out
 
-@pytest.mark.parametrize('argv', [['--help'], ['-h'], ['--nonsense', '--help']])
+@pytest.mark.parametrize('argv', [['--help'], ['-h'], ['--nonsense', '--help'], ['gone.py', '-h']])
 def test_process_help(argv):
     code, out, err = run(*argv)
     assert (code, err) == (0, '') and 'END' not in out
@@ -354,6 +475,25 @@ def test_process_help(argv):
         '--n_layer=6 blocks',
         'ToyConfig: variants',
         '--bias=False in every linear']
+
+def is_value(text):
+    """Whether nothing follows the value."""
+    try: ast.literal_eval(text)
+    except SyntaxError: return False
+    return True
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_setting_of_every_script_has_its_text(script, capsys):
+    """What has none is no setting: a public number in the main part would be one."""
+    with pytest.raises(SystemExit) as stop: door(script, '--help')
+    out = capsys.readouterr().out
+    rows = re.findall(r'^  --(\w+)=(.*)$', out, re.M)
+    assert stop.value.code == 0 and rows and not [name for name, rest in rows if is_value(rest)]
+    if script == 'bench.py': assert 'python bench.py train' in out and 'kv_cache   bytes' in out # the suites
+
+def test_suites_and_settings_in_any_order(capsys):
+    door('bench.py', '--no-save', 'kv_cache', '--rounds', '1')
+    assert '"suite": "kv_cache"' in capsys.readouterr().out
 
 def test_help_without_a_file(capsys):
     """An interactive session has no source; the settings are still listed."""
@@ -378,15 +518,72 @@ def test_user_errors_turns(error, message):
         with user_errors(): raise error
     assert str(caught.value) == message and caught.value.__cause__ is error
 
-@pytest.mark.parametrize('error', [KeyError('x'), TypeError('x'), RuntimeError('x'), ZeroDivisionError(), UserError('as it was')])
+@pytest.mark.parametrize('error', [
+    KeyError('x'), TypeError('x'), RuntimeError('x'), ZeroDivisionError(), UserError('as it was'),
+    BrokenPipeError(32, 'Broken pipe')]) # the last is a reader that has gone, not bad input
 def test_user_errors_leaves_alone(error):
     with pytest.raises(type(error)) as caught:
         with user_errors(): raise error
     assert caught.value is error
 
+# --- Ctrl-C, a full disk, closed streams ---
 
-def test_a_reader_that_has_read_enough():
-    """python train.py --help | head: no traceback."""
-    line = f"{sys.executable} {os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train.py')} --help | head -1"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("usage") and done.stderr == ""
+SWALLOWS = """
+print('importing', flush=True)
+try: import os; os.read(0, 1)
+except BaseException: pass # as a C extension may, while it is imported
+print('imported')
+"""
+
+@pytest.mark.parametrize('where', ['importing', 'waiting'])
+def test_ctrl_c_ends_in_one_line(where):
+    process = start('--out_dir=wait', slow=SWALLOWS if where == 'importing' else '')
+    assert process.stdout.readline().decode() == where + '\n'
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == b'' and err.decode().splitlines()[-1] == 'stopped'
+    assert err.count(b'\n') == (1 if where == 'importing' else 2) # the setting
+
+def test_ctrl_c_that_ends_the_reader_too():
+    """train.py 2>&1 | tee log: the terminal sends it to both."""
+    process = start('--out_dir=wait')
+    assert process.stdout.readline() == b'waiting\n'
+    process.stderr.close(), process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    """nohup, or a job in the background of a script."""
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = start('--out_dir=wait', slow=SWALLOWS, more={'preexec_fn': ignore})
+    for line in (b'importing\n', b'imported\n', b'waiting\n'):
+        while (said := process.stdout.readline()) != line: assert said
+        process.send_signal(signal.SIGINT)
+        if line != b'imported\n': process.stdin.write(b'x'), process.stdin.flush()
+    assert b'END' in process.communicate(timeout=60)[0] and process.returncode == 0
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_configurator_is_imported_first(script):
+    """Else Ctrl-C while torch is imported is a traceback, or is swallowed."""
+    with open(os.path.join(ROOT, script), encoding='utf-8') as file: text = file.read()
+    first = next(node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    assert (getattr(first, 'module', None) or first.names[0].name) == 'configurator'
+    assert 'configure(globals()' in text # by this call configurator knows its scripts
+
+@pytest.mark.parametrize('argv', [[], ['--help']])
+def test_a_reader_that_has_gone(argv):
+    """As `| head` has when it has read enough; even where all is written at the exit."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert run(*argv, stdout=writing) == (141, '', '')
+    os.close(writing)
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_full_disk():
+    with open('/dev/full', 'w') as full:
+        assert run(stdout=full) == (2, '', 'error: [Errno 28] No space left on device\n')
+
+@pytest.mark.parametrize('closed', [1, 2])
+def test_a_closed_stream(closed):
+    code, out, err = run('--n_layer=3', more={'preexec_fn': lambda: os.close(closed)})
+    assert code == 0 and err == '' and (out == '' if closed == 1 else out.startswith('END'))

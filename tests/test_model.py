@@ -774,7 +774,7 @@ def test_door_describes_a_preset(tmp_path):
     assert f"{by_hand(**{**M.PRESETS['micro'], 'n_layer': 3, 'n_embd': 80, 'vocab_size': 640}):,} parameters" in said
     assert "--model_size" not in said # the table is for those who asked for nothing
     for wrong, near in (("medum", "medium"), ("XXL", "xxl")):
-        error = door(f"--model_size={wrong}", code=2).splitlines()
+        error = door(f"--model_size={wrong}", code=2).splitlines()[1:] # after the setting
         assert error[0] == f"error: unknown model_size {wrong!r}" and error[1].startswith(f"Nearest: {near}") and "nano, micro" in error[1]
         assert len(error) == 2
 

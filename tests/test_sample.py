@@ -1,12 +1,16 @@
 """sample.py and bench.py through their command lines, on a run of a few steps."""
 import json
 import os
+import re
+import runpy
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from configurator import UserError
 from conftest import ROOT
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
@@ -29,14 +33,9 @@ def sample(run, *flags, out="char", **kw):
     return done
 
 
-def printed(done):
-    """What was written, without the lines that name the overridden settings."""
-    return "\n".join(line for line in done.stdout.split("\n") if "    (default" not in line)
-
-
 def test_the_text_is_the_models(run):
     """Greedy text is the argmax of the full forward, token after token."""
-    out = printed(sample(run, "--start=to be", "--max_new_tokens=40", "--temperature=0")).rstrip("\n")
+    out = sample(run, "--start=to be", "--max_new_tokens=40", "--temperature=0").stdout.rstrip("\n")
     state = load_checkpoint(run / "char/best.pt")
     stoi = state["tokenizer"]["char_to_id"]
     model, ids = GPT.from_checkpoint(run / "char/best.pt"), [stoi[c] for c in "to be"]
@@ -49,28 +48,67 @@ def test_the_text_is_the_models(run):
 
 
 def test_the_seed_decides(run):
-    a, b, c = (printed(sample(run, "--max_new_tokens=60", f"--seed={s}")) for s in (1, 1, 2))
+    a, b, c = (sample(run, "--max_new_tokens=60", f"--seed={s}").stdout for s in (1, 1, 2))
     assert a == b != c
 
 
 def test_several_samples(run):
-    parts = printed(sample(run, "--num_samples=3", "--max_new_tokens=20", "--start=to")).split("---------------")
+    done = sample(run, "--num_samples=3", "--max_new_tokens=20", "--start=to")
+    parts = done.stdout.split("---------------")
     assert len(parts) == 4 and parts[3].strip() == "" and len(set(parts[:3])) > 1
 
 
 def test_a_prompt_from_a_file_and_longer_than_the_context(run):
     (run / "prompt.txt").write_text("to be or not to be, that is", encoding="utf-8")
     done = sample(run, "--start=FILE:prompt.txt", "--max_new_tokens=5")
-    assert printed(done).startswith("to be or not to be, that is") and "27 tokens, the model reads at most the last 16" in done.stderr
+    assert done.stdout.startswith("to be or not to be, that is")
+    assert "27 tokens, the model reads at most the last 16" in done.stderr
 
 
 def test_conversation(run):
-    lines = "to be\ntemperature=0\nto be\nto be\ntop_p=3\nto be\ntop_p=0.9\ntop_k=abc\nЖ\n\nnot\nquit\nnever read\n"
-    out = printed(sample(run, "--interactive", "--max_new_tokens=12", input=lines)).split("> ")
+    lines = ("to be\ntemperature=0\nto be\nto be\ntop_p=3\nto be\ntop_p=0.9\ntop_k=abc\nЖ\n\n"
+             "temperature=nan\nnot\nquit\nnever read\n")
+    out = sample(run, "--interactive", "--max_new_tokens=12", input=lines).stdout.split("> ")
     assert "temperature = 0.0" in out[2] and out[3].strip() == out[4].strip() # greedy now: twice the same
-    assert "error: top_p=3.0 must be in (0, 1]" in out[6] and "top_p = 0.9" in out[7] and "error: top_k must be int" in out[8]
+    assert "error: top_p=3.0 must be in (0, 1]" in out[6] and "top_p = 0.9" in out[7]
+    assert "error: top_k = 'abc'" in out[8]
     assert "error: the prompt has characters that the model does not know: 'Ж'" in out[9]
-    assert out[11].startswith("not") and len(out) == 13 # and after quit nothing
+    assert "error: temperature = 'nan'" in out[11] # it would end the conversation with the next draw
+    assert out[12].startswith("not") and len(out) == 14 # and after quit nothing
+
+
+def test_settings_are_not_in_the_story(run):
+    """`sample.py ... > story.txt`: stdout is the text alone."""
+    done = sample(run, "--start=to be", "--max_new_tokens=5")
+    assert done.stdout.startswith("to be") and "start = 'to be'    (default" in done.stderr
+
+
+@pytest.mark.parametrize("sign", ["torch", "to be"])
+def test_ctrl_c_ends_in_one_line(run, sign):
+    """While torch is imported (-X importtime writes a line after each module), and in the midst of a text."""
+    more = ["-X", "importtime"] * (sign == "torch")
+    flags = [f"--out_dir={run / 'char'}", "--start=to be", "--max_new_tokens=100000"]
+    process = subprocess.Popen([sys.executable, *more, ROOT / "sample.py", *flags],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while sign not in (line := (process.stderr if sign == "torch" else process.stdout).readline()):
+        assert line
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    said = [s for s in err.splitlines() if not s.startswith("import time:") and "    (default" not in s]
+    assert process.returncode == 130 and said == ["stopped"]
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--start=FILE:latin.txt", "latin.txt is not UTF-8"), ("--seed=-1", "in [0, 2**64)"),
+    (f"--seed={2**64}", "in [0, 2**64)"), ("--max_new_tokens=0", "at least 1"), ("--top_k=1.5", "an int"),
+    ("--temperature=nan", "not nan")])
+def test_what_cannot_be_sampled(run, flag, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook) # configure sets another
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={run / 'char'}", flag])
+    with pytest.raises(UserError, match=re.escape(words)):
+        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
 
 
 def test_half_characters_wait(run):
@@ -100,7 +138,7 @@ def test_a_character_of_three_tokens(run, tmp_path):
     state["config"]["model"]["tie_embeddings"] = False
     (tmp_path / "o").mkdir()
     save_checkpoint(tmp_path / "o/ckpt.pt", state)
-    assert printed(sample(tmp_path, "--max_new_tokens=9", "--temperature=0", out="o")).strip() == "\u20ac" * 3
+    assert sample(tmp_path, "--max_new_tokens=9", "--temperature=0", out="o").stdout.strip() == "\u20ac" * 3
 
 
 def test_a_damaged_best_is_said_and_the_newest_is_used(run, tmp_path):
@@ -113,12 +151,13 @@ def test_a_damaged_best_is_said_and_the_newest_is_used(run, tmp_path):
 @pytest.mark.parametrize("draft", ["ahead", "ngram"])
 def test_speculative_text_is_the_same(run, draft):
     plain, ours = (sample(run, "--start=to be", "--max_new_tokens=60", "--temperature=0", *more) for more in ([], ["--speculative", f"--draft={draft}"]))
-    assert printed(ours).splitlines()[-1:] == printed(plain).splitlines()[-1:] and "to be" in printed(ours)
+    assert ours.stdout == plain.stdout and ours.stdout.startswith("to be")
     assert "tokens per forward" in ours.stderr and "drafts kept" in ours.stderr and "plain cached decoding" in ours.stderr
 
 
 def test_speculative_samples_of_several_rows(run):
-    parts = printed(sample(run, "--num_samples=3", "--max_new_tokens=20", "--start=to", "--speculative")).split("---------------")
+    done = sample(run, "--num_samples=3", "--max_new_tokens=20", "--start=to", "--speculative")
+    parts = done.stdout.split("---------------")
     assert len(parts) == 4 and len(set(parts[:3])) > 1
 
 
