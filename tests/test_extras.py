@@ -143,7 +143,7 @@ def test_slots_differ_and_stay_so():
 
 def test_peek_predicts_the_mean_of_what_comes():
     model = build(future_peek=3)
-    model.between[0].body.down.weight.data *= 10 # as large as what it predicts: else the loss is 1 whatever counts
+    model.between[0].body.down.weight.data *= 10 # as large as what it predicts: else the loss is always 1
     idx, targets = tokens(2, 12), tokens(2, 12)
     targets[0, 7:10] = -1
     notes = {}
