@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -257,6 +258,44 @@ def test_start(row):
         reached |= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         opt.step()
     assert reached == {name for name, p in model.named_parameters()}
+
+
+STARTS = [ # of 64 channels and 3 layers: how a name ends; values or their deviation, for n inputs and sublayer i
+    (r"embed.weight|table.weight|thoughts.vectors|head.weight", lambda n, i: 0.25 / 64**0.5),
+    (r"attention.out.weight|mlp.down.weight|between.\d.body.out.weight", lambda n, i: 1 / (n * 2 * 3) ** 0.5),
+    (r"phi.weight|dynamic.weight|(ahead|uncertainty).down.weight|nothing|bias", lambda n, i: torch.zeros(())),
+    (r"norm\w*.weight|post", lambda n, i: torch.ones(())),
+    (r"(qkv|up|down|gate)\.weight", lambda n, i: 1 / n**0.5),
+    (r"alpha|scale|eps", lambda n, i: torch.tensor(0.01)), # of mhc, hyper and crrelu
+    (r"residual\d?.b", lambda n, i: torch.cat([(0.1 + 0.6 * torch.eye(4)[i % 4]).logit(), torch.zeros(4),
+                                               3 * torch.eye(4).flatten()])),
+    (r"pre", lambda n, i: torch.eye(4)[i % 4]),
+    (r"res", lambda n, i: torch.eye(4)),
+    (r"maps.vectors", lambda n, i: 0.1),
+    (r"slots", lambda n, i: 3.0),
+    (r"keep", lambda n, i: math.log(4) + torch.linspace(-1, 4, 16)), # segments have 4 tokens
+]
+
+
+@pytest.mark.parametrize("change", [
+    dict(attention="diff_mla", diff_form="v1", q_rank=16, qk_norm=True, activation="crrelu", residual="mhc",
+         tie_embeddings=False, thought_tokens=9, memory_slots=16, future_peek=3, depths=(1, 3), n_ahead=3,
+         uncertainty=True),
+    dict(attention="diff", residual="hyper", glu=True, bias=True, position="learned")], ids=str)
+def test_first_values_are_those_that_the_docstrings_state(change):
+    """Of k numbers the measured deviation is off by 1 / sqrt(2 k) of itself, the mean by deviation / sqrt(k)."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size=99, block_size=16, n_layer=3, n_head=4, n_embd=64, **change))
+    for name, p in model.named_parameters():
+        start = next(start for end, start in STARTS if re.search(rf"(^|[._])({end})$", name))
+        block, sublayer = re.search(r"(\d)\.", name), re.search(r"residual(\d)", name)
+        i = 0 if not block else 2 * int(block[1]) + int(sublayer[1]) - 1 if sublayer else 6 + int(block[1])
+        want, k = start(p.size(-1), i), p.numel()
+        if torch.is_tensor(want):
+            torch.testing.assert_close(p.detach(), want.expand_as(p), msg=name)
+        else:
+            assert p.std().item() == pytest.approx(want, rel=5 / (2 * k) ** 0.5), name
+            assert abs(p.mean().item()) < 5 * want / k**0.5, name
 
 
 @pytest.mark.parametrize("change", [{}, dict(zero_init=True, tie_embeddings=False), dict(attention="diff_mla"), dict(norm="layernorm", position="learned")], ids=str)
