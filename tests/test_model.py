@@ -367,6 +367,34 @@ def test_bf16_autocast_is_near(row):
         assert off < 0.04 < (model(idx, idx)[0] - exact).norm() / exact.norm() # bf16 keeps 8 bits: 0.4% at each of a dozen roundings
 
 
+FORMS = [{}, dict(attention="mla"), dict(attention="diff"), dict(attention="diff", diff_form="v1"),
+         dict(n_kv_head=2, qk_norm=True), dict(attention="mla", q_rank=12, qk_norm=True), dict(attention="diff_mla"),
+         dict(attention="diff_mla", diff_form="v1")]
+STREAMS = [{}, dict(residual="mhc"), dict(residual="mhc", n_stream=2), dict(residual="mhc", h_res="permutations")]
+HALF = [{**form, **streams, "activation": activation, "glu": glu} # each of them at least once
+        for (activation, glu), form, streams in zip(itertools.product(CHOICES["activation"], (False, True)),
+                                                    itertools.cycle(FORMS), itertools.cycle(STREAMS))]
+HALF += [dict(thought_tokens=2, memory_slots=3, future_peek=3, n_ahead=3, uncertainty=True, document_token=7)]
+
+
+@pytest.mark.parametrize("change, whole", [*itertools.product(HALF, (False, True)), (dict(residual="hyper"), False)],
+                         ids=str)
+def test_half_precision_is_near_and_finite(change, whole):
+    """Logits, losses and gradients: under autocast, or with all weights in bf16, against the same weights in fp32."""
+    model = build(change, 0.15).bfloat16().float()
+    idx, found = tokens(model, 2, 16), []
+    for half in (False, True):
+        model = model.bfloat16() if half and whole else model
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and not whole):
+            logits, losses = model(idx, idx)
+        sum(losses.values()).backward()
+        grads = torch.cat([p.grad.flatten().float() for p in model.parameters()])
+        found.append((logits, torch.stack([*losses.values()]), grads))
+    for exact, near, roundings in zip(*found, (4, 4, 8), strict=True): # of 2^-8, one after the other
+        assert near.isfinite().all() and (near - exact).norm() < roundings * 2**-8 * exact.norm()
+
+
 @pytest.mark.parametrize("attention", ("mha", "mla", "diff", "diff_mla"))
 def test_the_model_compiles_without_a_break(attention):
     """backend eager: the graph that torch.compile sees, real rotations included, computes what the eager model does."""

@@ -128,6 +128,10 @@ def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
         train(corpus, tmp_path / out, "--max_iters=10", "--dropout=0.0", "--eval_iters=2", *flags)
     a, b = (load_checkpoint(tmp_path / o / "ckpt.pt")["model"] for o in "ab")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    data, model = load("play", corpus / "data"), GPT.from_checkpoint(tmp_path / "a/ckpt.pt")
+    with torch.no_grad(): # eval_iters batches of the validation split, always the same ones
+        losses = [model(*data.val.batch(i, 4, 32, 1337))[1]["ce"].item() for i in range(2)]
+    assert metrics(tmp_path / "a")[-1]["val_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     one, two = ([(x["train_loss"], x["grad_norm"]) for x in metrics(tmp_path / o) if "lr" in x] for o in "ab")
     assert one == [pytest.approx(x, rel=1e-3) for x in two] # clipping and Adam would hide a gradient of another size
 
@@ -190,22 +194,38 @@ def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
 def test_resume_with_more_steps_and_without_repeating_the_settings(corpus, tmp_path):
     for out, first in (("a", "--max_iters=40"), ("b", "--max_iters=20")):
         train(corpus, tmp_path / out, first, "--lr_decay_iters=40")
+    saved = load_checkpoint(tmp_path / "b/ckpt.pt")
+    save_checkpoint(tmp_path / "b/ckpt.pt", {**saved, "time_s": 1000.0}) # as if it had trained for so long
     flags = [f"--out_dir={tmp_path / 'b'}", "--resume", "--max_iters=40", f"--data_dir={corpus / 'data'}"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "max_iters was 20 before this resume" in done.stdout, done.stdout + done.stderr
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
     assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert all((line["time_s"] > 1000) == (line["step"] > 20) for line in metrics(tmp_path / "b"))
+    assert load_checkpoint(tmp_path / "b/ckpt.pt")["time_s"] > 1000
 
 
 SPARSE = ["--sparse=skeleton_flesh", "--sparse_density=0.4", "--sparse_interval=5", "--schedule=wsd", "--sparse_boost=2.0", "--sparse_boost_steps=4"]
 
 
+DICE = """
+import random, numpy
+def dice(step, params): return {"python": random.random(), "numpy": numpy.random.rand()}
+"""
+
+
 @pytest.mark.parametrize("flags", [["--optimizer=fadam"], ["--optimizer=adam_mini"], ["--optimizer=muon", *SPARSE], SPARSE,
-                                   ["--update_hooks=gradient_noise,clip_by_layer=0.1"]], ids=lambda f: f[0])
+                                   ["--update_hooks=gradient_noise,clip_by_layer=0.1,dice.py:dice"]],
+                         ids=lambda f: f[0])
 @pytest.mark.parametrize("stop", [22, 25])
 def test_every_optimizer_and_every_rule_resumes_to_the_bit(flags, stop, corpus, tmp_path):
-    """Stopped in the middle of a sparse window (22), and right before weights are chosen (25)."""
+    """
+    Stopped in the middle of a sparse window (22), and right before weights are chosen (25). What a hook draws
+    from Python's and numpy's generators goes on as well.
+    """
+    (tmp_path / "dice.py").write_text(DICE, encoding="utf-8")
+    flags = [flag.replace("dice.py", str(tmp_path / "dice.py")) for flag in flags]
     train(corpus, tmp_path / "a", "--max_iters=45", *flags)
     train(corpus, tmp_path / "b", f"--max_iters={stop}", "--lr_decay_iters=45", *flags)
     train(corpus, tmp_path / "b", "--max_iters=45", "--resume")
@@ -333,6 +353,22 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["c.pt"]
 
 
+def test_a_best_model_that_was_not_written_is_not_the_best(corpus, tmp_path):
+    """Else a later model that is better than what best.pt holds would not be kept."""
+    script = ("import sys, runpy\nsys.argv = sys.argv[1:]\n" f"sys.path.insert(0, {str(ROOT)!r})\n"
+              "import model\nwrite = model.save_checkpoint\n"
+              "def save(path, state, *rest, **named):\n"
+              "    if path.endswith('best.pt') and state['step']: raise OSError(28, 'full')\n"
+              "    write(path, state, *rest, **named)\n"
+              "model.save_checkpoint = save\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+    line = [sys.executable, "-c", script, *command(corpus, tmp_path / "o", "--max_iters=10")[1:]]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    first, last = (x["val_loss"] for x in metrics(tmp_path / "o") if "val_loss" in x)
+    assert done.returncode == 0 and "best.pt WAS NOT WRITTEN" in done.stdout, done.stdout + done.stderr
+    assert last < first
+    assert [load_checkpoint(tmp_path / f"o/{name}.pt")["best"] for name in ("best", "ckpt")] == [first, first]
+
+
 def test_a_second_run_in_the_folder_keeps_the_first(corpus, tmp_path):
     out = tmp_path / "o"
     train(corpus, out, "--max_iters=5")
@@ -359,6 +395,22 @@ def test_a_signal_saves_and_resume_goes_on(number, code, whole, corpus, tmp_path
     assert 15 <= load_checkpoint(out / "ckpt.pt")["step"] < 60
     train(corpus, out, "--max_iters=60", "--resume")
     assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
+
+
+def test_a_second_signal_ends_the_run_at_once(corpus, tmp_path):
+    slow = "import time\ndef slow(step, params): print('asleep', flush=True), time.sleep(60)\n"
+    (tmp_path / "slow.py").write_text(slow, encoding="utf-8")
+    line = command(corpus, tmp_path / "o", "--eval_iters=1", f"--update_hooks={tmp_path / 'slow.py'}:slow")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    try:
+        for word in ("asleep", "SIGINT: finishing this step"):
+            while word not in (line := process.stdout.readline()):
+                assert line, f"ended before {word!r}"
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == -signal.SIGINT and not (tmp_path / "o/ckpt.pt").exists()
+    finally:
+        process.kill()
+        process.stdout.close()
 
 
 SABOTAGE = """
@@ -456,7 +508,10 @@ def test_shards_and_tokenizer_of_hugging_face(tmp_path):
     prepare(tmp_path / "speech.txt", str(tmp_path / "bpe.json"), tmp_path / "data")
     (tmp_path / "speech.txt").write_text(SPEECH + " once more", encoding="utf-8")
     (tmp_path / "bpe.json").unlink()
-    call("train.py", "--dataset=speech.txt", "--out_dir=q", *small) # the path again: prepared with the vocabulary that it had
+    # the path again: prepared with the vocabulary that it had
+    call("train.py", "--dataset=speech.txt", "--out_dir=q", "--memory_slots=2", *small)
+    made = load_checkpoint(tmp_path / "q/ckpt.pt")["config"]["model"]
+    assert made["document_token"] == codec.token_to_id("<|endoftext|>") # what ends a document
     assert load("speech", tmp_path / "data").tokenizer.name == "hf"
     for gone in ("shards", "data"):
         shutil.rmtree(tmp_path / gone)
