@@ -310,6 +310,43 @@ def test_a_row_that_stops_costs_nothing():
     assert 0 < len(called) < 16
 
 
+# --- all of them: a batch in parts ---
+
+
+@pytest.mark.parametrize("knobs", [{}, *({k: v} for k, v in KNOBS.items()), KNOBS], ids=lambda k: "-".join(k) or "none")
+def test_parts_of_a_batch_add_up_to_it(knobs):
+    """
+    Gradient accumulation: the mean over two halves of a batch. For the loss of the text and its gradient that is the
+    whole batch's. The losses beside it say what they are of the whole: the mean depth is squared after its mean, peek
+    divides by the mean square of its batch, ahead and uncertainty take a quarter of the rows.
+    """
+    model = build(**knobs)
+    x = tokens(8, 33 if "memory_slots" in knobs else 17)
+
+    def results(x):
+        losses, notes = model(x[:, :-1], x[:, 1:])[1], {}
+        model.trunk(x[:, :-1], notes=notes)
+        return losses, notes.get("depth"), torch.autograd.grad(losses["ce"], [*model.parameters()], allow_unused=True)
+
+    (whole, depth, grads), *halves = (results(rows) for rows in (x, *x.split(4)))
+    mean = {name: sum(losses[name] for losses, _, _ in halves) / 2 for name in whole}
+    assert mean.pop("ce").item() == pytest.approx(whole["ce"].item(), rel=1e-12)
+    for g, *parts in zip(grads, *(part for _, _, part in halves), strict=True):
+        assert (g is None) == all(p is None for p in parts)
+        if g is not None:
+            torch.testing.assert_close(sum(p for p in parts if p is not None) / 2, g, rtol=1e-9, atol=1e-12)
+    if "depth" in mean: # larger, by the variance of the depths
+        apart = (halves[0][1] - halves[1][1]) / 2
+        assert mean["depth"].item() == pytest.approx((whole["depth"] + apart.square()).item(), rel=1e-9)
+    for name in {"ahead", "uncertainty"} & mean.keys(): # rows 0 and 1 of eight; 0 and 4 of two halves
+        for loss, rows in ((whole[name], (0, 1)), (mean[name], (0, 4))):
+            alone = sum(results(x[row : row + 1])[0][name] for row in rows) / 2
+            assert loss.item() == pytest.approx(alone.item(), rel=1e-9)
+    if "peek" in mean:
+        lowest, highest = sorted(losses["peek"].item() for losses, _, _ in halves)
+        assert lowest <= whole["peek"].item() <= highest
+
+
 # --- all of them: nothing can be learned from the future ---
 
 
