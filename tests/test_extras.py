@@ -313,12 +313,12 @@ def test_a_row_that_stops_costs_nothing():
 # --- all of them: a batch in parts ---
 
 
-@pytest.mark.parametrize("knobs", [{}, *({k: v} for k, v in KNOBS.items()), KNOBS], ids=lambda k: "-".join(k) or "none")
+@pytest.mark.parametrize("knobs", [{}, *({k: v} for k, v in KNOBS.items()), KNOBS], ids="-".join)
 def test_parts_of_a_batch_add_up_to_it(knobs):
     """
-    Gradient accumulation: the mean over two halves of a batch. For the loss of the text and its gradient that is the
-    whole batch's. The losses beside it say what they are of the whole: the mean depth is squared after its mean, peek
-    divides by the mean square of its batch, ahead and uncertainty take a quarter of the rows.
+    Gradient accumulation: the mean over two halves of a batch. The text's loss and its gradient are the whole's.
+    Of the losses beside it: the mean depth is squared after its mean, peek divides by the mean square of its
+    batch, ahead and uncertainty take a quarter of the rows.
     """
     model = build(**knobs)
     x = tokens(8, 33 if "memory_slots" in knobs else 17)
@@ -326,7 +326,8 @@ def test_parts_of_a_batch_add_up_to_it(knobs):
     def results(x):
         losses, notes = model(x[:, :-1], x[:, 1:])[1], {}
         model.trunk(x[:, :-1], notes=notes)
-        return losses, notes.get("depth"), torch.autograd.grad(losses["ce"], [*model.parameters()], allow_unused=True)
+        grads = torch.autograd.grad(losses["ce"], [*model.parameters()], allow_unused=True)
+        return losses, notes.get("depth"), grads
 
     (whole, depth, grads), *halves = (results(rows) for rows in (x, *x.split(4)))
     mean = {name: sum(losses[name] for losses, _, _ in halves) / 2 for name in whole}

@@ -502,7 +502,7 @@ def backwards(t):
     return t.permute([*range(t.dim())][::-1])
 
 
-LAYOUTS = { # axes in another order; every other place of a larger tensor; one number for all places of an axis
+LAYOUTS = { # axes in another order; every other place of a larger tensor; one number for a whole axis
     "transposed": lambda t: backwards(backwards(t).contiguous()),
     "strided": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2] if t.dim() else t,
     "expanded": lambda t: t[:1].expand(t.shape) if t.dim() else t,

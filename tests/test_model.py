@@ -260,7 +260,7 @@ def test_start(row):
     assert reached == {name for name, p in model.named_parameters()}
 
 
-STARTS = [ # of 64 channels and 3 layers: how a name ends; values or their deviation, for n inputs and sublayer i
+STARTS = [ # of 64 channels, 3 layers: how a name ends; values or their deviation, for n inputs and sublayer i
     (r"embed.weight|table.weight|thoughts.vectors|head.weight", lambda n, i: 0.25 / 64**0.5),
     (r"attention.out.weight|mlp.down.weight|between.\d.body.out.weight", lambda n, i: 1 / (n * 2 * 3) ** 0.5),
     (r"phi.weight|dynamic.weight|(ahead|uncertainty).down.weight|nothing|bias", lambda n, i: torch.zeros(())),
@@ -283,7 +283,7 @@ STARTS = [ # of 64 channels and 3 layers: how a name ends; values or their devia
          uncertainty=True),
     dict(attention="diff", residual="hyper", glu=True, bias=True, position="learned")], ids=str)
 def test_first_values_are_those_that_the_docstrings_state(change):
-    """Of k numbers the measured deviation is off by 1 / sqrt(2 k) of itself, the mean by deviation / sqrt(k)."""
+    """Of k numbers the deviation is measured to 1 / sqrt(2 k) of itself, the mean to deviation / sqrt(k)."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(vocab_size=99, block_size=16, n_layer=3, n_head=4, n_embd=64, **change))
     for name, p in model.named_parameters():
@@ -368,19 +368,20 @@ def test_bf16_autocast_is_near(row):
 
 
 FORMS = [{}, dict(attention="mla"), dict(attention="diff"), dict(attention="diff", diff_form="v1"),
-         dict(n_kv_head=2, qk_norm=True), dict(attention="mla", q_rank=12, qk_norm=True), dict(attention="diff_mla"),
-         dict(attention="diff_mla", diff_form="v1")]
-STREAMS = [{}, dict(residual="mhc"), dict(residual="mhc", n_stream=2), dict(residual="mhc", h_res="permutations")]
+         dict(n_kv_head=2, qk_norm=True), dict(attention="mla", q_rank=12, qk_norm=True),
+         dict(attention="diff_mla"), dict(attention="diff_mla", diff_form="v1")]
+STREAMS = [{}, dict(residual="mhc"), dict(residual="mhc", n_stream=2),
+           dict(residual="mhc", h_res="permutations")]
 HALF = [{**form, **streams, "activation": activation, "glu": glu} # each of them at least once
         for (activation, glu), form, streams in zip(itertools.product(CHOICES["activation"], (False, True)),
                                                     itertools.cycle(FORMS), itertools.cycle(STREAMS))]
 HALF += [dict(thought_tokens=2, memory_slots=3, future_peek=3, n_ahead=3, uncertainty=True, document_token=7)]
 
 
-@pytest.mark.parametrize("change, whole", [*itertools.product(HALF, (False, True)), (dict(residual="hyper"), False)],
-                         ids=str)
+@pytest.mark.parametrize("change, whole", [*itertools.product(HALF, (False, True)),
+                                           (dict(residual="hyper"), False)], ids=str)
 def test_half_precision_is_near_and_finite(change, whole):
-    """Logits, losses and gradients: under autocast, or with all weights in bf16, against the same weights in fp32."""
+    """Logits, losses and gradients, under autocast or with bf16 weights, against the same weights in fp32."""
     model = build(change, 0.15).bfloat16().float()
     idx, found = tokens(model, 2, 16), []
     for half in (False, True):

@@ -285,7 +285,7 @@ def test_drafting_stops_where_it_cannot_pay_and_is_tried_again():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_pause_is_as_long_for_each_of_many_rows(rows):
-    """After a trial that kept no draft each row writes PAUSE tokens without drafts; after a good trial none."""
+    """After a trial that kept no draft each row writes PAUSE tokens without one; after a good trial none."""
     writer = Speculation(build(), torch.randint(17, (rows, 5)))
     for kept, forwards in ((0, writer.PAUSE), (3, 0)):
         writer.judge_drafting(0, 0, rows) # a forward without room for drafts is no part of a trial
