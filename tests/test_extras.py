@@ -262,6 +262,9 @@ def test_nothing_kept_of_some_rows_is_nothing_read():
         model.trunk(idx, cache)
         cache.truncate(torch.tensor([0, 0]))
         torch.testing.assert_close(model.trunk(idx, cache), model.trunk(idx), atol=1e-9, rtol=1e-9)
+        cache = model.new_cache(2) # of nothing at all: the thoughts are not there yet
+        cache.truncate(torch.tensor([0, 0]))
+        torch.testing.assert_close(model.trunk(idx, cache), model.trunk(idx), atol=1e-9, rtol=1e-9)
 
 
 def test_documents_are_counted_exactly_in_half_precision():
@@ -316,7 +319,8 @@ def test_a_row_that_stops_costs_nothing():
 @pytest.mark.parametrize("knobs", [{}, *({k: v} for k, v in KNOBS.items()), KNOBS], ids="-".join)
 def test_parts_of_a_batch_add_up_to_it(knobs):
     """
-    Gradient accumulation: the mean over two halves of a batch. The text's loss and its gradient are the whole's.
+    Gradient accumulation: the mean over two halves of a batch. The text's loss, the mean depth and the gradients
+    of both are the whole's.
     Of the losses beside it: the mean depth is squared after its mean, peek divides by the mean square of its
     batch, ahead and uncertainty take a quarter of the rows.
     """
@@ -326,8 +330,9 @@ def test_parts_of_a_batch_add_up_to_it(knobs):
     def results(x):
         losses, notes = model(x[:, :-1], x[:, 1:])[1], {}
         model.trunk(x[:, :-1], notes=notes)
-        grads = torch.autograd.grad(losses["ce"], [*model.parameters()], allow_unused=True)
-        return losses, notes.get("depth"), grads
+        depth = notes.get("depth", torch.zeros(()))
+        grads = torch.autograd.grad(losses["ce"] + depth, [*model.parameters()], allow_unused=True)
+        return losses, depth, grads
 
     (whole, depth, grads), *halves = (results(rows) for rows in (x, *x.split(4)))
     mean = {name: sum(losses[name] for losses, _, _ in halves) / 2 for name in whole}
