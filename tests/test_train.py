@@ -228,6 +228,7 @@ def test_every_optimizer_and_every_rule_resumes_to_the_bit(flags, stop, corpus, 
     flags = [flag.replace("dice.py", str(tmp_path / "dice.py")) for flag in flags]
     train(corpus, tmp_path / "a", "--max_iters=45", *flags)
     train(corpus, tmp_path / "b", f"--max_iters={stop}", "--lr_decay_iters=45", *flags)
+    assert (tmp_path / "b/best.pt").exists() != (SPARSE[0] in flags) # a denser model is never the best
     train(corpus, tmp_path / "b", "--max_iters=45", "--resume")
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
     assert all(same(a[k], b[k]) for k in ("model", "optimizer", "sparse", "random"))
@@ -287,7 +288,7 @@ def test_hooks_watch_without_a_trace_and_change_what_they_say(corpus, tmp_path):
     assert set(line["hooks"]["activation_stats"]) == {f"blocks.{i}{k}" for i in (0, 1) for k in (".mean", ".std", ".mlp.down.dead")}
     run = json.loads((tmp_path / "watched" / "run.json").read_text(encoding="utf-8"))
     assert run["hook_list"] == {"forward": ["activation_stats", f"{tmp_path / 'mine.py'}:spoil"], "update": []}
-    train(corpus, tmp_path / "same", *flags, "--update_hooks=identity")
+    train(corpus, tmp_path / "same", *flags, "--update_hooks=identity", "--sample_tokens=0")
     assert same(state(tmp_path / "plain")["model"], state(tmp_path / "same")["model"])
     train(corpus, tmp_path / "halved", *flags, f"--update_hooks={tmp_path / 'mine.py'}:halve=4")
     plain, halved = metrics(tmp_path / "plain"), metrics(tmp_path / "halved")
@@ -354,18 +355,26 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_best_model_that_was_not_written_is_not_the_best(corpus, tmp_path):
-    """Else a later model that is better than what best.pt holds would not be kept."""
-    script = ("import sys, runpy\nsys.argv = sys.argv[1:]\n" f"sys.path.insert(0, {str(ROOT)!r})\n"
+    """
+    Else a later model that is better than what best.pt holds would not be kept. By the clock of this run each
+    evaluation takes 1000 s: that is no time of training.
+    """
+    script = ("import sys, runpy, time\nsys.argv = sys.argv[1:]\n" f"sys.path.insert(0, {str(ROOT)!r})\n"
               "import model\nwrite = model.save_checkpoint\n"
               "def save(path, state, *rest, **named):\n"
               "    if path.endswith('best.pt') and state['step']: raise OSError(28, 'full')\n"
               "    write(path, state, *rest, **named)\n"
-              "model.save_checkpoint = save\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+              "model.save_checkpoint = save\n"
+              "now, late, write_text = time.monotonic, [0], model.GPT.generate\n"
+              "time.monotonic = lambda: now() + 1000 * len(late)\n"
+              "model.GPT.generate = lambda *a, **k: late.append(0) or write_text(*a, **k)\n"
+              "runpy.run_path(sys.argv[0], run_name='__main__')")
     line = [sys.executable, "-c", script, *command(corpus, tmp_path / "o", "--max_iters=10")[1:]]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     first, last = (x["val_loss"] for x in metrics(tmp_path / "o") if "val_loss" in x)
     assert done.returncode == 0 and "best.pt WAS NOT WRITTEN" in done.stdout, done.stdout + done.stderr
     assert last < first
+    assert all(line["time_s"] < 500 and line.get("tokens_per_s", 9) > 1 for line in metrics(tmp_path / "o"))
     assert [load_checkpoint(tmp_path / f"o/{name}.pt")["best"] for name in ("best", "ckpt")] == [first, first]
 
 
@@ -446,8 +455,10 @@ def test_a_non_finite_batch_is_skipped(bad, corpus, tmp_path):
 
 
 def test_many_non_finite_batches_stop_the_run(corpus, tmp_path):
-    done = sabotaged(corpus, tmp_path / "o", "nan", set(range(4, 99)), "--max_iters=60", "--checkpoint_interval=3")
+    bad = {1, 3, 5, *range(7, 99)} # the first three are not in a row
+    done = sabotaged(corpus, tmp_path / "o", "nan", bad, "--max_iters=60", "--checkpoint_interval=3")
     assert done.returncode == 1 and "6 non-finite batches in a row" in done.stderr
+    assert "SKIPPED (9 so far)" in done.stdout
     assert load_checkpoint(tmp_path / "o/ckpt.pt")["step"] <= 10 # and what was saved is finite
     assert all(v.isfinite().all() for v in load_checkpoint(tmp_path / "o/ckpt.pt")["model"].values())
 
