@@ -319,8 +319,8 @@ def test_a_row_that_stops_costs_nothing():
 @pytest.mark.parametrize("knobs", [{}, *({k: v} for k, v in KNOBS.items()), KNOBS], ids="-".join)
 def test_parts_of_a_batch_add_up_to_it(knobs):
     """
-    Gradient accumulation: the mean over two halves of a batch. The text's loss, the mean depth and gradients
-    of both are the whole's.
+    Gradient accumulation: the mean over two halves of a batch. The text's loss, the mean depth and the
+    gradients of both are the whole's.
     Of the losses beside it: the mean depth is squared after its mean, peek divides by the mean square of its
     batch, ahead and uncertainty take a quarter of the rows.
     """

@@ -618,6 +618,15 @@ def test_flops_are_the_matrix_multiplications(monkeypatch):
         with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(idx, idx)
         assert model.flops_per_token(16) == 3 * counter.get_total_flops() / 16, attention
+    model, seen = build({"thought_tokens": 3, "depths": (1, 2)}).eval(), []
+    for bias in (-99, 99): # a mean depth of 1.5: half of the tokens stop, half go on
+        model.routers[0].gate.bias.data.fill_(bias)
+        math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, math_only:
+            model(idx, idx)
+        seen.append(counter.get_total_flops() / 16)
+    assert seen[1] > 1.5 * seen[0]
+    assert model.flops_per_token(16) == pytest.approx(3 * sum(seen) / 2, rel=0.005)
     model = build({"n_ahead": 2}, block_size=64) # its i-th guess has i tokens less to be made for
     idx = tokens(model, 4, 64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

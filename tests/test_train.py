@@ -1,4 +1,5 @@
 """train.py through its command line: what it writes, exact resume, damage, signals, numbers that are no numbers."""
+import ast
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -134,6 +136,26 @@ def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
     assert metrics(tmp_path / "a")[-1]["val_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     one, two = ([(x["train_loss"], x["grad_norm"]) for x in metrics(tmp_path / o) if "lr" in x] for o in "ab")
     assert one == [pytest.approx(x, rel=1e-3) for x in two] # clipping and Adam would hide a gradient of another size
+
+
+def test_every_loss_counts_once_whatever_the_number_of_parts():
+    """train.py's own gradient, by itself: half of each part's losses, those beside the text's as well."""
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "gradient"]
+    model = GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=2, n_head=2, n_embd=16, future_peek=3,
+                          depths=(1, 2), n_ahead=2, uncertainty=True))
+    names = {"autocast": nullcontext(), "scaler": torch.amp.GradScaler("cpu", enabled=False),
+             "step_model": model, "gradient_accumulation_steps": 2}
+    exec(compile(ast.Module(body, []), "train.py", "exec"), names)
+    parts = [torch.randint(17, (2, 3, 8)).unbind() for _ in range(2)]
+    means = names["gradient"](parts)
+    losses, params = [model(x, y)[1] for x, y in parts], [*model.parameters()]
+    assert len(means) == 5
+    for name, mean in means.items():
+        assert mean.item() == pytest.approx(sum(each[name].item() for each in losses) / 2, rel=1e-5)
+    wanted = torch.autograd.grad(sum(sum(each.values()) for each in losses) / 2, params)
+    for p, g in zip(params, wanted, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
 
 
 # --- resume ---
@@ -312,10 +334,14 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(damage, whol
     assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
 
 
-def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
+def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *a: done.append("on the disk") or fsync(*a))
+    monkeypatch.setattr(os, "replace", lambda *a: done.append("renamed") or replace(*a))
     save_checkpoint(tmp_path / "c.pt", {"model": {"w": torch.arange(40.0)}, "step": 3})
     raw = (tmp_path / "c.pt").read_bytes()
     assert load_checkpoint(tmp_path / "c.pt")["step"] == 3
+    assert done[0] == "on the disk" and done[-1] == "renamed"
     for i in range(0, len(raw)):
         damaged = bytearray(raw)
         damaged[i] ^= 1 << (i % 8)
