@@ -382,13 +382,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_a_best_model_that_was_not_written_is_not_the_best(corpus, tmp_path):
     """
-    Else a later model that is better than what best.pt holds would not be kept. By the clock of this run each
-    evaluation takes 1000 s: that is no time of training.
+    Else a later model that is better than what best.pt holds would not be kept. Where the last checkpoint is
+    lost as well, the exit code says so. By its clock an evaluation takes 1000 s: no time of training.
     """
     script = ("import sys, runpy, time\nsys.argv = sys.argv[1:]\n" f"sys.path.insert(0, {str(ROOT)!r})\n"
               "import model\nwrite = model.save_checkpoint\n"
               "def save(path, state, *rest, **named):\n"
-              "    if path.endswith('best.pt') and state['step']: raise OSError(28, 'full')\n"
+              "    if state['step']: raise OSError(28, 'full', str(state['best']))\n"
               "    write(path, state, *rest, **named)\n"
               "model.save_checkpoint = save\n"
               "now, late, write_text = time.monotonic, [0], model.GPT.generate\n"
@@ -398,10 +398,11 @@ def test_a_best_model_that_was_not_written_is_not_the_best(corpus, tmp_path):
     line = [sys.executable, "-c", script, *command(corpus, tmp_path / "o", "--max_iters=10")[1:]]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     first, last = (x["val_loss"] for x in metrics(tmp_path / "o") if "val_loss" in x)
-    assert done.returncode == 0 and "best.pt WAS NOT WRITTEN" in done.stdout, done.stdout + done.stderr
-    assert last < first
+    assert done.returncode == 1 and "NOT SAVED in" in done.stdout, done.stdout + done.stderr
+    for name, best in (("best", last), ("ckpt", first)):
+        assert last < first and f"{name}.pt WAS NOT WRITTEN ([Errno 28] full: '{best}')" in done.stdout
     assert all(line["time_s"] < 500 and line.get("tokens_per_s", 9) > 1 for line in metrics(tmp_path / "o"))
-    assert [load_checkpoint(tmp_path / f"o/{name}.pt")["best"] for name in ("best", "ckpt")] == [first, first]
+    assert load_checkpoint(tmp_path / "o/best.pt")["best"] == first
 
 
 def test_a_second_run_in_the_folder_keeps_the_first(corpus, tmp_path):
