@@ -6,6 +6,10 @@ A setting is declared by that one line: its name, its default, its type (the def
     python train.py config/small.py --learning_rate=3e-4 --compile --no-bias      # in the order written, later wins"""
 import os, signal, sys # before all others: from here on Ctrl-C ends in one line
 
+# How long torch's threads spin for work before they sleep; unset, 300,000 times. Two runs of two threads on two
+# cores then hinder each other more than they compute. Read when torch is loaded, so it stands here.
+if 'OMP_WAIT_POLICY' not in os.environ: os.environ.setdefault('GOMP_SPINCOUNT', '5000')
+
 def stop_at_once(*_):
     """Ctrl-C while torch is imported, where an exception would be fifty lines and some imports swallow it."""
     os.write(2, b'stopped\n')

@@ -226,6 +226,8 @@ with user_errors():
         except UnicodeDecodeError as error:
             raise UserError(f"{start[5:]} is not UTF-8 text: {error}") from None
     model, tokenizer, dtype, about = load(out_dir, device)
+    if model.num_params() < 3_000_000 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1) # as fast as two here, and four times as fast beside another busy program
     if uncertainty:
         model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
     generator = torch.Generator(device).manual_seed(seed)

@@ -547,6 +547,76 @@ def test_what_does_not_fit_is_not_given_to_c():
         assert kernels.mhc_coefficients(*inputs)[2].device.type == "cpu"
 
 
+# --- how tensors lie in memory ---
+
+
+def backwards(t):
+    return t.permute([*range(t.dim())][::-1])
+
+
+LAYOUTS = { # axes in another order; every other place of a larger tensor; one number for a whole axis
+    "transposed": lambda t: backwards(backwards(t).contiguous()),
+    "strided": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2] if t.dim() else t,
+    "expanded": lambda t: t[:1].expand(t.shape) if t.dim() else t,
+}
+TARGETS = torch.tensor([[0, 1, 6, 1, 2, 1], [3, 1, -1, 1, 5, 1]])[:, ::2]
+OPERATIONS = { # name -> (shapes of the inputs, the operation)
+    "sinkhorn": ([(2, 3, 4, 4)], lambda x: sinkhorn(x, 3)),
+    "mhc_coefficients": ([(2, 3, 4, 6), (24, 24), (3,), (24,)], lambda *t: kernels.mhc_coefficients(*t, 3)),
+    "silu": ([(2, 3, 4)], lambda x: activate(x, "silu")),
+    "crrelu": ([(2, 3, 4), ()], lambda x, eps: activate(x, "crrelu", eps)),
+    "gated crrelu": ([(2, 3, 4), (2, 3, 4), ()], lambda gate, up, eps: gated(gate, up, "crrelu", eps)),
+    "gated silu": ([(2, 3, 8)], lambda x: kernels.gated_pair(x, "silu")),
+    "read_streams": ([(2, 3, 4, 6), (2, 3, 4)], kernels.read_streams),
+    "write_streams": ([(2, 3, 4, 6), (2, 3, 6), (2, 3, 4), (2, 3, 4, 4)], kernels.write_streams),
+    "rmsnorm": ([(2, 3, 6), (6,)], kernels.rmsnorm),
+    "linear_cross_entropy": ([(2, 3, 6), (7, 6)],
+                             lambda x, w: kernels.linear_cross_entropy(x, w, TARGETS.to(x.device))),
+    "rotate": ([(2, 3, 5, 6)], lambda x: kernels.rope(x, torch.arange(5, device=x.device))),
+}
+
+
+def check_layouts(path, device, layouts=tuple(LAYOUTS)):
+    """
+    The first input, then the others, then the upstream gradients lie in memory in a way that a kernel which
+    only counts places would misread. Inputs may send an operation to PyTorch, upstream gradients never do.
+    """
+    for (name, (shapes, f)), layout in itertools.product(OPERATIONS.items(), layouts):
+        n = len(shapes)
+
+        def results(tensors):
+            inputs = [t.detach().requires_grad_() for t in tensors[:n]]
+            y = f(*inputs)
+            y = y if isinstance(y, tuple) else (y,)
+            return [*y, *torch.autograd.grad(y, inputs, tensors[n:] or [torch.randn_like(t) for t in y])]
+
+        inputs = [torch.randn(s, device=device) for s in shapes]
+        tensors = inputs + [torch.randn_like(y) for y in results(inputs)[:-n]]
+        for changed in (slice(0, 1), slice(1, n), slice(n, None)):
+            tensors_, changed = list(tensors), range(len(tensors))[changed]
+            for i in changed:
+                tensors_[i] = LAYOUTS[layout](tensors[i])
+            launches.clear()
+            got, paths = results(tensors_), {ran for _, ran in launches}
+            assert n not in changed or paths == {path}, (name, paths)
+            for a, b in zip(got, results([t.contiguous() for t in tensors_]), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5,
+                                           msg=lambda m: f"{name}, {layout}, tensors {changed}: {m}")
+
+
+@needs_c
+def test_layouts_c(monkeypatch):
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+    monkeypatch.delitem(OPERATIONS, "rotate") # which has no C
+    check_layouts("c", "cpu")
+
+
+def test_layouts_torch(monkeypatch):
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+    use_kernel("torch")
+    check_layouts("torch", "cpu")
+
+
 # --- activations: the references ---
 
 
@@ -665,7 +735,7 @@ def test_triton_interpreted():
         pytest.skip("inside, or no triton")
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__], cwd=ROOT, capture_output=True, text=True,
                          env=dict(os.environ, TRITON_INTERPRET="1"))
-    assert run.returncode == 0 and "16 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and "17 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
@@ -758,6 +828,18 @@ def test_rmsnorm_by_interpreter(poisoned):
     check_rmsnorm("triton", "cpu", ((100, 5), (50, 63), (70, 100)))
     for dtype in (torch.float16, torch.bfloat16):
         check_rmsnorm("triton", "cpu", ((70, 63),), dtype)
+
+
+@interpreted
+def test_layouts_by_interpreter():
+    use_kernel("triton")
+    check_layouts("triton", "cpu", ("strided",))
+
+
+@pytest.mark.gpu
+def test_layouts_gpu(monkeypatch):
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+    check_layouts("triton", "cuda")
 
 
 @interpreted

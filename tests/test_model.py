@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -259,6 +260,44 @@ def test_start(row):
     assert reached == {name for name, p in model.named_parameters()}
 
 
+STARTS = [ # of 64 channels, 3 layers: how a name ends; values or their deviation, for n inputs and sublayer i
+    (r"embed.weight|table.weight|thoughts.vectors|head.weight", lambda n, i: 0.25 / 64**0.5),
+    (r"attention.out.weight|mlp.down.weight|between.\d.body.out.weight", lambda n, i: 1 / (n * 2 * 3) ** 0.5),
+    (r"phi.weight|dynamic.weight|(ahead|uncertainty).down.weight|nothing|bias", lambda n, i: torch.zeros(())),
+    (r"norm\w*.weight|post", lambda n, i: torch.ones(())),
+    (r"(qkv|up|down|gate)\.weight", lambda n, i: 1 / n**0.5),
+    (r"alpha|scale|eps", lambda n, i: torch.tensor(0.01)), # of mhc, hyper and crrelu
+    (r"residual\d?.b", lambda n, i: torch.cat([(0.1 + 0.6 * torch.eye(4)[i % 4]).logit(), torch.zeros(4),
+                                               3 * torch.eye(4).flatten()])),
+    (r"pre", lambda n, i: torch.eye(4)[i % 4]),
+    (r"res", lambda n, i: torch.eye(4)),
+    (r"maps.vectors", lambda n, i: 0.1),
+    (r"slots", lambda n, i: 3.0),
+    (r"keep", lambda n, i: math.log(4) + torch.linspace(-1, 4, 16)), # segments have 4 tokens
+]
+
+
+@pytest.mark.parametrize("change", [
+    dict(attention="diff_mla", diff_form="v1", q_rank=16, qk_norm=True, activation="crrelu", residual="mhc",
+         tie_embeddings=False, thought_tokens=9, memory_slots=16, future_peek=3, depths=(1, 3), n_ahead=3,
+         uncertainty=True),
+    dict(attention="diff", residual="hyper", glu=True, bias=True, position="learned")], ids=str)
+def test_first_values_are_those_that_the_docstrings_state(change):
+    """Of k numbers the deviation is measured to 1 / sqrt(2 k) of itself, the mean to deviation / sqrt(k)."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size=99, block_size=16, n_layer=3, n_head=4, n_embd=64, **change))
+    for name, p in model.named_parameters():
+        start = next(start for end, start in STARTS if re.search(rf"(^|[._])({end})$", name))
+        block, sublayer = re.search(r"(\d)\.", name), re.search(r"residual(\d)", name)
+        i = 0 if not block else 2 * int(block[1]) + int(sublayer[1]) - 1 if sublayer else 6 + int(block[1])
+        want, k = start(p.size(-1), i), p.numel()
+        if torch.is_tensor(want):
+            torch.testing.assert_close(p.detach(), want.expand_as(p), msg=name)
+        else:
+            assert p.std().item() == pytest.approx(want, rel=5 / (2 * k) ** 0.5), name
+            assert abs(p.mean().item()) < 5 * want / k**0.5, name
+
+
 @pytest.mark.parametrize("change", [{}, dict(zero_init=True, tie_embeddings=False), dict(attention="diff_mla"), dict(norm="layernorm", position="learned")], ids=str)
 def test_start_of_a_wide_model(change):
     torch.manual_seed(1)
@@ -335,10 +374,9 @@ def test_bf16_autocast_is_near(row):
 @pytest.mark.parametrize("norm", ("rmsnorm", "layernorm"))
 @pytest.mark.parametrize("change", [{}, dict(memory_slots=2, future_peek=3, thought_tokens=2, n_ahead=2, uncertainty=True), dict(depths=(1, 2))],
                          ids=("plain", "extras", "depths"))
-@pytest.mark.parametrize("residual", ("plain", "hyper", "mhc"))
-def test_a_model_in_half_precision(residual, change, norm, half):
+def test_hyper_connections_in_half_precision(change, norm, half):
     """model.bfloat16(): weights, gradients and cache in half precision, logits in fp32 and near those of fp32."""
-    model = build(dict(residual=residual, norm=norm, **change), 0.15)
+    model = build(dict(residual="hyper", norm=norm, **change), 0.15)
     idx = tokens(model, 2, 12)
     exact = model.eval()(idx, idx)[0]
     near, losses = model.to(half).train()(idx, idx)
@@ -346,6 +384,35 @@ def test_a_model_in_half_precision(residual, change, norm, half):
     assert near.dtype == torch.float32 and (near - exact).norm() / exact.norm() < (0.05 if not change.get("depths") else 1)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     model.generate(idx, 3, generator=torch.Generator().manual_seed(0))
+
+
+FORMS = [{}, dict(attention="mla"), dict(attention="diff"), dict(attention="diff", diff_form="v1"),
+         dict(n_kv_head=2, qk_norm=True), dict(attention="mla", q_rank=12, qk_norm=True),
+         dict(attention="diff_mla"), dict(attention="diff_mla", diff_form="v1")]
+STREAMS = [{}, dict(residual="mhc"), dict(residual="mhc", n_stream=2),
+           dict(residual="mhc", h_res="permutations")]
+HALF = [{**form, **streams, "activation": activation, "glu": glu} # each of them at least once
+        for (activation, glu), form, streams in zip(itertools.product(CHOICES["activation"], (False, True)),
+                                                    itertools.cycle(FORMS), itertools.cycle(STREAMS))]
+HALF += [dict(thought_tokens=2, memory_slots=3, future_peek=3, n_ahead=3, uncertainty=True, document_token=7)]
+
+
+@pytest.mark.parametrize("whole", (False, True))
+@pytest.mark.parametrize("change", [*HALF, dict(residual="hyper")], ids=str)
+def test_half_precision_is_near_and_finite(change, whole):
+    """Logits, losses and gradients, under autocast or with bf16 weights, against the same weights in fp32."""
+    model = build(change, 0.15).bfloat16().float()
+    idx, found = tokens(model, 2, 16), []
+    for half in (False, True):
+        model = model.bfloat16() if half and whole else model
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and not whole):
+            logits, losses = model(idx, idx)
+        sum(losses.values()).backward()
+        grads = torch.cat([p.grad.flatten().float() for p in model.parameters()])
+        found.append((logits, torch.stack([*losses.values()]), grads))
+    for exact, near, roundings in zip(*found, (4, 4, 8), strict=True): # of 2^-8, one after the other
+        assert near.isfinite().all() and (near - exact).norm() < roundings * 2**-8 * exact.norm()
 
 
 @pytest.mark.parametrize("attention", ("mha", "mla", "diff", "diff_mla"))
@@ -591,6 +658,15 @@ def test_flops_are_the_matrix_multiplications(monkeypatch):
         with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(idx, idx)
         assert model.flops_per_token(16) == 3 * counter.get_total_flops() / 16, attention
+    model, seen = build({"thought_tokens": 3, "depths": (1, 2)}).eval(), []
+    for bias in (-99, 99): # a mean depth of 1.5: half of the tokens stop, half go on
+        model.routers[0].gate.bias.data.fill_(bias)
+        math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, math_only:
+            model(idx, idx)
+        seen.append(counter.get_total_flops() / 16)
+    assert seen[1] > 1.5 * seen[0]
+    assert model.flops_per_token(16) == pytest.approx(3 * sum(seen) / 2, rel=0.005)
     model = build({"n_ahead": 2}, block_size=64) # its i-th guess has i tokens less to be made for
     idx = tokens(model, 4, 64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

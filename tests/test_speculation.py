@@ -283,6 +283,21 @@ def test_drafting_stops_where_it_cannot_pay_and_is_tried_again():
     assert keen.drafted > 2 * writer.drafted
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_pause_is_as_long_for_each_of_many_rows(rows):
+    """After a trial that kept no draft each row writes PAUSE tokens without one; after a good trial none."""
+    writer = Speculation(build(), torch.randint(17, (rows, 5)))
+    for kept, forwards in ((0, writer.PAUSE), (3, 0)):
+        writer.judge_drafting(0, 0, rows) # a forward without room for drafts is no part of a trial
+        for _ in range(writer.TRIAL):
+            assert not writer.pause
+            writer.judge_drafting(3 * rows, kept * rows, (kept + 1) * rows)
+        for _ in range(forwards):
+            assert writer.pause
+            writer.judge_drafting(0, 0, rows) # each row writes a token
+        assert not writer.pause
+
+
 def test_ngram_drafts_what_followed_before():
     writer = Speculation(build(n_ahead=0), torch.tensor([[1, 2, 3, 4, 5, 1, 2, 3], [9, 8, 7, 6, 5, 4, 3, 2]]))
     writer.step()

@@ -1,4 +1,5 @@
 """train.py through its command line: what it writes, exact resume, damage, signals, numbers that are no numbers."""
+import ast
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -131,8 +133,32 @@ def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
         train(corpus, tmp_path / out, "--max_iters=10", "--dropout=0.0", "--eval_iters=2", *flags)
     a, b = (load_checkpoint(tmp_path / o / "ckpt.pt")["model"] for o in "ab")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    data, model = load("play", corpus / "data"), GPT.from_checkpoint(tmp_path / "a/ckpt.pt")
+    with torch.no_grad(): # eval_iters batches of the validation split, always the same ones
+        losses = [model(*data.val.batch(i, 4, 32, 1337))[1]["ce"].item() for i in range(2)]
+    assert metrics(tmp_path / "a")[-1]["val_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     one, two = ([(x["train_loss"], x["grad_norm"]) for x in metrics(tmp_path / o) if "lr" in x] for o in "ab")
     assert one == [pytest.approx(x, rel=1e-3) for x in two] # clipping and Adam would hide a gradient of another size
+
+
+def test_every_loss_counts_once_whatever_the_number_of_parts():
+    """train.py's own gradient, by itself: half of each part's losses, those beside the text's as well."""
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "gradient"]
+    model = GPT(GPTConfig(vocab_size=17, block_size=8, n_layer=2, n_head=2, n_embd=16, future_peek=3,
+                          depths=(1, 2), n_ahead=2, uncertainty=True))
+    names = {"autocast": nullcontext(), "scaler": torch.amp.GradScaler("cpu", enabled=False),
+             "step_model": model, "gradient_accumulation_steps": 2}
+    exec(compile(ast.Module(body, []), "train.py", "exec"), names)
+    parts = [torch.randint(17, (2, 3, 8)).unbind() for _ in range(2)]
+    means = names["gradient"](parts)
+    losses, params = [model(x, y)[1] for x, y in parts], [*model.parameters()]
+    assert len(means) == 5
+    for name, mean in means.items():
+        assert mean.item() == pytest.approx(sum(each[name].item() for each in losses) / 2, rel=1e-5)
+    wanted = torch.autograd.grad(sum(sum(each.values()) for each in losses) / 2, params)
+    for p, g in zip(params, wanted, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
 
 
 # --- resume ---
@@ -206,24 +232,41 @@ def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
 def test_resume_with_more_steps_and_without_repeating_the_settings(corpus, tmp_path):
     for out, first in (("a", "--max_iters=40"), ("b", "--max_iters=20")):
         train(corpus, tmp_path / out, first, "--lr_decay_iters=40")
+    saved = load_checkpoint(tmp_path / "b/ckpt.pt")
+    save_checkpoint(tmp_path / "b/ckpt.pt", {**saved, "time_s": 1000.0}) # as if it had trained for so long
     flags = [f"--out_dir={tmp_path / 'b'}", "--resume", "--max_iters=40", f"--data_dir={corpus / 'data'}"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "max_iters was 20 before this resume" in done.stdout, done.stdout + done.stderr
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
     assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert all((line["time_s"] > 1000) == (line["step"] > 20) for line in metrics(tmp_path / "b"))
+    assert load_checkpoint(tmp_path / "b/ckpt.pt")["time_s"] > 1000
 
 
 SPARSE = ["--sparse=skeleton_flesh", "--sparse_density=0.4", "--sparse_interval=5", "--schedule=wsd", "--sparse_boost=2.0", "--sparse_boost_steps=4"]
 
 
+DICE = """
+import random, numpy
+def dice(step, params): return {"python": random.random(), "numpy": numpy.random.rand()}
+"""
+
+
 @pytest.mark.parametrize("flags", [["--optimizer=fadam"], ["--optimizer=adam_mini"], ["--optimizer=muon", *SPARSE], SPARSE,
-                                   ["--update_hooks=gradient_noise,clip_by_layer=0.1"]], ids=lambda f: f[0])
+                                   ["--update_hooks=gradient_noise,clip_by_layer=0.1,dice.py:dice"]],
+                         ids=lambda f: f[0])
 @pytest.mark.parametrize("stop", [22, 25])
 def test_every_optimizer_and_every_rule_resumes_to_the_bit(flags, stop, corpus, tmp_path):
-    """Stopped in the middle of a sparse window (22), and right before weights are chosen (25)."""
+    """
+    Stopped in the middle of a sparse window (22), and right before weights are chosen (25). What a hook draws
+    from Python's and numpy's generators goes on as well.
+    """
+    (tmp_path / "dice.py").write_text(DICE, encoding="utf-8")
+    flags = [flag.replace("dice.py", str(tmp_path / "dice.py")) for flag in flags]
     train(corpus, tmp_path / "a", "--max_iters=45", *flags)
     train(corpus, tmp_path / "b", f"--max_iters={stop}", "--lr_decay_iters=45", *flags)
+    assert (tmp_path / "b/best.pt").exists() != (SPARSE[0] in flags) # a denser model is never the best
     train(corpus, tmp_path / "b", "--max_iters=45", "--resume")
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
     assert all(same(a[k], b[k]) for k in ("model", "optimizer", "sparse", "random"))
@@ -284,7 +327,7 @@ def test_hooks_watch_without_a_trace_and_change_what_they_say(corpus, tmp_path):
     assert set(line["hooks"]["activation_stats"]) == {f"blocks.{i}{k}" for i in (0, 1) for k in (".mean", ".std", ".mlp.down.dead")}
     run = json.loads((tmp_path / "watched" / "run.json").read_text(encoding="utf-8"))
     assert run["hook_list"] == {"forward": ["activation_stats", f"{tmp_path / 'mine.py'}:spoil"], "update": []}
-    train(corpus, tmp_path / "same", *flags, "--update_hooks=identity")
+    train(corpus, tmp_path / "same", *flags, "--update_hooks=identity", "--sample_tokens=0")
     assert same(state(tmp_path / "plain")["model"], state(tmp_path / "same")["model"])
     train(corpus, tmp_path / "halved", *flags, f"--update_hooks={tmp_path / 'mine.py'}:halve=4")
     plain, halved = metrics(tmp_path / "plain"), metrics(tmp_path / "halved")
@@ -310,10 +353,14 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(damage, whol
     assert (out / "ckpt.pt.damaged").exists()
 
 
-def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
+def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *a: done.append("on the disk") or fsync(*a))
+    monkeypatch.setattr(os, "replace", lambda *a: done.append("renamed") or replace(*a))
     save_checkpoint(tmp_path / "c.pt", {"model": {"w": torch.arange(40.0)}, "step": 3})
     raw = (tmp_path / "c.pt").read_bytes()
     assert load_checkpoint(tmp_path / "c.pt")["step"] == 3
+    assert done[0] == "on the disk" and done[-1] == "renamed"
     for i in range(0, len(raw)):
         damaged = bytearray(raw)
         damaged[i] ^= 1 << (i % 8)
@@ -398,6 +445,31 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_a_best_model_that_was_not_written_is_not_the_best(corpus, tmp_path):
+    """
+    Else a later model that is better than what best.pt holds would not be kept. Where the last checkpoint is
+    lost as well, the exit code says so. By its clock an evaluation takes 1000 s: no time of training.
+    """
+    script = ("import sys, runpy, time\nsys.argv = sys.argv[1:]\n" f"sys.path.insert(0, {str(ROOT)!r})\n"
+              "import model\nwrite = model.save_checkpoint\n"
+              "def save(path, state, *rest, **named):\n"
+              "    if state['step']: raise OSError(28, 'full', str(state['best']))\n"
+              "    write(path, state, *rest, **named)\n"
+              "model.save_checkpoint = save\n"
+              "now, late, write_text = time.monotonic, [0], model.GPT.generate\n"
+              "time.monotonic = lambda: now() + 1000 * len(late)\n"
+              "model.GPT.generate = lambda *a, **k: late.append(0) or write_text(*a, **k)\n"
+              "runpy.run_path(sys.argv[0], run_name='__main__')")
+    line = [sys.executable, "-c", script, *command(corpus, tmp_path / "o", "--max_iters=10")[1:]]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    first, last = (x["val_loss"] for x in metrics(tmp_path / "o") if "val_loss" in x)
+    assert done.returncode == 1 and "NOT SAVED in" in done.stdout, done.stdout + done.stderr
+    for name, best in (("best", last), ("ckpt", first)):
+        assert last < first and f"{name}.pt WAS NOT WRITTEN ([Errno 28] full: '{best}')" in done.stdout
+    assert all(line["time_s"] < 500 and line.get("tokens_per_s", 9) > 1 for line in metrics(tmp_path / "o"))
+    assert load_checkpoint(tmp_path / "o/best.pt")["best"] == first
 
 
 def test_a_second_run_in_the_folder_keeps_the_first(corpus, tmp_path):
@@ -495,6 +567,22 @@ def test_evaluation_is_bounded_shows_where_it_is_and_ends_at_a_signal(corpus, tm
     assert there == "2,952,000" and 100_000 < int(taken.replace(",", "")) < 140_000
 
 
+def test_a_second_signal_ends_the_run_at_once(corpus, tmp_path):
+    slow = "import time\ndef slow(step, params): print('asleep', flush=True), time.sleep(60)\n"
+    (tmp_path / "slow.py").write_text(slow, encoding="utf-8")
+    line = command(corpus, tmp_path / "o", "--eval_iters=1", f"--update_hooks={tmp_path / 'slow.py'}:slow")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    try:
+        for word in ("asleep", "SIGINT: finishing this step"):
+            while word not in (line := process.stdout.readline()):
+                assert line, f"ended before {word!r}"
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == -signal.SIGINT and not (tmp_path / "o/ckpt.pt").exists()
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
 SABOTAGE = """
 import sys, runpy, torch
 sys.argv = sys.argv[1:]
@@ -545,8 +633,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 def test_many_non_finite_batches_stop_the_run(corpus, tmp_path):
-    done = sabotaged(corpus, tmp_path / "o", "nan", set(range(4, 99)), "--max_iters=60", "--checkpoint_interval=3")
+    bad = {1, 3, 5, *range(7, 99)} # the first three are not in a row
+    done = sabotaged(corpus, tmp_path / "o", "nan", bad, "--max_iters=60", "--checkpoint_interval=3")
     assert done.returncode == 1 and "6 non-finite batches in a row" in done.stderr
+    assert "SKIPPED (9 so far)" in done.stdout
     assert load_checkpoint(tmp_path / "o/ckpt.pt")["step"] <= 10 # and what was saved is finite
     assert all(v.isfinite().all() for v in load_checkpoint(tmp_path / "o/ckpt.pt")["model"].values())
 
@@ -624,7 +714,10 @@ def test_shards_and_tokenizer_of_hugging_face(tmp_path):
     prepare(tmp_path / "speech.txt", str(tmp_path / "bpe.json"), tmp_path / "data")
     (tmp_path / "speech.txt").write_text(SPEECH + " once more", encoding="utf-8")
     (tmp_path / "bpe.json").unlink()
-    call("train.py", "--dataset=speech.txt", "--out_dir=q", *small) # the path again: prepared with the vocabulary that it had
+    # the path again: prepared with the vocabulary that it had
+    call("train.py", "--dataset=speech.txt", "--out_dir=q", "--memory_slots=2", *small)
+    made = load_checkpoint(tmp_path / "q/ckpt.pt")["config"]["model"]
+    assert made["document_token"] == codec.token_to_id("<|endoftext|>") # what ends a document
     assert load("speech", tmp_path / "data").tokenizer.name == "hf"
     for gone in ("shards", "data"):
         shutil.rmtree(tmp_path / gone)
