@@ -587,3 +587,12 @@ def test_a_full_disk():
 def test_a_closed_stream(closed):
     code, out, err = run('--n_layer=3', more={'preexec_fn': lambda: os.close(closed)})
     assert code == 0 and err == '' and (out == '' if closed == 1 else out.startswith('END'))
+
+
+@pytest.mark.parametrize('env, count', [({}, '5000'), ({'GOMP_SPINCOUNT': '7'}, '7'), ({'OMP_WAIT_POLICY': 'active'}, 'None')])
+def test_threads_spin_briefly_unless_told_otherwise(env, count):
+    """Two runs on two cores hinder each other by threads that spin. torch reads it when it is loaded, so before."""
+    kept = {name: value for name, value in os.environ.items() if name not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    code = "import configurator, os, sys; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, '-c', code], env={**kept, **env, 'PYTHONPATH': ROOT}, capture_output=True, text=True)
+    assert done.stdout.strip() == count, done.stderr

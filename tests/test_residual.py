@@ -186,6 +186,27 @@ def test_stream_stats_are_what_they_say():
         assert float(seen[f"blocks.{i}.apart"]) == pytest.approx(((x - x.mean(2, keepdim=True)).norm() / x.norm()).item(), rel=1e-5)
 
 
+def test_stream_stats_of_depths_begin_anew_where_other_tokens_come():
+    """In each stage the composite gain is that of its own mixing matrices, of the tokens that came there."""
+    model = GPT(GPTConfig(**{**SMALL, "n_layer": 3}, residual="mhc", sinkhorn_iters=2, depths=(1, 3)))
+    for n, p in model.named_parameters():
+        p.data += torch.randn_like(p) if "residual" in n else 0
+    model.routers[0].gate.weight.data.normal_()
+    idx = torch.randint(29, (2, 16))
+    mixed = {}
+    for name, m in model.named_modules():
+        if isinstance(m, BySinkhorn):
+            m.register_forward_hook(lambda m, i, o, name=name: mixed.update({name: o[2].detach()}))
+    seen = watch(model, find_hooks("forward", "stream_stats"), idx, idx)["stream_stats"]
+    shapes = [mixed[f"blocks.{i}.residual1.mixing"].shape[1] for i in range(3)]
+    assert shapes[0] == 16 > shapes[1] == shapes[2] > 0
+    product = torch.eye(4)
+    for name in ("blocks.1.residual1", "blocks.1.residual2", "blocks.2.residual1", "blocks.2.residual2"):
+        product = mixed[f"{name}.mixing"] @ product
+        gain = max(product.sum(-1).max(), product.sum(-2).max()).item()
+        assert float(seen[f"{name}.mixing.gain"]) == pytest.approx(gain, rel=1e-5)
+
+
 @pytest.mark.skipif(c_library(C_MATH) is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("knobs", [{"residual": "hyper"}, {"residual": "mhc", "activation": "crrelu", "glu": True}], ids=str)
 def test_compiled_gradients_are_the_eager_ones(knobs):
