@@ -53,8 +53,10 @@ import torch.nn.functional as F
 
 import data
 import kernels
-from model import GPT, GPTConfig, Linear, Speculation, choose_device, forward_flops, load_checkpoint
+from kernels import choose_device
+from model import GPT, GPTConfig, Linear, forward_flops, load_checkpoint
 from optim import build_optimizer
+from sample import Speculation, stream
 
 rounds = 11 # turns of each arm
 batch_size = 8 # sequences per step (train, uncertainty); half as many (residual); 64 times as many rows (cross_entropy)
@@ -628,10 +630,10 @@ def speculative():
     prompt, results = torch.zeros(1, 1, dtype=torch.long, device=device), []
     print(f"speculative: {path}, 256 tokens after a prompt of one, batch 1, fp32, eager")
     for temperature in (1.0, 0.8, 0.0):
-        writers = {name: [] for name in ["auto", *["ahead"] * ("ahead" in model.extras), *["early"] * bool(model.routers), "ngram"]}
+        writers = {name: [] for name in ["auto", *["ahead"] * ("ahead" in model.extras), "ngram"]}
 
         def plain():
-            for _ in model.stream(prompt, 256, temperature, generator=torch.Generator(device).manual_seed(len(writers["auto"]))):
+            for _ in stream(model, prompt, 256, temperature, generator=torch.Generator(device).manual_seed(len(writers["auto"]))):
                 pass
 
         def drafting(name):

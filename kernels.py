@@ -38,6 +38,21 @@ def tally(operation, path):
         launches[operation, path] += 1
 
 
+def choose_device(name):
+    """(device, the reason) for auto | cpu | cuda | cuda:1 | mps. ValueError if it cannot be used here."""
+    if name != "auto":
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}\nuse --device=auto, or cpu") from None
+        return name, "as asked"
+    if torch.cuda.is_available():
+        return "cuda", "auto: a CUDA GPU is there"
+    if torch.backends.mps.is_available():
+        return "mps", "auto: no CUDA, but Apple's GPU"
+    return "cpu", "auto: no CUDA, no MPS"
+
+
 def use_kernel(name):
     """auto: Triton for CUDA tensors, C for what it takes on a CPU, else PyTorch. torch, triton: that, or an error."""
     global KERNEL

@@ -1,26 +1,35 @@
 """
-Prompt in, text out, from a checkpoint that train.py left behind (the tokenizer is inside it).
+All decoding of nanoSLM, and the command line that writes text from a checkpoint of train.py.
+
+To use it from Python: GPT.generate of model.py, or stream and Speculation below, which give tokens as they
+come. Read distribution and stream first, then judge, on which speculative decoding rests.
 
   python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:"
-  python sample.py --out_dir=out/shakespeare_diffmla --num_samples=4 --temperature=0.8 --top_p=0.95
-  python sample.py --speculative                                          the newest run; the same distribution from fewer forwards
-  python sample.py --uncertainty                                          how unsure the model was of each token; train with --uncertainty
-  python sample.py --out_dir=out/shakespeare_diffmla --interactive        a prompt a line; `temperature=0.5` changes it; quit
+  python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95     the newest run below out
+  python sample.py --speculative       the same distribution from fewer forwards
+  python sample.py --uncertainty       how unsure the model was of each token; train with --uncertainty
+  python sample.py --interactive       a prompt a line; `temperature=0.5` changes it; quit
+
+B rows written at once   T tokens of the prompt   V vocabulary   C channels   n drafts of a step
 """
 from configurator import UserError, checked, configure, from_text, user_errors # first: see stop_at_once there
 
 import glob
 import itertools
+import math
 import os
 import re
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 
 from data import tokenizer_from_dict
-from model import GPT, GPTConfig, Speculation, check_sampling, choose_device, load_checkpoint, previous_checkpoint
+from kernels import choose_device, few_rows
+from model import GPT, load_checkpoint, previous_checkpoint, widen
 
 out_dir = "" # folder of the run; empty: the newest below out
 start = "\n" # the prompt; FILE:prompt.txt reads it from a file
@@ -31,14 +40,392 @@ top_k = 0 # keep only the k likeliest tokens; 0 = all
 top_p = 1.0 # keep the likeliest tokens that hold this share of the probability
 min_p = 0.0 # keep tokens of at least this share of the likeliest one's probability
 seed = 1337 # of the draws: the same seed writes the same text
-speculative = False # guess several tokens, judge them in one forward, keep what the model would have written: faster, not different
-draft = "auto" # where guesses come from: ahead (the n_ahead cell) | early (the first of depths) | ngram (the text so far) | auto
-# with each token the probability that the likeliest one was wrong there, by a head trained with --uncertainty. On a terminal it is the
-# background: none below 0.2, then from 0.2, 0.4, 0.6 and 0.8 on a step from pale yellow to red. Elsewhere, and where NO_COLOR is set,
-# each token has a line: 0.12  'a'
+speculative = False # draft several tokens, judge them in one forward: the same distribution, faster
+draft = "auto" # what drafts with --speculative: ahead (the n_ahead cell) | ngram (the text so far) | auto
+# Shows with each token the probability that the likeliest one was wrong there. On a terminal it is the
+# background: none below 0.2, then at 0.2, 0.4, 0.6 and 0.8 a step from pale yellow to red. Elsewhere, and
+# where NO_COLOR is set, each
+# token has a line: 0.12  'a'
 uncertainty = False
 interactive = False # ask for prompts until `quit`
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
+
+
+# ------------------------------------------------------------------------------------------------------------
+# sampling: what a token is drawn from
+
+
+def check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens=0):
+    """ValueError, with the way out, for values that mean nothing."""
+    for bad, sentence in [
+        (max_new_tokens < 0, f"max_new_tokens={max_new_tokens} must not be negative"),
+        (not temperature >= 0, f"temperature={temperature} must not be negative; 0 is greedy"),
+        (0 < temperature < 1e-6, f"temperature={temperature} is too small to divide by; 0 is greedy"),
+        (top_k < 0, f"top_k={top_k} must not be negative; 0 keeps every token"),
+        (not 0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]; 1 keeps every token"),
+        (not 0 <= min_p < 1, f"min_p={min_p} must be in [0, 1); 0 keeps every token"),
+        (idx.size(1) == 0, "the prompt is empty; give at least one token"),
+    ]:
+        if bad:
+            raise ValueError(sentence)
+
+
+def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """
+    logits (..., V) -> the probabilities (..., V) that a token is drawn from. temperature, then the top_k
+    likeliest, then the smallest set that holds top_p of the rest (Holtzman et al. 2019, arXiv:1904.09751),
+    then those of at least min_p times the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        beyond = p.cumsum(-1) - p >= top_p # likelier tokens already hold top_p; never true for the first
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    p = logits.softmax(-1)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+# ------------------------------------------------------------------------------------------------------------
+# plain decoding
+
+
+def window_start(n, block_size):
+    """
+    Position of the first of n tokens that the model sees. Past block_size the window moves by halves, so that
+    the context is read again once in block_size / 2 tokens. One rule for decoding with a cache, without one
+    and with speculation: all three write the same text.
+    """
+    half = max(1, block_size // 2)
+    return 0 if n <= block_size else math.ceil((n - block_size) / half) * half
+
+
+def move_window(model, cache, idx, old, new):
+    """
+    The window moves from token `old` of idx (B, T) to token `new`, by halves, and the cache is emptied. A
+    memory is carried on, as the first half of each window left it. Halves of a long prompt that the cache has
+    never seen are read for that.
+    """
+    half = max(1, model.block_size // 2)
+    for begin in range(old, new, half):
+        if model.memory is not None and cache.length < half:
+            cache.length = 0
+            model.trunk(idx[:, begin : begin + half], cache)
+        cache.slide(half)
+
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None,
+           use_cache=True, watch=None):
+    """
+    Yields max_new_tokens tensors (B, 1), each token drawn given all before it. idx (B, T) is the prompt, T >=
+    1. watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each token is drawn from.
+    """
+    check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
+    was_training, L = model.training, model.block_size
+    model.eval()
+    cache, start = model.new_cache(idx.size(0)) if use_cache else None, 0
+    try:
+        for _ in range(max_new_tokens):
+            old, start = start, window_start(idx.size(1), L)
+            if not use_cache and model.memory is not None: # the memory of all earlier windows, made anew
+                cache, old = model.new_cache(idx.size(0)), 0
+            if cache is not None:
+                move_window(model, cache, idx, old, start)
+            seen = cache.length if cache is not None else 0
+            h = model.trunk(idx[:, start + seen :], cache)[:, -1:] # (B, 1, C)
+            logits = model.logits(h) # of the last token alone, also where a prompt is read
+            if watch:
+                watch(h, logits)
+            p = distribution(logits[:, -1], temperature, top_k, top_p, min_p)
+            new = torch.multinomial(p, 1, generator=generator) # (B, 1)
+            idx = torch.cat([idx, new], dim=1)
+            yield new
+    finally:
+        model.train(was_training)
+
+
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, speculative=False,
+             generator=None, stop=(), use_cache=True, watch=None):
+    """GPT.generate, which describes it. idx (B, T) -> (B, T + new)."""
+    if speculative and (watch or not use_cache):
+        raise ValueError("speculative decoding needs its cache and forwards; drop use_cache=False and watch")
+    if not len(idx):
+        return idx
+    if speculative:
+        writer = Speculation(model, idx, temperature, top_k, top_p, min_p, generator)
+        return writer.generate(max_new_tokens, stop)
+    ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+    stops, out = torch.tensor(list(stop), dtype=idx.dtype, device=idx.device), [idx]
+    tokens = stream(model, idx, max_new_tokens, temperature, top_k, top_p, min_p, generator, use_cache, watch)
+    for new in tokens:
+        out.append(torch.where(ended, out[-1][:, -1:], new))
+        ended = ended | torch.isin(new, stops)
+        if ended.all():
+            break
+    return torch.cat(out, dim=1)
+
+
+def generate_with_uncertainty(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+                              generator=None, stop=()):
+    """GPT.generate_with_uncertainty, which describes it."""
+    stop, scores = list(stop), [model.embed.weight.new_zeros(idx.size(0), 0)]
+    ids = generate(model, idx, max_new_tokens, temperature, top_k, top_p, min_p, False, generator, stop,
+                   watch=lambda h, logits: scores.append(model.uncertainty(h, logits)))
+    new = ids[:, idx.size(1) :]
+    ended = torch.isin(new, torch.tensor(stop, dtype=ids.dtype, device=ids.device)).cumsum(1) > 1
+    return ids, torch.cat(scores, dim=1).masked_fill(ended, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# speculative decoding: draft some tokens cheaply, let the model judge all of them in one forward, and keep
+# those that it would have written as well. Leviathan et al. 2022, arXiv:2211.17192; Chen et al. 2023,
+# arXiv:2302.01318.
+
+
+def naive_judge(p, q, draft, u, draw):
+    """
+    The rule for one draft of one row: p and q (V,) are the model's and the drafter's distributions, u is
+    uniform in [0, 1), draw(p) takes a token. The result is distributed as p whatever q is: a token t is
+    drafted and kept with probability q_t min(1, p_t / q_t) = min(p_t, q_t), and redrawn with the rest,
+    max(p_t - q_t, 0).
+    """
+    if u < p[draft] / q[draft]:
+        return draft
+    return draw((p - q).clamp(min=0)) # not normalised
+
+
+def judge(p, q, drafts):
+    """
+    naive_judge for many: p (B, n+1, V) is what the model draws from, q (B, n, V) what the drafts (B, n) were
+    drawn from -> the probability (B, n) of keeping each draft if those before it were kept, and what to draw
+    from in place of the first one rejected, or after the last one (B, n+1, V), not normalised.
+    """
+    at = drafts.unsqueeze(-1)
+    keep = (p[:, :-1].gather(2, at) / q.gather(2, at)).squeeze(2) # above 1: always
+    rest = (p - F.pad(q, (0, 0, 0, 1))).clamp(min=0) # after the last draft: p itself
+    return keep, torch.where(rest.sum(-1, keepdim=True) > 0, rest, p) # nothing is left where p = q: p
+
+
+def draw(p, u):
+    """
+    A token of each p (..., V), which need not sum to 1, for uniform u (...) in [0, 1). Never one with p = 0.
+    """
+    mass = p.cumsum(-1, dtype=u.dtype)
+    return torch.searchsorted(mass, u.unsqueeze(-1) * mass[..., -1:], right=True).squeeze(-1)
+
+
+class Speculation:
+    """
+    A text that a model is writing, for B rows at once, each at its own pace. step() is one forward of the
+    model for all rows. Drafts come from the model's Ahead cell ("ahead"), or from what followed the same last
+    tokens earlier in the text ("ngram"). "auto" takes the cell where there is one, and ngram wherever the
+    text repeats itself. Drafting pauses where too few drafts are kept to pay for themselves.
+    """
+
+    TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
+    # Cost of drafting and judging one token, in plain forwards. Measured on a CPU with the model of
+    # train_shakespeare_diffmla.py: judging eight tokens takes 0.35 more than one, seven drafts take 0.35.
+    # A constant, not a timing: the same seed must write the same text on every machine.
+    COST = 0.1
+
+    def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None,
+                 draft="auto"):
+        check_sampling(idx, temperature, top_k, top_p, min_p)
+        if draft not in ("auto", "ahead", "ngram"):
+            raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram")
+        has_cell = "ahead" in model.extras
+        if draft == "ahead" and not has_cell:
+            raise ValueError("draft=ahead needs a model trained with n_ahead; use draft=ngram, or train with "
+                             "--n_ahead=7")
+        self.model, self.generator, self.device = model, generator, idx.device
+        self.rows, self.prompt, self.sampling = idx.tolist(), idx.size(1), (temperature, top_k, top_p, min_p)
+        self.best = self.ahead if has_cell and draft != "ngram" else self.ngram
+        self.source = self.repeated_or_best if draft == "auto" else self.best
+        self.n = min(model.config.n_ahead or 7, model.block_size - 1) # most drafts of a step
+        self.starts = [-1] * len(self.rows) # position of each row's window; -1: nothing has been read
+        # A row at the end of its window still takes drafts, though none is kept there: spare places.
+        self.cache = model.new_cache(len(self.rows), spare=self.n)
+        self.h = None # (B, C) the trunk's output at the last token that was read
+        # For ngram: {last tokens: the index that followed them} of each row, and up to where a row is noted.
+        self.followed, self.noted = [{} for _ in self.rows], [2] * len(self.rows)
+        self.forwards = self.tokens = self.drafted = self.kept = 0 # of all rows
+        self.seconds, self.timed = 0.0, 0 # time in step(), tokens written in it; but for the first step
+        self.trial, self.pause = Counter(), 0 # results of the latest forwards; tokens until the next trial
+
+    def generate(self, max_new_tokens, stop=()):
+        """(B, T + new), as GPT.generate."""
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
+        stop, end = {int(token) for token in stop}, self.prompt + max_new_tokens
+        ends = [end if not max_new_tokens else None for _ in self.rows] # length of a row when complete
+        while None in ends:
+            lengths = [len(row) for row in self.rows]
+            self.step()
+            for b, row in enumerate(self.rows):
+                stopped = next((i + 1 for i in range(lengths[b], len(row)) if row[i] in stop), end)
+                if ends[b] is None and (len(row) >= end or stopped < end):
+                    ends[b] = min(stopped, end)
+        longest = max(ends, default=0)
+        return self.tensor([row[:e] + row[e - 1 : e] * (longest - e) for row, e in zip(self.rows, ends)])
+
+    def __iter__(self):
+        """The tokens of a single row, without end."""
+        while True:
+            yield from self.step()[0]
+
+    @torch.no_grad()
+    def step(self):
+        """
+        One forward -> the tokens that each row wrote: one or more, or none while another row's window is
+        read.
+        """
+        began, was_training = time.perf_counter(), self.model.training
+        starts = [window_start(len(row), self.model.block_size) for row in self.rows]
+        moved = [b for b, (new, old) in enumerate(zip(starts, self.starts)) if new != old]
+        old, self.starts = self.starts, starts
+        if was_training: # eval() walks through all modules, so only where it must
+            self.model.eval()
+        try:
+            wrote = self.refill(moved, old) if moved else self.draft_and_judge()
+        finally:
+            if was_training:
+                self.model.train()
+        for row, new in zip(self.rows, wrote):
+            row.extend(new)
+        count = sum(map(len, wrote))
+        if self.forwards:
+            self.seconds, self.timed = self.seconds + time.perf_counter() - began, self.timed + count
+        self.forwards, self.tokens = self.forwards + 1, self.tokens + count
+        return wrote
+
+    def refill(self, moved, olds):
+        """
+        Reads the windows of rows that moved (at first of all rows) into the cache; each then writes one
+        token.
+        """
+        wrote = [[] for _ in self.rows]
+        together = len(moved) == len(self.rows) and len({*zip(map(len, self.rows), olds)}) == 1
+        for part in [slice(0, len(self.rows))] if together else [slice(b, b + 1) for b in moved]:
+            old, start, cache = max(0, olds[part][0]), self.starts[part][0], self.cache.rows(part)
+            ids = self.tensor([row[old:] for row in self.rows[part]]) # (rows, T), of which the last is unread
+            cache.length = ids.size(1) - 1 if olds[part][0] >= 0 else 0
+            move_window(self.model, cache, ids, 0, start - old)
+            h = self.model.trunk(ids[:, start - old :], cache)[:, -1] # (rows, C)
+            self.h = h.new_zeros(len(self.rows), h.size(1)) if self.h is None else self.h
+            self.h[part] = h
+            wrote[part] = [[token] for token in draw(self.distribution(h), self.uniform(len(h))).tolist()]
+        return wrote
+
+    def draft_and_judge(self):
+        B, L = len(self.rows), self.model.block_size
+        inside = [len(row) - start for row, start in zip(self.rows, self.starts)] # last one unread
+        room = [min(self.n, L - m) if not self.pause else 0 for m in inside] # for drafts
+        drafts, q, limits = self.source(room) # (B, n), (B, n, V), how many of the n each row takes
+        n = drafts.size(1)
+        lengths = [m - 1 for m in inside] # rolls the cache back to what was kept
+        self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
+        last = self.tensor([row[-1:] for row in self.rows])
+        h = self.model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (B, n+1, C)
+        p = self.distribution(h) # (B, n+1, V)
+        keep, rest = judge(p, q, drafts)
+        for b, limit in enumerate(limits):
+            if limit < n: # there is no draft: not a rejection
+                keep[b, limit:], rest[b, limit] = 0, p[b, limit]
+        u = self.uniform(B, n + 1)
+        kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): up to the first rejection
+        every = torch.arange(B, device=self.device)
+        new, self.h = draw(rest[every, kept], u[:, n]), h[every, kept] # the new token is still unread
+        wrote = [row[:k] + [token] for row, k, token in zip(drafts.tolist(), kept.tolist(), new.tolist())]
+        written = sum(map(len, wrote))
+        self.decide_pause(sum(limits), written - B, written)
+        return wrote
+
+    def decide_pause(self, drafted, kept, written):
+        """
+        Where the drafts of TRIAL forwards saved less than they cost, the next PAUSE tokens of each row have
+        none.
+        """
+        self.drafted, self.kept = self.drafted + drafted, self.kept + kept
+        self.pause = max(0, self.pause - written)
+        self.trial.update(forwards=drafted > 0, drafted=drafted, kept=kept)
+        if self.trial["forwards"] == self.TRIAL:
+            if self.trial["kept"] < self.COST * self.trial["drafted"]:
+                self.pause = self.PAUSE * len(self.rows)
+            self.trial.clear()
+
+    def distribution(self, h):
+        """
+        What the model draws from after h (..., C). ValueError if it is not finite: every token would be the
+        first.
+        """
+        p = distribution(self.model.logits(h), *self.sampling)
+        if not math.isfinite(p.sum()):
+            raise ValueError("the model's probabilities are not finite; its weights may be damaged, "
+                             "or half precision overflows")
+        return p
+
+    # Drafters: room, how many drafts each row can take -> drafts (B, n), q (B, n, V), how many each row
+    # takes.
+
+    def ahead(self, room):
+        """From the model's Ahead cell and its head."""
+        model, s, x = self.model, self.h, self.tensor([row[-1] for row in self.rows])
+        cell, drafts, q = model.extras["ahead"], [], []
+        # The first to finish a race of exponential times, divided by q, is distributed as q: less work than
+        # draw().
+        for race in -self.uniform(max(room), len(self.rows), model.config.vocab_size).log():
+            s = cell(s, F.embedding(x, model.embed.weight)) # (B, C)
+            logits = model.cap(widen(few_rows(s, model.head.weight))) # (B, V); no call of a module
+            q.append(distribution(logits, *self.sampling))
+            drafts.append(x := (q[-1] / race).argmax(-1))
+        if not drafts:
+            none = self.h.new_zeros(len(room), 0, model.config.vocab_size)
+            return self.tensor([[]] * len(room)), none, room
+        return torch.stack(drafts, dim=1), torch.stack(q, dim=1), room
+
+    def ngram(self, room, lengths=(6, 4, 3, 2)):
+        """From the text: what followed the longest of the last 6 to 2 tokens that occurred before."""
+        found = []
+        for b, (row, followed, limit) in enumerate(zip(self.rows, self.followed, room)):
+            for end in range(self.noted[b], len(row)): # each index once, when a token stands there
+                followed.update({tuple(row[end - m : end]): end for m in lengths if m <= end})
+            self.noted[b] = len(row)
+            at = next((followed[key] for m in lengths if (key := tuple(row[-m:])) in followed), len(row))
+            period = len(row) - at # 0: nothing was found. Where the text ends, its loop begins again.
+            found.append([row[at + i % period] for i in range(limit if period else 0)])
+        limits = [len(f) for f in found]
+        drafts = self.tensor([f + [0] * (max(limits) - len(f)) for f in found])
+        return drafts, F.one_hot(drafts, self.model.config.vocab_size).to(self.h.dtype), limits
+
+    def repeated_or_best(self, room):
+        """N-gram drafts if the last 6 tokens of every row occurred before; otherwise the best drafter."""
+        if self.best == self.ngram:
+            return self.ngram(room)
+        drafts, q, limits = self.ngram(room, (6,))
+        return (drafts, q, limits) if all(limits) else self.best(room)
+
+    def tensor(self, ids):
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def uniform(self, *shape):
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64 # mps has no fp64
+        return torch.rand(shape, dtype=dtype, device=self.device, generator=self.generator)
+
+    def __str__(self):
+        share = self.kept / max(1, self.drafted)
+        rate = f"{share:.0%} of {self.drafted:,} drafts kept" if self.drafted else "nothing drafted"
+        return f"{self.tokens / max(1, self.forwards) / len(self.rows):.2f} tokens per forward, {rate}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the command line
 
 ADJUSTABLE = ["temperature", "top_k", "top_p", "min_p", "max_new_tokens"] # at the prompt
 _SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...
@@ -49,17 +436,23 @@ def newest_run():
     checkpoints = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
     if not checkpoints:
         raise UserError("there is no run below out yet\n"
-                        "train first: python train.py config/train_shakespeare_diffmla.py, or name one: --out_dir=...")
+                        "train first: python train.py config/train_shakespeare_diffmla.py, "
+                        "or name one: --out_dir=...")
     return os.path.dirname(max(checkpoints, key=os.path.getmtime))
 
 
 def load(folder, device):
-    """Model, tokenizer, dtype and a line about the best checkpoint in the folder, or the newest if there is no best one yet."""
+    """
+    Model, tokenizer, dtype and a line about the best checkpoint in the folder, or the newest if there is no
+    best one yet.
+    """
     folder = folder or newest_run()
     newest = os.path.join(folder, "ckpt.pt")
-    found = [p for p in (os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)) if os.path.exists(p)]
+    wanted = os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)
+    found = [path for path in wanted if os.path.exists(path)]
     if not found:
-        raise UserError(f"there is no checkpoint in {folder}\ntrain first: python train.py --out_dir={folder} ..., or name another")
+        raise UserError(f"there is no checkpoint in {folder}\n"
+                        f"train first: python train.py --out_dir={folder} ..., or name another")
     damage = []
     for path in found:
         try:
@@ -72,11 +465,13 @@ def load(folder, device):
     for line in damage:
         print(f"WARNING: {line}", file=sys.stderr)
     if state["tokenizer"] is None:
-        raise UserError(f"{path} was trained on tokens without a tokenizer, so it can write no text\nprepare the data with data.py")
-    codec = tokenizer_from_dict(state["tokenizer"], state["config"]["train"]["data_dir"]) # gpt2's files lie where the run had its data
+        raise UserError(f"{path} was trained on tokens without a tokenizer, so it can write no text\n"
+                        "prepare the data with data.py")
+    # gpt2's files lie where the run had its data
+    codec = tokenizer_from_dict(state["tokenizer"], state["config"]["train"]["data_dir"])
     with user_errors():
         model = GPT.from_state(state, path)
-    about = f"{path}: {state['config']['model']['attention']}, {model.num_params():,} parameters, step {state['step']}"
+    about = f"{path}: {model.config.attention}, {model.num_params():,} parameters, step {state['step']}"
     return model.to(device).eval(), codec, state["config"]["train"]["dtype"], about
 
 
@@ -86,7 +481,8 @@ def encode(text):
         raise UserError('the prompt is empty; give at least one character, such as --start=A')
     if unknown := tokenizer.unknown(text):
         shown = " ".join(map(repr, unknown[:10]))
-        raise UserError(f"the prompt has characters that the model does not know: {shown}\nwrite it without them")
+        raise UserError(f"the prompt has characters that the model does not know: {shown}\n"
+                        "write it without them")
     ids = torch.tensor([int(i) for i in tokenizer.encode(text)], device=device)[None]
     L = model.config.block_size
     if ids.size(1) > L and model.memory is None:
@@ -106,13 +502,14 @@ def with_score(text, score):
     if lines:
         return f"{score:.2f}  {text!r}\n"
     shade = _SHADES[min(4, int(score * 5))]
-    return re.sub("[^\n]+", rf"\033[30;48;5;{shade}m\g<0>\033[0m", text) if shade else text # a coloured line end would fill its line
+    colour = rf"\033[30;48;5;{shade}m\g<0>\033[0m"
+    return re.sub("[^\n]+", colour, text) if shade else text # a coloured line end would fill its line
 
 
 def show(pairs):
     """
-    Prints a continuation as its (token, score) come; returns how many. Half a character (a token may end inside one) waits for its rest,
-    and has the highest of their scores.
+    Prints a continuation as its (token, score) come; returns how many. Half a character (a token may end
+    inside one) waits for its rest, and has the highest of their scores.
     """
     written, shown, highest = [], 0, 0.0
     for new, score in pairs:
@@ -132,16 +529,17 @@ def continue_one(ids, writer):
     """Streams one continuation as it is drawn."""
     scores = [0.0]
     watch = (lambda *last: scores.append(model.uncertainty(*last).item())) if uncertainty else None
-    plain = (new.item() for new in model.stream(ids, max_new_tokens, temperature, top_k, top_p, min_p, generator, watch=watch))
-    return show((new, scores[-1]) for new in (itertools.islice(writer, max_new_tokens) if writer else plain))
+    plain = stream(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, generator, watch=watch)
+    tokens = itertools.islice(writer, max_new_tokens) if writer else (new.item() for new in plain)
+    return show((new, scores[-1]) for new in tokens)
 
 
 def continue_many(ids, writer):
     """num_samples continuations in one batch, printed one below the other."""
     stop = () if tokenizer.eot is None else (tokenizer.eot,)
-    write = model.generate_with_uncertainty if uncertainty else model.generate
+    write = generate_with_uncertainty if uncertainty else generate
     out = writer.generate(max_new_tokens, stop) if writer else write(
-        ids, max_new_tokens, temperature, top_k, top_p, min_p, generator=generator, stop=stop)
+        model, ids, max_new_tokens, temperature, top_k, top_p, min_p, generator=generator, stop=stop)
     out, scores = out if uncertainty else (out, torch.zeros(out.shape))
     for i, (row, of_row) in enumerate(zip(out[:, ids.size(1) :].tolist(), scores.tolist())):
         if i:
@@ -155,22 +553,28 @@ def answer(text):
     ids = encode(text).expand(num_samples, -1)
     with user_errors(), autocast:
         check_sampling(ids, temperature, top_k, top_p, min_p, max_new_tokens)
-        writer = Speculation(model, ids, temperature, top_k, top_p, min_p, generator, draft) if speculative else None
+        how = temperature, top_k, top_p, min_p, generator, draft
+        writer = Speculation(model, ids, *how) if speculative else None
     print(safe(text), end=lines, flush=True)
     with autocast:
         began = time.perf_counter()
         count = (continue_one if num_samples == 1 else continue_many)(ids, writer)
-        print(f"{count} tokens, {count / (time.perf_counter() - began):.0f} tokens/s; {about}", file=sys.stderr)
+        rate = count / (time.perf_counter() - began)
+        print(f"{count} tokens, {rate:.0f} tokens/s; {about}", file=sys.stderr)
         if writer:
-            print(f"{writer}; {speed_up(writer, ids):.1f} times as fast as plain cached decoding", file=sys.stderr)
+            times = f"{speed_up(writer, ids):.1f} times as fast as plain cached decoding"
+            print(f"{writer}; {times}", file=sys.stderr)
 
 
 def speed_up(writer, ids):
-    """Tokens per second of the writer's steps, against as many tokens (100 at most) written plainly now, nothing printed meanwhile."""
+    """
+    Tokens per second of the writer's steps, against as many tokens (100 at most) written plainly now, nothing
+    printed meanwhile.
+    """
     few = max(1, min(100, writer.timed // num_samples))
     for count in (2, few): # the first time to warm up
         began = time.perf_counter()
-        for _ in model.stream(ids, count, temperature, top_k, top_p, min_p):
+        for _ in stream(model, ids, count, temperature, top_k, top_p, min_p):
             pass
     plain = few * num_samples / (time.perf_counter() - began)
     return writer.timed / max(writer.seconds, 1e-9) / plain
@@ -207,30 +611,32 @@ def converse():
                 print("\n(stopped)")
 
 
-configure(globals())
-if num_samples < 1 or max_new_tokens < 1:
-    raise UserError("num_samples and max_new_tokens must be at least 1")
-if not 0 <= seed < 2**64:
-    raise UserError(f"seed={seed} must be in [0, 2**64)")
-if draft != "auto" and not speculative:
-    raise UserError(f"draft={draft} is of speculative decoding; add --speculative, or drop it")
-if uncertainty and (speculative or interactive):
-    other = "speculative" if speculative else "interactive"
-    raise UserError(f"uncertainty is of plain decoding of one prompt; drop --uncertainty or --{other}")
-lines = "\n" if uncertainty and (not sys.stdout.isatty() or os.environ.get("NO_COLOR")) else "" # a token a line, not colours
-with user_errors():
-    device, _ = choose_device(device)
-    if start.startswith("FILE:"):
-        try:
-            start = open(start[5:], encoding="utf-8").read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{start[5:]} is not UTF-8 text: {error}") from None
-    model, tokenizer, dtype, about = load(out_dir, device)
-    if model.num_params() < 3_000_000 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1) # as fast as two here, and four times as fast beside another busy program
-    if uncertainty:
-        model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
-    generator = torch.Generator(device).manual_seed(seed)
-half = device.startswith("cuda") and dtype != "float32"
-autocast = torch.autocast("cuda", getattr(torch, dtype)) if half else nullcontext()
-converse() if interactive else answer(start)
+if __name__ == "__main__":
+    configure(globals())
+    if num_samples < 1 or max_new_tokens < 1:
+        raise UserError("num_samples and max_new_tokens must be at least 1")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed={seed} must be in [0, 2**64)")
+    if draft != "auto" and not speculative:
+        raise UserError(f"draft={draft} is of speculative decoding; add --speculative, or drop it")
+    if uncertainty and (speculative or interactive):
+        other = "speculative" if speculative else "interactive"
+        raise UserError(f"uncertainty is of plain decoding of one prompt; drop --uncertainty or --{other}")
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    lines = "\n" if uncertainty and not colours else "" # a token a line
+    with user_errors():
+        device, _ = choose_device(device)
+        if start.startswith("FILE:"):
+            try:
+                start = open(start[5:], encoding="utf-8").read()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{start[5:]} is not UTF-8 text: {error}") from None
+        model, tokenizer, dtype, about = load(out_dir, device)
+        if model.num_params() < 3_000_000 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1) # as fast as two here, and four times as fast beside another busy program
+        if uncertainty:
+            model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
+        generator = torch.Generator(device).manual_seed(seed)
+    half = device.startswith("cuda") and dtype != "float32"
+    autocast = torch.autocast("cuda", getattr(torch, dtype)) if half else nullcontext()
+    converse() if interactive else answer(start)

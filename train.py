@@ -37,8 +37,8 @@ except ImportError:
 
 import data
 from configurator import UserError, configure, git_commit, user_errors
-from kernels import path_for, use_kernel
-from model import (GPT, GPTConfig, choose_device, load_checkpoint, preset, previous_checkpoint, save_checkpoint, saved_fields,
+from kernels import choose_device, path_for, use_kernel
+from model import (GPT, GPTConfig, load_checkpoint, preset, previous_checkpoint, save_checkpoint, saved_fields,
                    without_orphans)
 from optim import Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, watch
 

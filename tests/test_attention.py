@@ -17,7 +17,8 @@ def make(attention, form, layer=3, scale=0.4, **knobs):
     knobs = {"kv_rank": 6, "rope_dim": 4, **knobs} if "mla" in attention and knobs.get("position") != "none" else knobs
     config = GPTConfig(**{"vocab_size": 11, "block_size": 32, "n_head": 4, "n_embd": 32, "attention": attention,
                           "diff_form": form if "diff" in attention else "v2", **knobs})
-    module = M.ATTENTION[attention](config, layer).double()
+    heads, maps = M.ATTENTION[attention]
+    module = heads(config, layer, maps(config, layer)).double()
     for p in module.parameters():
         p.data.normal_(std=scale)
     return config, module
@@ -25,7 +26,7 @@ def make(attention, form, layer=3, scale=0.4, **knobs):
 
 def run(config, module, x, start=0, cache=None):
     _, table = M.POSITION[config.position](config)(x, start)
-    return module(x, M.Pass(x[..., 0], table, cache))
+    return module(x, M.Pass(x[..., 0], start, table=table, cache=cache))
 
 
 # --- the definition, one number at a time ---
@@ -59,13 +60,13 @@ def rows(x, weight, width):
 def heads_by_loop(c, a, x):
     """Queries, keys and values as nested lists [head][t][D], positions applied, for one sequence x (T, C)."""
     D, T = c.head_width, x.size(0)
-    if not c.is_latent:
+    if "mla" not in c.attention:
         q, k, v = a.qkv.weight.split([a.Q * D, a.K * D, a.K * D])
         q, k, v = (rows(x, w, D) for w in (q, k, v))
         q, k = ([[turned(h, t) for h in heads] for t, heads in enumerate(z)] for z in (q, k))
     else:
         low = torch.tensor([rms(r, a.q_latent_norm.weight) for r in (x @ a.q_down.weight.T).tolist()], dtype=x.dtype) if c.q_rank else x
-        N, P, R = a.N, a.P, a.R
+        N, P, R = a.U, a.P, a.R
         q = [[h[:N] + turned(h[N:], t) for h in heads] for t, heads in enumerate(rows(low, a.q_up.weight, D))]
         down = (x @ a.kv_down.weight.T).tolist()
         latent = torch.tensor([rms(r[:R], a.kv_norm.weight) for r in down], dtype=x.dtype)
@@ -84,7 +85,7 @@ def by_loop(c, a, x):
             return softmax_mix(q[query][t], k[key][: t + 1], value[: t + 1])
 
         heads, K = [], len(k)
-        if not c.is_diff:
+        if "diff" not in c.attention:
             heads = [mix(h, h * K // H, v[h * K // H]) for h in range(H)]
         elif c.diff_form == "v2":
             lam = (x[t] @ a.maps.gate.weight.T).sigmoid().tolist()
@@ -120,7 +121,7 @@ def test_gradients(attention, form, knobs):
 
     def f(x, *params):
         _, table = M.Rope(c)(x, 0)
-        return torch.func.functional_call(a, dict(zip(names, params)), (x, M.Pass(x[..., 0], table)))
+        return torch.func.functional_call(a, dict(zip(names, params)), (x, M.Pass(x[..., 0], table=table)))
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert torch.autograd.gradcheck(f, (x, *params), fast_mode=True)
@@ -172,7 +173,7 @@ def test_v1_without_its_second_map_is_the_first_map():
         a.maps.vectors.zero_()
         a.maps.vectors[2:] = math.sqrt(math.log(1 + a.maps.lambda_init) / 8)
     q, k, v = (a.qkv(x).unflatten(-1, (-1, 8)).transpose(1, 2)).split([4, 4, 4], 1)
-    turn = M.Pass(x[..., 0], M.Rope(c)(x, 0)[1]).turn
+    turn = M.Pass(x[..., 0], table=M.Rope(c)(x, 0)[1]).rotate
     value = torch.cat(v.chunk(2, 1), -1) # (B, 2, T, 16)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         o = M.attend(turn(q)[:, :2], turn(k)[:, :2], value)
@@ -252,7 +253,7 @@ def test_shifting_all_positions_changes_nothing(attention, form, knobs):
 def test_rope_keeps_norms():
     c, _ = make("mha", "v2")
     q = torch.randn(1, 2, 9, 8, dtype=torch.float64)
-    turn = M.Pass(torch.zeros(1, 9), M.Rope(c)(torch.zeros(1, 9, 32, dtype=torch.float64), 3)[1]).turn
+    turn = M.Pass(torch.zeros(1, 9), table=M.Rope(c)(torch.zeros(1, 9, 32, dtype=torch.float64), 3)[1]).rotate
     torch.testing.assert_close(turn(q).norm(dim=-1), q.norm(dim=-1))
     assert turn(q.bfloat16()).dtype == torch.bfloat16
 
@@ -260,6 +261,12 @@ def test_rope_keeps_norms():
 def test_lambda_init_by_depth():
     got = [make("diff", "v1", layer=i)[1].maps.lambda_init for i in range(4)]
     assert got == pytest.approx([0.2, 0.3555, 0.4707, 0.5561], abs=1e-4)
+
+
+@pytest.mark.parametrize("T, S, K", [(5, 5, 4), (3, 7, 4), (3, 7, 2), (6, 6, 1), (1, 9, 2), (1, 1, 4)])
+def test_attend_is_the_naive_formula(T, S, K):
+    q, k, v = torch.randn(2, 4, T, 8).double(), torch.randn(2, K, S, 8).double(), torch.randn(2, K, S, 8).double()
+    torch.testing.assert_close(M.attend(q, k, v), M.naive_attention(q, k, v), atol=1e-12, rtol=1e-9)
 
 
 def test_attend_with_unequal_lengths_is_bottom_right():

@@ -102,7 +102,7 @@ SLIPS = {
     "another size on resume": ("train.py --out_dir={d}/run --resume --model_size=nano", "model_size was '', now 'nano'"),
     "windows that nothing connects": ("train.py --windows=2", "--memory_slots=16"),
     "depths of another model": ("train.py --depths=2,5", "n_layer=1"),
-    "drafts of early layers that are not early": ("sample.py --out_dir={d}/run --speculative --draft=early", "--depths"),
+    "drafts of nobody": ("sample.py --out_dir={d}/run --speculative --draft=early", "auto, ahead, ngram"),
     "drafts that nobody asked for": ("sample.py --out_dir={d}/run --draft=ngram", "--speculative"),
     "more windows than text": ("train.py --memory_slots=2 --windows=900", "lower --windows"),
     "depth without a run": ("bench.py depth --out_dir={d}/nowhere", "config/train_shakespeare_depths.py"),

@@ -320,7 +320,7 @@ def reference_blocks(model):
     for name, p in model.named_parameters():
         rows = [slice(i, i + 1) for i in range(len(p))]
         D, H = c.head_width, c.n_head
-        Q = 2 * H if c.is_diff and c.diff_form == "v2" else H
+        Q = 2 * H if "diff" in c.attention and c.diff_form == "v2" else H
 
         def heads(start, n, width):
             return [slice(start + i * width, start + (i + 1) * width) for i in range(n)]
