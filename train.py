@@ -541,8 +541,9 @@ def evaluate():
         if caught:
             break
         now = time.monotonic()
-        if now - spoke > 2 and (sys.stdout.isatty() or spoke == began): # on a terminal again and again, in a file once
-            say(f"evaluating: {count:,} of {of:,} tokens, {(of / count - 1) * (now - began):.0f} s left",
+        left = (of / count - 1) * (now - began)
+        if now - spoke > 2 < left and (sys.stdout.isatty() or spoke == began): # on a terminal again and again, in a file once
+            say(f"evaluating: {count:,} of {of:,} tokens, {left:.0f} s left",
                 end="\r" if sys.stdout.isatty() else "\n")
             spoke = now
     model.train()
