@@ -816,14 +816,6 @@ def naive_attention(q, k, v):
     return score.masked_fill(future, -torch.inf).softmax(-1) @ v # (B, H, T, D)
 
 
-def naive_difference(first, second, lam):
-    """
-    What both differential forms do with the outputs of two maps. Ye et al. 2024, arXiv:2410.05258, equation
-    1.
-    """
-    return first - lam * second # (softmax_1 - lam softmax_2) V
-
-
 def attend(q, k, v, mask=None, scale=None):
     """
     naive_attention by PyTorch's fused kernels. q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K:
