@@ -12,14 +12,21 @@ import torch  # noqa: E402  after the path, so that the tests find the project h
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "deep: takes long; run with `pytest -m deep`")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; run with `pytest -m gpu`")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "gpu" not in (config.getoption("-m") or ""):
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: pytest -m gpu"))
+    """A test marked deep or gpu runs only when -m names its mark, or when it is asked for by its own name."""
+    chosen = config.getoption("-m") or ""
+    by_name = any("::" in word for word in config.args)
+    slow = [item for item in items if "deep" in item.keywords and "deep" not in chosen and not by_name]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+    for item in items:
+        if "gpu" in item.keywords and "gpu" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: pytest -m gpu"))
 
 
 @pytest.fixture(autouse=True)
