@@ -138,7 +138,8 @@ class Base(torch.optim.Optimizer):
     def form_of(self, params):
         if self.form in ("loop", "compile"):
             return self.form
-        if self.source and all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in params) and c_library(self.source):
+        plain = all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in params)
+        if plain and c_library() is not None:
             return "c"
         if self.form == "c":
             raise RuntimeError("form='c' needs contiguous fp32 parameters on a CPU, and a C compiler; use form='auto'")
@@ -194,7 +195,7 @@ class FAdam(Base):
         form = self.form_of(params) if group["p"] == 0.5 else "loop"
         if form != "c":
             return self.call(form, (params, grads, ms, fs), scalars, beta1=beta1, **{k: group[k] for k in ("eps", "eps2", "p", "clip")})
-        c_library(self.source).fadam(
+        c_library().fadam(
             threads(), len(params), pointers(params), pointers(grads), pointers(ms), pointers(fs),
             integers([p.numel() for p in params]), floats([1 - b for b in beta2s]),
             floats([1 - beta1, group["lr"], group["weight_decay"], group["eps"], group["eps2"], group["clip"]]))
@@ -214,56 +215,6 @@ class FAdam(Base):
             decay = theta.float() / root # 12: weight decay, natural
             decay = decay / (rms(decay) / clip).clamp(min=1) # 13: and clipped
             theta.sub_((lr * (m + weight_decay * decay)).to(theta.dtype)) # 14
-
-    # Two walks: the three sums (a tensor whose epsilon turns out to be smaller is summed again), then the update. 28 bytes
-    # are read per weight, AdamW's update reads 16. What is passed is 1 - beta: in fp32, 1 - 0.999f is off by 1.3e-5 of itself.
-    source = """
-        #include <math.h>
-        #include <stdint.h>
-        #include <stdlib.h>
-        #define CHUNK 4096 /* weights summed in fp32; the chunks' sums are added in their order, so threads do not change the result */
-
-        void fadam(int threads, int64_t n, float **P, float **G, float **M, float **F, const int64_t *sizes, const float *news,
-                   const float *s) {
-            float new1 = s[0], lr = s[1], weight_decay = s[2], eps2 = s[4], clip = s[5];
-            for (int64_t i = 0; i < n; i++) {
-                float *restrict p = P[i], *restrict m = M[i], *restrict f = F[i], new2 = news[i], eps = s[3];
-                const float *restrict g = G[i];
-                int64_t size = sizes[i], chunks = (size + CHUNK - 1) / CHUNK;
-                float(*sums)[3] = malloc(chunks * sizeof *sums);
-                double gg, nn, ww; /* sums of squares: gradient, natural gradient, natural weights */
-                for (;;) {
-                    #pragma omp parallel for num_threads(threads) schedule(static)
-                    for (int64_t c = 0; c < chunks; c++) {
-                        int64_t end = (c + 1) * CHUNK < size ? (c + 1) * CHUNK : size;
-                        float a = 0, x = 0, y = 0;
-                        #pragma omp simd reduction(+ : a, x, y)
-                        for (int64_t j = c * CHUNK; j < end; j++) {
-                            float inverse = 1 / (sqrtf(f[j] + new2 * (g[j] * g[j] - f[j])) + eps);
-                            a += g[j] * g[j];
-                            x += (g[j] * inverse) * (g[j] * inverse);
-                            y += (p[j] * inverse) * (p[j] * inverse);
-                        }
-                        sums[c][0] = a, sums[c][1] = x, sums[c][2] = y;
-                    }
-                    gg = nn = ww = 0;
-                    for (int64_t c = 0; c < chunks; c++) gg += sums[c][0], nn += sums[c][1], ww += sums[c][2];
-                    float adaptive = eps2 * sqrt(gg / size); /* 8; no loop when it is NaN */
-                    if (!(adaptive > 0 && adaptive < eps)) break;
-                    eps = adaptive;
-                }
-                free(sums);
-                float fresh = new1 / fmax(1, sqrt(nn / size) / clip); /* 10 */
-                float decay = weight_decay / fmax(1, sqrt(ww / size) / clip); /* 13 */
-                #pragma omp parallel for simd num_threads(threads) schedule(static)
-                for (int64_t j = 0; j < size; j++) {
-                    f[j] += new2 * (g[j] * g[j] - f[j]); /* 7 */
-                    float inverse = 1 / (sqrtf(f[j]) + eps);
-                    m[j] += fresh * (g[j] * inverse) - new1 * m[j]; /* 9, 11 */
-                    p[j] -= lr * (m[j] + decay * (p[j] * inverse)); /* 12, 14 */
-                }
-            }
-        }"""
 
 
 @functools.cache
@@ -318,7 +269,7 @@ class AdamMini(Base):
                      for (p, g, m, v), (a, b, n, w) in zip(tensors, pieces)]
             return self.call(form, tuple(map(list, zip(*views))), [keep, *per_piece], beta1=beta1, beta2=beta2, eps=group["eps"])
         ps, gs, ms, vs = zip(*tensors)
-        c_library(self.source).adam_mini(
+        c_library().adam_mini(
             threads(), len(pieces), pointers(ps, starts), pointers(gs, starts), pointers(ms, starts), pointers(vs, blocks),
             integers(counts), integers(sizes), floats(per_piece), floats([1 - beta1, 1 - beta2, group["eps"], keep]))
 
@@ -331,34 +282,6 @@ class AdamMini(Base):
             m.lerp_(g, 1 - beta1)
             scale = lr / ((v / correction).sqrt() + eps)
             p.mul_(keep).sub_(scale.to(p.dtype)[:, None] * m)
-
-    # One walk: a block's gradient is still in the cache when its mean square is known. 12 bytes are read per weight.
-    source = """
-        #include <math.h>
-        #include <stdint.h>
-
-        void adam_mini(int threads, int64_t n, float **P, float **G, float **M, float **V, const int64_t *counts, const int64_t *sizes,
-                       const float *lr_and_correction, const float *s) {
-            float new1 = s[0], new2 = s[1], eps = s[2], keep = s[3];
-            #pragma omp parallel num_threads(threads)
-            for (int64_t i = 0; i < n; i++) {
-                int64_t size = sizes[i];
-                #pragma omp for schedule(static) nowait
-                for (int64_t b = 0; b < counts[i]; b++) {
-                    float *restrict p = P[i] + b * size, *restrict m = M[i] + b * size, *v = V[i] + b, square = 0;
-                    const float *restrict g = G[i] + b * size;
-                    #pragma omp simd reduction(+ : square)
-                    for (int64_t j = 0; j < size; j++) square += g[j] * g[j];
-                    *v += new2 * (square / size - *v);
-                    float scale = lr_and_correction[2 * i] / (sqrtf(*v / lr_and_correction[2 * i + 1]) + eps);
-                    #pragma omp simd
-                    for (int64_t j = 0; j < size; j++) {
-                        m[j] += new1 * (g[j] - m[j]);
-                        p[j] = keep * p[j] - scale * m[j];
-                    }
-                }
-            }
-        }"""
 
 
 # Newton-Schulz steps x <- a x + (b x x^T + c (x x^T)^2) x, one row (a, b, c) for each step. They drive all singular values
