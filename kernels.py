@@ -63,7 +63,7 @@ def choose_device(name: str) -> tuple[str, str]:
 
 
 def use_kernel(name: str) -> None:
-    """auto: Triton for CUDA tensors, C on a CPU where there is C, else PyTorch. torch, triton: that or an error."""
+    """auto: Triton on CUDA, C on a CPU where there is C, else PyTorch. torch, triton: that or an error."""
     global KERNEL
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"kernel={name!r} is none of auto, triton, torch")
@@ -232,8 +232,8 @@ class RMSNormFunction(torch.autograd.Function):
 def rope(x: torch.Tensor, positions: torch.Tensor, base: float = 10000.0) -> torch.Tensor:
     """Rotates pair i, (x_2i, x_2i+1), of the token at position m by the angle m base^(-2i/P).
 
-    x (..., T, P), positions (T,) -> (..., T, P). Su et al. 2021, arXiv:2104.09864. A model makes one table for all
-    its layers: rotate(x, rope_table(...)).
+    x (..., T, P), positions (T,) -> (..., T, P). Su et al. 2021, arXiv:2104.09864. A model makes one table
+    for all its layers: rotate(x, rope_table(...)).
     """
     positions = positions.double() if x.dtype == torch.float64 else positions
     return rotate(x, rope_table(positions, x.size(-1), base))
@@ -253,7 +253,7 @@ def rope_table(positions: torch.Tensor, width: int, base: float = 10000.0) -> to
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """x (..., T, P), table (T, P/2, 2), or with axes in front that broadcast -> (..., T, P). ValueError otherwise.
+    """x (..., T, P), table (T, P/2, 2) or with axes in front that broadcast -> (..., T, P). Else ValueError.
 
     There is no C for this: PyTorch's complex product reads and writes each number once already.
     """
@@ -321,12 +321,12 @@ class Rotate(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# activations. A new one is a row of ACTIVATIONS; it then runs as that formula everywhere. Once `act` knows its
-# derivative too, a GPU runs it as one fused kernel forward and one backward.
+# activations. A new one is a row of ACTIVATIONS; it then runs as that formula everywhere. Once `act` knows
+# its derivative too, a GPU runs it as one fused kernel forward and one backward.
 
 
 class ReLU2(torch.autograd.Function):
-    """relu(x)^2 with its gradient 2 relu(x) g in one pass. Autograd takes three: 7% of the main job's step."""
+    """relu(x)^2 with its gradient 2 relu(x) g in one pass. Autograd takes three: 7% of the main job."""
 
     @staticmethod
     def forward(ctx, x):
@@ -530,12 +530,12 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
                          cap: float = 0.0) -> torch.Tensor:
     """The mean of -log softmax(z)[target] with z = x W^T, or z = cap tanh(x W^T / cap).
 
-    x (..., C), weight (V, C), targets (...) int64, where -1 is ignored -> () in nats, fp32 (fp64 for fp64), nan
-    if all are ignored. It equals F.cross_entropy of F.linear, autocast included, but holds the logits of a few
-    rows at a time. The gradient of z, (softmax - onehot) / count, needs nothing that comes later, so the forward
-    makes both gradients and the backward scales them in place: a second backward of one graph is refused. The
-    idea is Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989). ValueError for what does not fit; a target outside
-    [-1, V) is an error on a CPU and makes the loss nan elsewhere.
+    x (..., C), weight (V, C), targets (...) int64, where -1 is ignored -> () in nats, fp32 (fp64 for fp64),
+    nan if all are ignored. It equals F.cross_entropy of F.linear, autocast included, but holds the logits of
+    a few rows at a time. The gradient of z, (softmax - onehot) / count, needs nothing that comes later. So
+    the forward makes both gradients and the backward scales them in place; a second backward of one graph is
+    refused. The idea is Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989). ValueError for what does not fit;
+    a target outside [-1, V) is an error on a CPU and makes the loss nan elsewhere.
 
     torch 2.13's chunked F.linear_cross_entropy takes as long for as much memory, but knows no cap, and rounds
     the loss of bf16 inputs to bf16: off by 0.003 nats.
@@ -556,7 +556,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
 
 
 CROSS_ENTROPY_SMALL = 2**20 # logits
-CROSS_ENTROPY_CHUNK = 12 * 2**20 # logits at a time, 48 MB: with 16 MB the matrix products take 1.2 times as long
+CROSS_ENTROPY_CHUNK = 12 * 2**20 # logits at a time, 48 MB: with 16 MB matrix products take 1.2 times as long
 
 
 def linear_cross_entropy_reference(x, weight, targets, cap=0.0):
@@ -565,11 +565,12 @@ def linear_cross_entropy_reference(x, weight, targets, cap=0.0):
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), ignore_index=-1)
 
 
-@torch._disable_dynamo # torch.compile stops here, at the end of a forward: unrolled it would be hundreds of chunks
+@torch._disable_dynamo # torch.compile stops here: unrolled it would be a graph of hundreds of chunks
 def cross_entropy_in_chunks(x, weight, targets, cap):
     V = weight.size(0)
     if x.is_cpu and not -1 <= targets.min() <= targets.max() < V:
-        raise ValueError(f"targets {targets.min()} to {targets.max()} are not all in [-1, {V}); -1 is ignored")
+        raise ValueError(f"targets {targets.min()} to {targets.max()} are not all in [-1, {V}); "
+                         "-1 is ignored")
     autocast = x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if not autocast and weight.dtype != dtype:
@@ -579,7 +580,7 @@ def cross_entropy_in_chunks(x, weight, targets, cap):
 
 
 def cross_entropy_torch(z, targets, losses, gradient):
-    """z (rows, V) -> losses (rows,). With `gradient` z becomes softmax(z) - onehot, and 0 where a target is ignored."""
+    """z (rows, V) -> losses (rows,). `gradient`: z becomes softmax(z) - onehot, 0 for an ignored target."""
     kept, at = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1) # (rows, 1)
     torch.log_softmax(z, dim=1, out=z)
     losses.copy_(torch.where(kept, -z.gather(1, at), 0.0).squeeze(1))
@@ -625,7 +626,8 @@ CROSS_ENTROPY = {"triton": cross_entropy_triton, "torch": cross_entropy_torch}
 
 
 def logits_to_gradient(z, targets, losses, cap, path, gradient):
-    """The gradient of z (rows, V), in its dtype; z is overwritten. Triton widens numbers one by one, PyTorch a copy."""
+    """z (rows, V), overwritten -> its gradient, in its dtype."""
+    # Triton widens each number by itself, PyTorch a whole copy.
     wide = z if path == "triton" and not cap else z.to(losses.dtype)
     if cap:
         t = wide.div_(cap).tanh_()
@@ -679,8 +681,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 # residual streams: reading a sublayer's input from N of them, and writing its output back
 
 
-# torch.compile stops at these operations. Inductor 2.13 on a CPU, given the formulas of hyper-connections, makes
-# gradients that are off by 60%, where eager and aot_eager agree with fp64. The kernels then run as they are.
+# torch.compile stops at these operations and runs the kernels as they are. Inductor 2.13 on a CPU, given the
+# formulas of hyper-connections, makes gradients that are off by 60%; eager and aot_eager agree with fp64.
 @torch._disable_dynamo
 def read_streams(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """u = sum_i pre_i x_i: x (..., N, C), pre (..., N) -> (..., C). ValueError for other shapes.
@@ -724,7 +726,7 @@ def write_streams_reference(x, y, post, res):
 
 
 def streams_path(x, *others):
-    """The path for x (..., N, C). The other tensors are small or fresh: a copy puts them in order if needed."""
+    """The path for x (..., N, C). The other tensors are small or fresh: a copy puts them in order."""
     if x.size(-2) not in (2, 4, 8) or not x.numel():
         return "torch"
     path = path_for(x, in_c=True)
@@ -793,7 +795,8 @@ def write_backward_kernel(p_x, p_y, p_post, p_res, p_g, p_gx, p_gy, p_gpost, p_g
         g_res += tl.sum(g[:, None, :] * x[None, :, :], axis=2)
         g_x = tl.sum(res[:, :, None] * g[:, None, :], axis=0)
         tl.store(p_gx + at, g_x.to(p_gx.dtype.element_ty), mask=inside)
-        tl.store(p_gy + t * C + i_c, tl.sum(post[:, None] * g, axis=0).to(p_gy.dtype.element_ty), mask=i_c < C)
+        g_y = tl.sum(post[:, None] * g, axis=0)
+        tl.store(p_gy + t * C + i_c, g_y.to(p_gy.dtype.element_ty), mask=i_c < C)
     tl.store(p_gpost + t * N + i_n, g_post.to(p_gpost.dtype.element_ty))
     tl.store(p_gres + t * N * N + i_nn, g_res.to(p_gres.dtype.element_ty))
 
@@ -865,8 +868,8 @@ def sinkhorn(logits: torch.Tensor, iters: int = 20) -> torch.Tensor:
         M = softmax(logits over out) + eps;  M /= sum over in + eps
         then iters - 1 times:  M /= sum over out + eps;  M /= sum over in + eps
 
-    Rows are normalised last, so each output is a convex mix whatever iters is. Columns sum to 1 only when it has
-    converged, which large logits never do in 20 iterations. Sinkhorn & Knopp 1967; Xie et al. 2025,
+    Rows are normalised last, so each output is a convex mix whatever iters is. Columns sum to 1 only when it
+    has converged, which large logits never do in 20 iterations. Sinkhorn & Knopp 1967; Xie et al. 2025,
     arXiv:2512.24880; order and eps are those of DeepSeek-V4, whose comb is H^T. The gradient is that of the
     iterations done, not of the limit. fp32 inside, fp64 for fp64. Kernels exist for n = 2, 4 and 8.
     """
@@ -891,8 +894,8 @@ def sinkhorn_reference(logits, iters=20):
     return m.to(logits.dtype)
 
 
-# A program handles a tile (BLOCK, N, N) of BLOCK matrices. The backward runs the iterations once more and keeps
-# only the divisors, in memory, because registers cannot be indexed by a loop. It then walks back through the
+# A program handles a tile (BLOCK, N, N) of BLOCK matrices. The backward runs the iterations once more and
+# keeps only the divisors, in memory, because a loop cannot index registers. It then walks back through the
 # iterates by x = y s, and reverses y = x / s by g_x = (g_y - sum(g_y * y)) / s.
 @jit
 def matrices(i_matrix, count, apart, N: tl.constexpr):
@@ -1008,7 +1011,8 @@ class Sinkhorn(torch.autograd.Function):
             programs, block = tiles(count, n)
             scratch = torch.empty(programs * 2 * iters * block * n, dtype=torch.float32, device=x.device)
             with torch.cuda.device_of(x):
-                sinkhorn_backward_kernel[(programs,)](x, g, g_x, scratch, count, iters, SINKHORN_EPS, n, block)
+                sinkhorn_backward_kernel[(programs,)](x, g, g_x, scratch, count, iters, SINKHORN_EPS, n,
+                                                      block)
         return g_x, None, None
 
 
@@ -1017,16 +1021,16 @@ class Sinkhorn(torch.autograd.Function):
 
 
 @torch._disable_dynamo # as at read_streams
-def mhc_coefficients(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, b: torch.Tensor, iters: int = 20,
-                     eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mhc_coefficients(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, b: torch.Tensor,
+                     iters: int = 20, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weights with which mHC reads, writes and mixes each token's N streams h (..., N, C).
 
     With x = flat h, of N C numbers:
         z = (x phi^T) r, r = 1 / sqrt(mean(x^2) + eps);  [pre | post | logits] = alpha_k z + b
         -> sigmoid(pre) (..., N), 2 sigmoid(post) (..., N), sinkhorn(logits, iters) (..., N, N) [out, in]
-    The three parts k of the columns of z are N, N and N^2 wide. phi (2 N + N^2, N C), alpha (3,), b (2 N + N^2,).
-    Xie et al. 2025, arXiv:2512.24880, section 4. fp32 inside, fp64 for fp64, results in h's dtype. Kernels exist
-    for N = 2, 4 and 8. ValueError for other shapes.
+    The three parts k of the columns of z are N, N and N^2 wide. phi (2 N + N^2, N C), alpha (3,),
+    b (2 N + N^2,). Xie et al. 2025, arXiv:2512.24880, section 4. fp32 inside, fp64 for fp64, results in h's
+    dtype. Kernels exist for N = 2, 4 and 8. ValueError for other shapes.
     """
     N, width = (h.shape[-2], h.shape[-2] * h.shape[-1]) if h.dim() > 1 else (0, 0)
     columns = 2 * N + N * N
@@ -1050,10 +1054,10 @@ def mhc_coefficients_reference(h, phi, alpha, b, iters=20, eps=1e-6):
 
 
 def mhc_gates(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, b: torch.Tensor, eps: float = 1e-6):
-    """pre, post (..., N) and the logits (..., L) of a mixing of any kind: phi (2 N + L, N C), b (2 N + L,). PyTorch."""
+    """pre, post (..., N), and logits (..., L) of any mixing, in PyTorch. phi (2 N + L, N C), b (2 N + L,)."""
     N, x = h.size(-2), widened(h).flatten(-2) # (..., N C)
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.size(-1)
-    z = F.linear(x, phi.type_as(x)) * torch.rsqrt(square + eps) # norm after product: it is one number per token
+    z = F.linear(x, phi.type_as(x)) * torch.rsqrt(square + eps) # the norm is one number per token
     widths = [N, N, len(b) - 2 * N]
     parts = zip(alpha.type_as(x), z.split(widths, dim=-1), b.type_as(x).split(widths))
     pre, post, logits = (a * z_k + b_k for a, z_k, b_k in parts)
@@ -1063,7 +1067,7 @@ def mhc_gates(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, b: torch.
 @jit
 def mhc_product_kernel(p_x, p_phi, p_z, p_square, tokens, width, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
                        BLOCK_C: tl.constexpr, PADDED: tl.constexpr):
-    """z = x phi^T and mean(x^2) of BLOCK tokens in one walk, in fp32 whatever comes in: TF32 would keep 10 bits."""
+    """z = x phi^T and mean(x^2) of BLOCK tokens in one walk, in fp32: TF32 would keep 10 bits."""
     i_t, i_k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
     z, square = tl.zeros((BLOCK, PADDED), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK_C):
@@ -1080,8 +1084,8 @@ def mhc_product_kernel(p_x, p_phi, p_z, p_square, tokens, width, COLUMNS: tl.con
 
 
 @jit
-def mhc_forward_kernel(p_z, p_square, p_alpha, p_b, p_pre, p_post, p_res, tokens, iters, eps, EPS: tl.constexpr,
-                       N: tl.constexpr, BLOCK: tl.constexpr):
+def mhc_forward_kernel(p_z, p_square, p_alpha, p_b, p_pre, p_post, p_res, tokens, iters, eps,
+                       EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     COLUMNS: tl.constexpr = 2 * N + N * N
     i_t, i_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
     r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps)
@@ -1100,8 +1104,9 @@ def mhc_forward_kernel(p_z, p_square, p_alpha, p_b, p_pre, p_post, p_res, tokens
 
 
 @jit
-def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_gz, p_factor, p_sums, p_scratch,
-                        tokens, width, iters, eps, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_gz, p_factor, p_sums,
+                        p_scratch, tokens, width, iters, eps, EPS: tl.constexpr, N: tl.constexpr,
+                        BLOCK: tl.constexpr):
     COLUMNS: tl.constexpr = 2 * N + N * N
     i_t, i_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
     r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps)
@@ -1134,12 +1139,12 @@ def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_
 
 
 def product(a, b):
-    """a b in a's dtype. Autocast would round it, but leaves alone a product that is written into a given tensor."""
+    """a b in a's dtype: autocast, which would round it, leaves alone what is written into a given tensor."""
     return torch.mm(a, b, out=torch.empty(a.size(0), b.size(1), dtype=a.dtype, device=a.device))
 
 
 class Coefficients(torch.autograd.Function):
-    """The large products stay BLAS's on a CPU. z and mean(x^2), 25 numbers per token at N = 4, are kept for backward."""
+    """It keeps z and mean(x^2) for backward, 25 numbers per token at N = 4. BLAS makes the large products."""
 
     @staticmethod
     def forward(ctx, h, phi, alpha, b, iters, eps, path):
@@ -1158,8 +1163,8 @@ class Coefficients(torch.autograd.Function):
             padded = max(16, triton.next_power_of_2(len(b))) # tl.dot takes 16 columns or more
             programs, block = tiles(tokens, N)
             with torch.cuda.device_of(x):
-                mhc_product_kernel[(triton.cdiv(tokens, 32),)](x, phi, z, square, tokens, width, len(b), 32, 64,
-                                                               padded)
+                mhc_product_kernel[(triton.cdiv(tokens, 32),)](x, phi, z, square, tokens, width, len(b),
+                                                               32, 64, padded)
                 mhc_forward_kernel[(programs,)](z, square, alpha, b, pre, post, res, tokens, iters, eps,
                                                 SINKHORN_EPS, N, block)
         ctx.save_for_backward(x, phi, alpha, b, z, square)
@@ -1184,8 +1189,8 @@ class Coefficients(torch.autograd.Function):
         else:
             scratch = torch.empty(programs * 2 * iters * block * N, dtype=torch.float32, device=x.device)
             with torch.cuda.device_of(x):
-                mhc_backward_kernel[(programs,)](*inputs, g_z, factor, sums, scratch, tokens, width, iters, eps,
-                                                 SINKHORN_EPS, N, block)
+                mhc_backward_kernel[(programs,)](*inputs, g_z, factor, sums, scratch, tokens, width, iters,
+                                                 eps, SINKHORN_EPS, N, block)
         wide = x.float()
         g_x = product(g_z, phi.float()).addcmul_(factor.unsqueeze(1), wide).to(x.dtype).view(ctx.shape)
         g_alpha, g_b = sums.sum(0, dtype=torch.float64).split([3, len(b)])
@@ -1200,9 +1205,9 @@ class Coefficients(torch.autograd.Function):
 def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T (+ b) for inference. (..., n_in), (n_out, n_in), (n_out,) -> (..., n_out).
 
-    Decoding a token, or judging a few drafts, is bound by reading W, at which the BLAS behind F.linear is slow on
-    a CPU: all matrices of a 10.65M model take it 2.2 ms for one row and 4.2 for five, this 0.9 and 1.9 (AMD EPYC,
-    2 threads). Small matrices, which stay in the cache, and many rows are left to BLAS.
+    Decoding a token, or judging a few drafts, is bound by reading W, at which the BLAS of F.linear is slow on
+    a CPU: all matrices of a 10.65M model take it 2.2 ms for one row and 4.2 for five, this 0.9 and 1.9
+    (AMD EPYC, 2 threads). Small matrices, which stay in the cache, and many rows are left to BLAS.
     """
     # These questions come first, because what is left counts microseconds.
     if weight.numel() <= 2**17 or x.numel() > 16 * x.size(-1) or torch.compiler.is_compiling():
@@ -1224,14 +1229,16 @@ LANES = 16 # matrices or tokens that C handles side by side: the width of an AVX
 
 @functools.cache
 def c_library(n_stream: int = 0) -> ctypes.CDLL | None:
-    """kernels.c as a ctypes library; None, said once, where no compiler works. Compiled at first use, in 1 to 3 s.
+    """kernels.c as a ctypes library, compiled at first use, in 1 to 3 s. None, said once, without a compiler.
 
-    n_stream 2, 4 or 8 compiles the second half too, which is about that many residual streams. The compiler is
-    CC, else cc. RuntimeError if a compiler works but refuses kernels.c.
+    n_stream 2, 4 or 8 compiles the second half too, for that many residual streams. The compiler is CC, else
+    cc. RuntimeError if a compiler works but refuses kernels.c.
     """
     compiler = os.environ.get("CC", "cc")
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels.c")
-    constants = {"LANES": LANES, "ROWS": ROWS, "EPS": f"{SINKHORN_EPS}f"} | ({"N": n_stream} if n_stream else {})
+    constants = {"LANES": LANES, "ROWS": ROWS, "EPS": f"{SINKHORN_EPS}f"}
+    if n_stream:
+        constants["N"] = n_stream
     try:
         with tempfile.TemporaryDirectory() as folder: # Unix keeps a loaded library when its file goes
             library = os.path.join(folder, "kernels.so")
@@ -1240,7 +1247,8 @@ def c_library(n_stream: int = 0) -> ctypes.CDLL | None:
             flags = [*fixed, *(f"-D{name}={value}" for name, value in constants.items())]
             # Apple's clang lacks OpenMP, and some compilers lack native.
             for more in (["-march=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], []):
-                done = subprocess.run([*shlex.split(compiler), *more, *flags, source, "-lm"], capture_output=True)
+                command = [*shlex.split(compiler), *more, *flags, source, "-lm"]
+                done = subprocess.run(command, capture_output=True)
                 if done.returncode == 0:
                     return declared(ctypes.CDLL(library), source)
             trivial = os.path.join(folder, "trivial.c")
@@ -1250,7 +1258,7 @@ def c_library(n_stream: int = 0) -> ctypes.CDLL | None:
                 raise RuntimeError(f"{compiler} refuses kernels.c; kernel=torch does without it\n"
                                    + done.stderr.decode(errors="replace")[:2000])
             problem = "it fails"
-    except (OSError, ValueError) as error: # no compiler, an open quote in CC, no temporary folder, a noexec mount
+    except (OSError, ValueError) as error: # no compiler, an open quote in CC, no temporary folder, noexec
         problem = str(error)
     print(f"NO WORKING C COMPILER ({compiler}: {problem}; CC names another, TMPDIR another folder): "
           "what would be C runs as plain PyTorch, several times slower")
@@ -1258,7 +1266,7 @@ def c_library(n_stream: int = 0) -> ctypes.CDLL | None:
 
 
 def declared(library, source):
-    """The library, its functions with the argument types that the C has: a call then takes 1 us instead of 10."""
+    """The library, whose functions know their arguments' types: a call then takes 1 us instead of 10."""
     with open(source, encoding="utf-8") as f:
         found = re.findall(r"^void (\w+)\(([^)]*)\)", f.read(), re.MULTILINE)
     kinds = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
@@ -1286,7 +1294,7 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 def addresses(*tensors):
-    """The caller must hold the tensors in variables until C returns: memory of a temporary would be free by then."""
+    """The caller must hold the tensors in variables until C returns, else their memory may be freed."""
     return map(address, tensors)
 
 

@@ -454,7 +454,7 @@ def test_cross_entropy_edges(monkeypatch):
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_a_model_without_logits(cap, tie, half, compiled, monkeypatch):
     """Loss and every gradient as from all logits, in fp64; under autocast no further from it than from those."""
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
@@ -738,15 +738,26 @@ def test_nan_stays_nan():
 # --- Triton ---
 
 
-def test_triton_interpreted():
-    """The tests below that carry the mark `interpreted`, in a process whose kernels are interpreted."""
+def in_the_interpreter(which):
+    """The tests below with the mark `interpreted` and `which` in their name, in a process that interprets kernels."""
     if INTERPRETED or kernels.triton is None:
         pytest.skip("inside, or no triton")
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__], cwd=ROOT, capture_output=True, text=True,
-                         env=dict(os.environ, TRITON_INTERPRET="1"))
-    assert run.returncode == 0 and " passed" in run.stdout and " skipped" not in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", which, __file__]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, TRITON_INTERPRET="1"))
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " skipped" not in run.stdout, run.stdout[-4000:]
 
 
+def test_triton_interpreted():
+    in_the_interpreter("rmsnorm_by_interpreter")
+
+
+@pytest.mark.deep
+def test_triton_interpreted_all():
+    in_the_interpreter("by_interpreter")
+
+
+@pytest.mark.deep
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
 def test_triton_compiles(monkeypatch, tmp_path):
     """To a binary for an H100, which takes no GPU: the interpreter runs what the compiler refuses, such as a name of two shapes."""
