@@ -159,7 +159,7 @@ def rmsnorm_forward_kernel(p_x, p_w, p_y, C, eps, BLOCK: tl.constexpr):
     i_c = tl.arange(0, BLOCK)
     inside = i_c < C
     x = tl.load(p_x + row * C + i_c, mask=inside, other=0.0).to(tl.float32) # lanes beyond C add 0 to the sum
-    y = x / tl.sqrt(tl.sum(x * x, axis=0) / C + eps)
+    y = x / tl.sqrt(tl.sum(x * x, axis=0) / C + eps) # (BLOCK,)
     if p_w is not None: # Triton compiles None as a constant, so this branch is then not there
         y = y * tl.load(p_w + i_c, mask=inside, other=0.0).to(tl.float32)
     tl.store(p_y + row * C + i_c, y.to(p_y.dtype.element_ty), mask=inside)
@@ -171,8 +171,8 @@ def rmsnorm_forward_kernel(p_x, p_w, p_y, C, eps, BLOCK: tl.constexpr):
 def rmsnorm_backward_kernel(p_x, p_w, p_g, p_gx, p_sums, rows, C, eps, ROWS: tl.constexpr,
                             BLOCK: tl.constexpr):
     block, i_c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for k in range(ROWS):
+    sums = tl.zeros((BLOCK,), tl.float32) # this program's part of g_w
+    for k in range(ROWS): # a loop in time, not over threads
         row = block * ROWS + k
         inside = (i_c < C) & (row < rows)
         x = tl.load(p_x + row * C + i_c, mask=inside, other=0.0).to(tl.float32)
@@ -246,7 +246,7 @@ def rope_table(positions: torch.Tensor, width: int, base: float = 10000.0) -> to
     """
     if width % 2:
         raise ValueError(f"a rotary width of {width} leaves a number without its pair; make it even")
-    m = widened(positions)
+    m = widened(positions) # (..., T)
     frequency = base ** (-torch.arange(0, width, 2, device=m.device, dtype=m.dtype) / width)
     angle = m.unsqueeze(-1) * frequency # (..., T, width/2)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -285,7 +285,7 @@ def rotate_reference(x, table):
 @jit
 def rotate_kernel(p_x, p_table, p_y, n, B, T, a, b, t, sign, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # pairs of y
-    row, j = i // PAIRS, 2 * (i % PAIRS)
+    row, j = i // PAIRS, 2 * (i % PAIRS) # row of x, place of the pair in it
     p_x += row // (B * T) * a + row // T % B * b + row % T * t + j
     p_table += row % T * (2 * PAIRS) + j
     first = tl.load(p_x, mask=i < n, other=0.0).to(tl.float32)
@@ -297,7 +297,7 @@ def rotate_kernel(p_x, p_table, p_y, n, B, T, a, b, t, sign, PAIRS: tl.constexpr
 
 def rotate_triton(x, table, sign):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) # contiguous, however x lies
-    x = x if x.dim() == 4 else x.reshape(-1, 1, *x.shape[-2:])
+    x = x if x.dim() == 4 else x.reshape(-1, 1, *x.shape[-2:]) # (A, B, T, P)
     x, pairs = x if x.stride(-1) == 1 else x.contiguous(), x.numel() // 2
     sizes = pairs, *x.shape[1:3], *x.stride()[:3]
     with torch.cuda.device_of(x):
@@ -460,7 +460,7 @@ def act(x, eps, NAME: tl.constexpr):
 @jit
 def activation_forward_kernel(p_x, p_up, p_eps, p_y, n, F: tl.constexpr, NAME: tl.constexpr,
                               BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # (BLOCK,) elements of the result
     j = i + i // F * F if F > 0 else i
     inside, eps = i < n, 0.0
     if p_eps is not None:
@@ -476,15 +476,15 @@ def activation_forward_kernel(p_x, p_up, p_eps, p_y, n, F: tl.constexpr, NAME: t
 @jit
 def activation_backward_kernel(p_x, p_up, p_eps, p_g, p_gx, p_gup, p_sums, n, F: tl.constexpr,
                                NAME: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # (BLOCK,) elements of the result
     j = i + i // F * F if F > 0 else i
     inside, eps = i < n, 0.0
     if p_eps is not None:
         eps = tl.load(p_eps).to(tl.float32)
     y, slope, bump = act(tl.load(p_x + j, mask=inside, other=0.0).to(tl.float32), eps, NAME)
-    g = tl.load(p_g + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(p_g + i, mask=inside, other=0.0).to(tl.float32) # (BLOCK,)
     if F > 0:
-        tl.store(p_gx + F + j, (g * y).to(p_gx.dtype.element_ty), mask=inside)
+        tl.store(p_gx + F + j, (g * y).to(p_gx.dtype.element_ty), mask=inside) # g_up = g act(gate)
         g = g * tl.load(p_x + F + j, mask=inside, other=0.0).to(tl.float32)
     elif p_up is not None:
         tl.store(p_gup + i, (g * y).to(p_gup.dtype.element_ty), mask=inside)
@@ -595,12 +595,12 @@ def cross_entropy_torch(z, targets, losses, gradient):
 @jit
 def cross_entropy_kernel(p_z, p_target, p_loss, V, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     row, i_v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    target = tl.load(p_target + row)
+    target = tl.load(p_target + row) # one number
     p_z += row * V
     most, sums = -float("inf"), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         z = tl.load(p_z + start + i_v, mask=start + i_v < V, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(most, tl.max(z, axis=0))
+        higher = tl.maximum(most, tl.max(z, axis=0)) # one number, for all lanes
         sums = sums * tl.exp(most - higher) + tl.exp(z - higher)
         most = higher
     total = tl.sum(sums, axis=0)
@@ -643,22 +643,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, cap, dtype, path, needs):
         tally("linear_cross_entropy", path)
         rows, (V, C), device = targets.numel(), weight.shape, x.device
-        wide, targets = torch.promote_types(dtype, torch.float32), targets.reshape(-1).contiguous()
-        x_, w = x.reshape(rows, C).to(dtype), weight.to(dtype)
-        chunks = max(1, -(-rows * V // CROSS_ENTROPY_CHUNK))
+        wide, targets = torch.promote_types(dtype, torch.float32), targets.reshape(-1).contiguous() # (rows,)
+        x_, w = x.reshape(rows, C).to(dtype), weight.to(dtype) # (rows, C), (V, C)
+        chunks = max(1, -(-rows * V // CROSS_ENTROPY_CHUNK)) # rounded up
         each = -(-rows // chunks) # rows of a chunk
         logits = torch.empty(each, V, dtype=dtype, device=device)
         losses = torch.empty(rows, dtype=wide, device=device)
         g_x = empty_as(x_) if needs[0] else None
         g_w = torch.zeros(V, C, dtype=wide, device=device) if needs[1] else None
         for part in (slice(i, i + each) for i in range(0, rows, each)):
-            z = torch.mm(x_[part], w.t(), out=logits[: len(x_[part])])
+            z = torch.mm(x_[part], w.t(), out=logits[: len(x_[part])]) # (rows of the chunk, V)
             z = logits_to_gradient(z, targets[part], losses[part], cap, path, any(needs))
             if needs[0]:
                 torch.mm(z, w, out=g_x[part])
             if needs[1]: # in half precision each chunk's product is rounded once, and their sum is not
                 g_w.addmm_(z.t(), x_[part]) if dtype == wide else g_w.add_(z.t() @ x_[part])
-        count = (targets != -1).sum()
+        count = (targets != -1).sum() # targets that are not ignored
         ctx.save_for_backward(g_x, g_w, count)
         ctx.like, ctx.used = (x.shape, x.dtype, weight.dtype), False
         return losses.sum() / count
@@ -736,25 +736,25 @@ def streams_path(x, *others):
 # A program handles one token and walks through its channels in blocks. Sums over channels stay in registers.
 @jit
 def read_forward_kernel(p_x, p_pre, p_u, C, N: tl.constexpr, BLOCK: tl.constexpr):
-    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
     pre = tl.load(p_pre + t * N + i_n).to(tl.float32)
     for start in range(0, C, BLOCK):
         i_c = start + tl.arange(0, BLOCK)
         at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
-        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.sum(pre[:, None] * x, axis=0)
+        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
+        u = tl.sum(pre[:, None] * x, axis=0) # (BLOCK,)
         tl.store(p_u + t * C + i_c, u.to(p_u.dtype.element_ty), mask=i_c < C)
 
 
 @jit
 def read_backward_kernel(p_x, p_pre, p_g, p_gx, p_gpre, C, N: tl.constexpr, BLOCK: tl.constexpr):
-    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
     pre = tl.load(p_pre + t * N + i_n).to(tl.float32)
-    g_pre = tl.zeros((N,), tl.float32)
+    g_pre = tl.zeros((N,), tl.float32) # summed over the channels
     for start in range(0, C, BLOCK):
         i_c = start + tl.arange(0, BLOCK)
         at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
-        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
         g = tl.load(p_g + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
         g_pre += tl.sum(x * g[None, :], axis=1)
         tl.store(p_gx + at, (pre[:, None] * g[None, :]).to(p_gx.dtype.element_ty), mask=inside)
@@ -763,12 +763,12 @@ def read_backward_kernel(p_x, p_pre, p_g, p_gx, p_gpre, C, N: tl.constexpr, BLOC
 
 @jit
 def write_forward_kernel(p_x, p_y, p_post, p_res, p_out, C, N: tl.constexpr, BLOCK: tl.constexpr):
-    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
     post = tl.load(p_post + t * N + i_n).to(tl.float32)
     for start in range(0, C, BLOCK):
         i_c = start + tl.arange(0, BLOCK)
         y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
-        out = post[:, None] * y[None, :]
+        out = post[:, None] * y[None, :] # (N, BLOCK)
         for i in range(N): # column i of res times stream i
             column = tl.load(p_res + t * N * N + i_n * N + i).to(tl.float32)
             x = tl.load(p_x + t * N * C + i * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
@@ -780,7 +780,7 @@ def write_forward_kernel(p_x, p_y, p_post, p_res, p_out, C, N: tl.constexpr, BLO
 @jit
 def write_backward_kernel(p_x, p_y, p_post, p_res, p_g, p_gx, p_gy, p_gpost, p_gres, C, N: tl.constexpr,
                           BLOCK: tl.constexpr):
-    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
     i_nn = i_n[:, None] * N + i_n[None, :]
     post = tl.load(p_post + t * N + i_n).to(tl.float32)
     res = tl.load(p_res + t * N * N + i_nn).to(tl.float32) # [out, in]
@@ -789,13 +789,13 @@ def write_backward_kernel(p_x, p_y, p_post, p_res, p_g, p_gx, p_gy, p_gpost, p_g
         i_c = start + tl.arange(0, BLOCK)
         at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
         g = tl.load(p_g + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
         y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
         g_post += tl.sum(g * y[None, :], axis=1)
-        g_res += tl.sum(g[:, None, :] * x[None, :, :], axis=2)
-        g_x = tl.sum(res[:, :, None] * g[:, None, :], axis=0)
+        g_res += tl.sum(g[:, None, :] * x[None, :, :], axis=2) # (N, N) from (N, N, BLOCK)
+        g_x = tl.sum(res[:, :, None] * g[:, None, :], axis=0) # (N, BLOCK): res^T g
         tl.store(p_gx + at, g_x.to(p_gx.dtype.element_ty), mask=inside)
-        g_y = tl.sum(post[:, None] * g, axis=0)
+        g_y = tl.sum(post[:, None] * g, axis=0) # (BLOCK,)
         tl.store(p_gy + t * C + i_c, g_y.to(p_gy.dtype.element_ty), mask=i_c < C)
     tl.store(p_gpost + t * N + i_n, g_post.to(p_gpost.dtype.element_ty))
     tl.store(p_gres + t * N * N + i_nn, g_res.to(p_gres.dtype.element_ty))
@@ -822,7 +822,7 @@ class ReadStreams(torch.autograd.Function):
         tally("read_streams", path)
         x, pre, ctx.path = x.contiguous(), pre.contiguous(), path
         ctx.save_for_backward(x, pre)
-        u = torch.empty((*x.shape[:-2], x.shape[-1]), dtype=x.dtype, device=x.device)
+        u = torch.empty((*x.shape[:-2], x.shape[-1]), dtype=x.dtype, device=x.device) # (..., C)
         streams(path, "read_forward", x, pre, u)
         return u
 
@@ -842,7 +842,7 @@ class WriteStreams(torch.autograd.Function):
         tally("write_streams", path)
         inputs, ctx.path = [t.contiguous() for t in (x, y, post, res)], path
         ctx.save_for_backward(*inputs)
-        out = empty_as(inputs[0])
+        out = empty_as(inputs[0]) # (..., N, C)
         streams(path, "write_forward", *inputs, out)
         return out
 
@@ -914,10 +914,10 @@ def softmax_out(x):
 
 @jit
 def iterate(x, iters, EPS: tl.constexpr):
-    m = softmax_out(x) + EPS
-    m = m / (tl.sum(m, axis=2)[:, :, None] + EPS)
+    m = softmax_out(x) + EPS # (BLOCK, N, N) [matrix, out, in]
+    m = m / (tl.sum(m, axis=2)[:, :, None] + EPS) # rows sum to 1
     for _ in range(1, iters):
-        m = m / (tl.sum(m, axis=1)[:, None, :] + EPS)
+        m = m / (tl.sum(m, axis=1)[:, None, :] + EPS) # columns, then rows again
         m = m / (tl.sum(m, axis=2)[:, :, None] + EPS)
     return m
 
@@ -929,13 +929,13 @@ def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLO
     # This program's divisors (2 iters, BLOCK, N): of columns at 2 i, of rows at 2 i + 1
     p_sums = p_scratch + tl.program_id(0).to(tl.int64) * (2 * iters * BLOCK * N)
     p_sums += tl.arange(0, BLOCK)[:, None] * N + tl.arange(0, N)[None, :]
-    y = p + EPS
+    y = p + EPS # (BLOCK, N, N)
     for i in range(iters):
         if i > 0:
-            columns = tl.sum(y, axis=1) + EPS
+            columns = tl.sum(y, axis=1) + EPS # (BLOCK, N)
             tl.store(p_sums + 2 * i * (BLOCK * N), columns)
             y = y / columns[:, None, :]
-        rows = tl.sum(y, axis=2) + EPS
+        rows = tl.sum(y, axis=2) + EPS # (BLOCK, N)
         tl.store(p_sums + (2 * i + 1) * (BLOCK * N), rows)
         y = y / rows[:, :, None]
     tl.debug_barrier() # a thread may load what another one stored
@@ -943,12 +943,12 @@ def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLO
         i = iters - 1 - j
         rows = tl.load(p_sums + (2 * i + 1) * (BLOCK * N))
         g = (g - tl.sum(g * y, axis=2)[:, :, None]) / rows[:, :, None]
-        y = y * rows[:, :, None]
+        y = y * rows[:, :, None] # the iterate before this division
         if i > 0:
             columns = tl.load(p_sums + 2 * i * (BLOCK * N))
             g = (g - tl.sum(g * y, axis=1)[:, None, :]) / columns[:, None, :]
             y = y * columns[:, None, :]
-    return p * (g - tl.sum(g * p, axis=1)[:, None, :])
+    return p * (g - tl.sum(g * p, axis=1)[:, None, :]) # back through the softmax
 
 
 @jit
@@ -1069,14 +1069,14 @@ def mhc_product_kernel(p_x, p_phi, p_z, p_square, tokens, width, COLUMNS: tl.con
                        BLOCK_C: tl.constexpr, PADDED: tl.constexpr):
     """z = x phi^T and mean(x^2) of BLOCK tokens in one walk, in fp32: TF32 would keep 10 bits."""
     i_t, i_k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
-    z, square = tl.zeros((BLOCK, PADDED), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    z, square = tl.zeros((BLOCK, PADDED), tl.float32), tl.zeros((BLOCK,), tl.float32) # sums over channels
     for start in range(0, width, BLOCK_C):
         i_c = start + tl.arange(0, BLOCK_C)
         of_x = (i_t < tokens)[:, None] & (i_c < width)[None, :]
         of_phi = (i_k < COLUMNS)[None, :] & (i_c < width)[:, None]
         x = tl.load(p_x + i_t[:, None] * width + i_c[None, :], mask=of_x, other=0.0).to(tl.float32)
         phi = tl.load(p_phi + i_k[None, :] * width + i_c[:, None], mask=of_phi, other=0.0).to(tl.float32)
-        z = tl.dot(x, phi, z, input_precision="ieee")
+        z = tl.dot(x, phi, z, input_precision="ieee") # (BLOCK, PADDED)
         square += tl.sum(x * x, axis=1)
     of_z = (i_t < tokens)[:, None] & (i_k < COLUMNS)[None, :]
     tl.store(p_z + i_t[:, None] * COLUMNS + i_k[None, :], z, mask=of_z)
@@ -1088,8 +1088,8 @@ def mhc_forward_kernel(p_z, p_square, p_alpha, p_b, p_pre, p_post, p_res, tokens
                        EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     COLUMNS: tl.constexpr = 2 * N + N * N
     i_t, i_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
-    r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps)
-    gate = (i_t < tokens)[:, None] & (i_n >= 0)[None, :]
+    r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps) # (BLOCK,)
+    gate = (i_t < tokens)[:, None] & (i_n >= 0)[None, :] # mask of a tile (BLOCK, N)
     for k in tl.static_range(2): # pre, then post
         z = tl.load(p_z + i_t[:, None] * COLUMNS + k * N + i_n[None, :], mask=gate, other=0.0) * r[:, None]
         x = tl.load(p_alpha + k).to(tl.float32) * z + tl.load(p_b + k * N + i_n).to(tl.float32)[None, :]
@@ -1109,17 +1109,17 @@ def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_
                         BLOCK: tl.constexpr):
     COLUMNS: tl.constexpr = 2 * N + N * N
     i_t, i_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
-    r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps)
-    gate = (i_t < tokens)[:, None] & (i_n >= 0)[None, :]
+    r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps) # (BLOCK,)
+    gate = (i_t < tokens)[:, None] & (i_n >= 0)[None, :] # mask of a tile (BLOCK, N)
     back = tl.zeros((BLOCK,), tl.float32) # what comes back through r
     p_sums += tl.program_id(0) * (3 + COLUMNS) # [g_alpha | g_b] of this program's tokens
     for k in tl.static_range(2): # pre, then post
         z = tl.load(p_z + i_t[:, None] * COLUMNS + k * N + i_n[None, :], mask=gate, other=0.0) * r[:, None]
         a = tl.load(p_alpha + k).to(tl.float32)
-        p = 1 / (1 + tl.exp(-a * z - tl.load(p_b + k * N + i_n).to(tl.float32)[None, :]))
+        p = 1 / (1 + tl.exp(-a * z - tl.load(p_b + k * N + i_n).to(tl.float32)[None, :])) # sigmoid
         p_g = p_gpre if k == 0 else p_gpost
         g = tl.load(p_g + i_t[:, None] * N + i_n[None, :], mask=gate, other=0.0).to(tl.float32)
-        g = (1 + k) * p * (1 - p) * g
+        g = (1 + k) * p * (1 - p) * g # through the sigmoid
         back += a * tl.sum(g * z, axis=1)
         tl.store(p_sums + k, tl.sum(tl.sum(g * z, axis=1), axis=0))
         tl.store(p_sums + 3 + k * N + i_n, tl.sum(g, axis=0))
@@ -1131,7 +1131,7 @@ def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_
     a, i_nn = tl.load(p_alpha + 2).to(tl.float32), i_n[:, None] * N + i_n[None, :]
     x = a * z + tl.load(p_b + 2 * N + i_nn).to(tl.float32)[None, :, :]
     g = iterate_back(x, g, p_scratch, iters, EPS, N, BLOCK)
-    dots = tl.sum(tl.sum(g * z, axis=2), axis=1)
+    dots = tl.sum(tl.sum(g * z, axis=2), axis=1) # (BLOCK,)
     tl.store(p_sums + 2, tl.sum(dots, axis=0))
     tl.store(p_sums + 3 + 2 * N + i_nn, tl.sum(g, axis=0))
     tl.store(p_gz + 2 * N + at, a * g * r[:, None, None], mask=inside)
@@ -1191,10 +1191,10 @@ class Coefficients(torch.autograd.Function):
             with torch.cuda.device_of(x):
                 mhc_backward_kernel[(programs,)](*inputs, g_z, factor, sums, scratch, tokens, width, iters,
                                                  eps, SINKHORN_EPS, N, block)
-        wide = x.float()
+        wide = x.float() # (tokens, N C)
         g_x = product(g_z, phi.float()).addcmul_(factor.unsqueeze(1), wide).to(x.dtype).view(ctx.shape)
         g_alpha, g_b = sums.sum(0, dtype=torch.float64).split([3, len(b)])
-        g_phi = product(g_z.t(), wide).to(phi.dtype)
+        g_phi = product(g_z.t(), wide).to(phi.dtype) # (2 N + N^2, N C)
         return g_x, g_phi, g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None, None
 
 
