@@ -65,8 +65,7 @@ FIRST_BYTES = { # first bytes of files that are no text -> what the file is, and
     b"%PDF": "a PDF, not text: take its text out, say with pdftotext",
     b"PK\3\4": "a zip archive (as .docx and .epub are), not text: take its text out",
     b"\x93NUMPY": "a numpy array, not text: call it shard_0.npy and prepare its folder",
-    b"\xff\xfe": "UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 OLD > NEW",
-    b"\xfe\xff": "UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 OLD > NEW",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 OLD > NEW"),
     **{np.array(key, "<i4").tobytes(): "a shard of tokens, not text: name its folder" for key in WIDTHS}}
 
 
@@ -96,8 +95,7 @@ class Tokenizer:
         ids = np.asarray(ids.cpu() if torch.is_tensor(ids) else ids, dtype=np.int64).reshape(-1)
         # A look-up would take -1 for the last entry, in silence.
         if len(bad := ids[(ids < 0) | (ids >= self.vocab_size)]):
-            raise UserError(f"cannot decode id {bad[0]}: this {self.name} tokenizer has 0 to "
-                            f"{self.vocab_size - 1}; use the model's own")
+            raise UserError(f"cannot decode id {bad[0]}: this tokenizer has 0 to {self.vocab_size - 1}")
         return ids
 
 
@@ -203,15 +201,11 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer of Hugging Face's `tokenizers`, from the text of its JSON file, which is kept whole.
-
-    The first encode or decode imports the package: training on finished shards does without it.
-    Special tokens in a text are text. Nothing is added, cut or padded.
-    """
+    """Hugging Face's `tokenizers`, from the text of a JSON file. Special tokens in a text are text."""
     name = "hf"
 
     def __init__(self, text: str, data_dir: str = "data"):
-        self.text, saved = text, json.loads(text)
+        self.text, saved = text, json.loads(text) # kept whole: only encode and decode import the package
         vocab = saved["model"]["vocab"] # a table of ids, or Unigram's list of (piece, score)
         known = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
         known |= {token["content"]: token["id"] for token in saved.get("added_tokens") or []}
@@ -230,7 +224,7 @@ class HFTokenizer(Tokenizer):
             codec = tokenizers.Tokenizer.from_str(self.text)
         except Exception as error: # the package raises no class of its own
             raise UserError(f"tokenizers {tokenizers.__version__} cannot read this file: {error}") from error
-        codec.no_truncation()
+        codec.no_truncation() # what a file says of batches has no place in training data
         codec.no_padding()
         codec.encode_special_tokens = True # "<|endoftext|>" in a document must not become the separator
         return codec
@@ -312,7 +306,7 @@ def hash_of_json(value) -> str:
 
 
 def sha256_of(path) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256() # piece by piece: a shard has 200 MB
     with open(path, "rb") as file:
         while block := file.read(2 ** 20):
             digest.update(block)
@@ -338,7 +332,7 @@ def alone(path: Path):
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError: # a read-only folder: nobody waits
                 break
-            # The process before may have deleted the file locked here. Then another file is the lock, or none.
+            # The process before may have deleted the file locked here: another one is the lock now.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                     break
@@ -358,16 +352,13 @@ class DownloadError(UserError):
 
 
 def fetch(url: str, filename: str, sha256: str, data_dir: str = "data") -> Path:
-    """The path of filename in data_dir: it lies there, or in the folder DATA_MIRROR, or is downloaded.
-
-    UserError if the name or the file of that name is wrong, DownloadError if the file cannot be had.
-    """
+    """The path of filename in data_dir: it lies there, or in the folder DATA_MIRROR, or is downloaded."""
     target, named = Path(data_dir) / filename, re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII)
     if named and has_hash(target, sha256): # perhaps through a link
         return target
     if not named or target.resolve().parent != Path(data_dir).resolve():
         raise UserError(f"{filename!r} is not the name of a file inside {data_dir}/: nothing was downloaded")
-    part = target.with_name(filename + ".part")
+    part = target.with_name(filename + ".part") # what came so far; the next call continues it
     mirrored = Path(os.environ.get("DATA_MIRROR") or data_dir) / filename # no mirror: target itself
     with alone(target):
         if has_hash(target, sha256): # another process got it while this one waited
@@ -376,7 +367,7 @@ def fetch(url: str, filename: str, sha256: str, data_dir: str = "data") -> Path:
             raise UserError(f"{target} has sha256 {sha256_of(target)}, expected {sha256}\n"
                             "delete it to get it anew, or rename it and prepare it by its path")
         if has_hash(mirrored, sha256):
-            shutil.copyfile(mirrored, part)
+            shutil.copyfile(mirrored, part) # first to part: a copy may be interrupted too
         elif mirrored.exists():
             print(f"{mirrored} is not used: its sha256 is not {sha256}", file=sys.stderr)
         # part may be whole: an earlier process was killed after the last byte.
@@ -396,8 +387,8 @@ def download(url, part, sha256):
             print(f"{part.stem}: {part.stat().st_size:,} bytes from {url}", file=sys.stderr)
             return None
         if problem is None: # all came, and it is wrong: there is nothing to continue
-            size, found = part.stat().st_size, sha256_of(part)
-            problem = f"the {size:,} bytes that came have sha256 {found[:12]}..., expected {sha256[:12]}..."
+            problem = (f"the {part.stat().st_size:,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
+                       f"expected {sha256[:12]}...")
             part.unlink()
         if pause is None or wait is None:
             break
@@ -406,10 +397,7 @@ def download(url, part, sha256):
 
 
 def receive(url, part, deadline):
-    """One request, appended to part. Returns (problem or None, seconds to wait before the next request).
-
-    0 seconds stand for the usual pause. None says that another request is no use.
-    """
+    """One request, appended to part. Returns (problem or None, wait in seconds; 0: as usual, None: no use)."""
     have = part.stat().st_size if part.exists() else 0
     # identity, because a range counts the bytes of the file itself
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
@@ -515,7 +503,7 @@ def pystdlib(data_dir):
 
 def recall(data_dir):
     """1,024 lines of 511 pairs such as a3c5a3, each line with its own digit for each letter (no network)"""
-    rng, lines = random.Random(0), []
+    rng, lines = random.Random(0), [] # only random() is the same in every Python
     for _ in range(1024):
         digit = {letter: int(10 * rng.random()) for letter in "abcdefgh"}
         letters = ("abcdefgh"[int(8 * rng.random())] for _ in range(511))
@@ -564,7 +552,7 @@ def npy_files(folder):
 def open_npy(path: Path) -> np.ndarray:
     """The rows of a file, (rows, length), as a memory map. UserError if it is damaged or holds no ids."""
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False) # a pickle may run any code
         what = f"{rows.dtype} of shape {rows.shape}" # an archive of several arrays has neither
     except Exception as error: # a bad header raises many kinds, tokenize.TokenError among them
         reason = " ".join(str(error).split())[:100]
@@ -586,14 +574,13 @@ def row_parts(files, first, last, kind):
 
 # --- shards: what a dataset consists of ---
 def damaged(path, what):
-    return UserError(f"{path}: {what}\n"
-                     "restore the file, or prepare the dataset again: python data.py prepare SOURCE")
+    return UserError(f"{path}: {what}\nrestore it, or prepare the dataset again with data.py prepare SOURCE")
 
 
 def split_of(file: str) -> str | None:
     """The split of a shard by the word train or val in its name; None if it has neither word, or both."""
     found = set(re.findall("(?<![a-z])(train|val)(?:ing|id|idation)?(?![a-z])", file.lower()))
-    return found.pop() if len(found) == 1 else None
+    return found.pop() if len(found) == 1 else None # strain.bin and oval.bin have neither word
 
 
 def is_part(path: Path) -> bool:
@@ -609,8 +596,8 @@ def is_dataset(folder) -> bool:
     """Whether a folder has training shards, or the meta.json of a dataset."""
     if not os.path.isdir(folder):
         return False
-    splits = {split_of(path.name) for path in Path(folder).glob("*.bin")}
-    return "train" in splits or is_part(Path(folder) / "meta.json")
+    found = {split_of(path.name) for path in Path(folder).glob("*.bin")}
+    return "train" in found or is_part(Path(folder) / "meta.json")
 
 
 def prepared(data_dir) -> list[str]:
@@ -620,25 +607,23 @@ def prepared(data_dir) -> list[str]:
 
 def find(name: str, data_dir: str = "data") -> Path | None:
     """The folder of a prepared dataset, given by its name in data_dir or by its path, or None."""
-    path = Path(os.path.abspath(name))
+    path = Path(os.path.abspath(name)) # so that data/../data/NAME/ is data/NAME
     named = Path(data_dir) / path.name
     places = [named] if name == path.name or path == Path(os.path.abspath(named)) else []
-    places += [path] if name not in DATASETS else []
+    places += [path] if name not in DATASETS else [] # a bare name is looked for in data_dir first
     return next((folder for folder in places if name and is_dataset(folder)), None)
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
-    """The ids of a shard, (N,), as a memory map. Checks size and header, and N if tokens tells it.
-
-    Only a file that no meta.json describes (tokens None) may lack the header, as nanoGPT's do. GPT-2's ids never
-    look like a header: the first would be 55,432 of 50,257.
-    """
+    """The ids of a shard, (N,), as a memory map. Checks size and header, and N if tokens has it."""
     if not path.is_file():
         raise damaged(path, f"missing, expected a file of {tokens} tokens")
     size = path.stat().st_size
     with open(path, "rb") as file:
         magic, version, count = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
     width = WIDTHS.get((magic, version))
+    # A file that no meta.json describes may lack the header, as nanoGPT's do. GPT-2's ids never look like a
+    # header: the first would be 55,432 of 50,257.
     if width is None and tokens is None:
         if size == 0 or size % 2:
             raise damaged(path, f"{size} bytes, expected 2 for each token (it has no header, as in nanoGPT)")
@@ -656,7 +641,7 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
 def highest(shard, enough: int = 2 ** 32) -> int:
     """The highest id in a shard, -1 if it is empty. Stops reading at an id of enough or more."""
     top = -1
-    for start in range(0, len(shard), 2 ** 24):
+    for start in range(0, len(shard), 2 ** 24): # pieces of 16M ids
         top = max(top, int(shard[start:start + 2 ** 24].max()))
         if top >= enough:
             break
@@ -685,16 +670,16 @@ def guess_meta(folder):
     files = sorted(path.name for path in folder.glob("*.bin"))
     shards = {file: open_shard(folder / file) for file in files if split_of(file)}
     if "train" not in map(split_of, shards):
-        raise UserError(f"{folder} has neither meta.json nor train.bin: python data.py prepare SOURCE makes both")
+        raise UserError(f"{folder} has neither meta.json nor train.bin: python data.py prepare SOURCE")
     if left_out := [file for file in files if file not in shards]:
         print(f"{folder}: left out {listed(left_out)}: a shard has either train or val in its name")
     top = max(highest(shard, enough=256) for shard in shards.values())
-    vocab_size, saved = (50257, {"name": "gpt2"}) if top > 255 else (top + 1, None)
+    vocab_size, saved = (50257, {"name": "gpt2"}) if top > 255 else (top + 1, None) # 255: bytes, characters
     print(f"{folder} has no meta.json: by the highest id, assumed vocab_size={vocab_size} "
           f"and {'the gpt2' if saved else 'no'} tokenizer")
     if (folder / "meta.pkl").exists():
-        print("its meta.pkl is a pickle, which may run any code when it is opened, and is not read. "
-              f"To have the tokenizer too:\n    python data.py prepare {folder / 'input.txt'}")
+        print("its meta.pkl is a pickle, may run any code, and is not read. To have the tokenizer too:\n"
+              f"    python data.py prepare {folder / 'input.txt'}")
     return {"source": {"from": "another program"}, "tokenizer": saved, "vocab_size": vocab_size,
             "shards": {file: {"tokens": len(shard)} for file, shard in shards.items()}}
 
@@ -739,9 +724,8 @@ def verify(name: str, data_dir: str = "data") -> list[str]:
 def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fraction: float = 0.1) -> Path:
     """Writes source, a known dataset or a path, as shards and meta.json. Returns their folder, data_dir/NAME.
 
-    Text and ids are held in memory: 11 bytes per character measured for char, 7 byte, 5 gpt2, 133 `tokenizers`.
-    A folder of shard_*.npy goes shard by shard. Without a tokenizer the dataset keeps its own, else gets char.
-    An interrupted call leaves no half dataset.
+    Text and ids are held in memory: 11 bytes per character for char, 7 byte, 5 gpt2, 133 `tokenizers`.
+    shard_*.npy go shard by shard. tokenizer "": the dataset's own, else char. If interrupted, leaves nothing.
     """
     source = str(source)
     if not 0 <= val_fraction < 1:
@@ -751,8 +735,7 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
                         f"did you mean --dataset={data_dir}?")
     there = is_dataset(source) or not os.path.exists(source) and find(source, data_dir)
     if there and source not in DATASETS:
-        raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}\n"
-                        "to make it anew, prepare the text that it was made from")
+        raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}")
     try:
         files = npy_files(source)
         name, origin, documents = (own_name(source), "", []) if files else read_source(source, data_dir)
@@ -791,7 +774,7 @@ def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str
     cut = int(sum(map(len, documents)) * (1 - val_fraction))
     train, val = [], []
     for document in documents:
-        train.append(document[:cut])
+        train.append(document[:cut]) # cut counts from this document's start
         val.append(document[cut:])
         cut = max(cut - len(document), 0)
     return [text for text in train if text], [text for text in val if text]
@@ -810,23 +793,21 @@ def encode_all(documents, codec):
 
 
 def prepare_rows(target, source, files, tokenizer, val_fraction):
-    """The last rows become the validation split. Rows stay apart: nothing says that one goes on in the next.
-
-    char cannot have made such ids and stands for no tokenizer: the vocabulary ends with the highest id.
-    """
+    """Rows stay apart: nothing says that one goes on in the next. The last rows are for validation."""
     if stray := [path.name for path in files if split_of(path.name) == "val"]:
         raise UserError(f"{source}: the last rows of all shards become the validation split, not {stray[0]}\n"
                         "move it elsewhere, or rename it without the word val")
+    # char cannot have made such ids and stands for no tokenizer: the vocabulary ends with the highest id.
     codec = make_tokenizer(tokenizer, "", target.parent) if tokenizer != "char" else None
     limit, top, n = codec.vocab_size if codec else 2 ** 32, -1, 0
     for path in files:
         rows = open_npy(path)
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= limit:
-            raise UserError(f"{path}: id {min(low, 0) or high} found, expected 0 to below vocab_size={limit}\n"
+            raise UserError(f"{path}: id {min(low, 0) or high} found, expected ids below vocab_size={limit}\n"
                             "name the tokenizer that made the shards, or fetch the file again")
         top, n = max(top, high), n + len(rows)
-    cut = int(n * (1 - val_fraction))
+    cut = int(n * (1 - val_fraction)) # rows for training
     if cut < 1:
         raise UserError(f"{source} has {n} row, and rows are not divided: take more, or --val_fraction=0")
     if codec is None:
@@ -841,10 +822,7 @@ def prepare_rows(target, source, files, tokenizer, val_fraction):
 
 
 def put(target, source, codec, vocab_size, val_fraction, splits):
-    """Writes a dataset into the folder target, and says so. False if it lies there already.
-
-    splits: the shards of train and those of val, each shard as (ids, length of a row or 0).
-    """
+    """Writes a dataset. splits: (ids, length of a row or 0) of train, and of val. False if it is there."""
     meta = {"format": _FORMAT, "name": target.name, "source": source, "tokenizer": codec and codec.to_dict(),
             "vocab_size": vocab_size, "split": {"val_fraction": val_fraction}}
     with alone(target): # of two calls at once, the second finds what the first has prepared
@@ -887,7 +865,7 @@ def write_dataset(folder, meta, splits):
     shards, counts = {}, {"train": 0, "val": 0}
     for split, parts in zip(counts, splits):
         for number, (ids, row) in enumerate(parts):
-            header = np.zeros(_HEADER // 4, "<i4")
+            header = np.zeros(_HEADER // 4, "<i4") # (256,)
             header[:3] = *next(key for key in WIDTHS if WIDTHS[key] == ids.dtype), len(ids)
             file = f"{split}_{number:06d}.bin"
             sha256 = write_synced(folder / file, header.tobytes() + ids.tobytes())
@@ -963,7 +941,7 @@ class Dataset:
         typed: the settings that the command line gave. Those can be dropped, a config file's cannot.
         """
         made = self.tokenizer.to_dict() if self.tokenizer else {"name": "none"}
-        share = self.meta.get("split", {}).get("val_fraction") # None: another program, which did not say
+        share = self.meta.get("split", {}).get("val_fraction") # None: another program wrote the data
         name, folder = asked.get("tokenizer") or made["name"], self.folder.parent
         if name.endswith(".json") and make_tokenizer(name, "", folder).to_dict() == made:
             name = made["name"]
@@ -977,7 +955,7 @@ class Dataset:
                       for values in (other, has))
         origin = self.name if self.name in DATASETS else shlex.quote(self.meta["source"]["from"])
         again = f"python data.py prepare {'SOURCE' if share is None else origin} {want} --data_dir={folder}"
-        told = typed.issuperset(other)
+        told = typed.issuperset(other) # then the person can drop it
         anew = f"run: {again}" if told else f"prepare it apart: {again}2\nand add --data_dir={folder}2"
         if resuming:
             anew = "train anew in another --out_dir"
@@ -1015,7 +993,7 @@ class Tokens:
             raise self.too_short(block_size)
         # Numbers among the starts of all shards, end to end.
         picks = np.random.default_rng([seed, step]).integers(starts.sum(), size=batch_size) # (B,)
-        ends = np.cumsum(starts)
+        ends = np.cumsum(starts) # (shards,)
         which = np.searchsorted(ends, picks, side="right") # (B,) shard
         row, first = np.divmod(picks - (ends - starts)[which], room[which]) # (B,) row, place in the row
         return self.cut([self.shards[k] for k in which], row * self.rows[which] + first, block_size)
@@ -1028,19 +1006,16 @@ class Tokens:
             raise self.too_short(1)
         for shard, starts, width in self.layout(block_size, limit):
             for k in range(0, len(starts), batch_size):
-                some = starts[k:k + batch_size]
+                some = starts[k:k + batch_size] # (up to B,)
                 yield self.cut([shard] * len(some), some, width)
 
     def layout(self, block_size, limit):
-        """Yields (shard, starts, width): the full windows of a shard, then the shorter rest of each row.
-
-        limit > 0: of a split with more targets about that many, in every k-th window.
-        """
+        """Yields (shard, starts, width): the full windows of a shard, then the shorter rest of each row."""
         targets = int(((self.rows - 1) * self.counts).sum())
-        every = max(-(-targets // limit), 1) if limit else 1
+        every = max(-(-targets // limit), 1) if limit else 1 # of k windows one, for about limit targets
         for shard, row, count in zip(self.shards, self.rows.tolist(), self.counts.tolist()):
             full, left = divmod(max(row - 1, 0), block_size) # full windows in a row, targets after them
-            window = np.arange(0, count * full, every)
+            window = np.arange(0, count * full, every) # (windows,) of all full windows of the shard
             yield shard, window // max(full, 1) * row + window % max(full, 1) * block_size, block_size
             yield shard, np.arange(0, count if left else 0, every) * row + full * block_size, left
 
@@ -1049,14 +1024,14 @@ class Tokens:
         return sum(len(starts) * width for _, starts, width in self.layout(block_size, limit))
 
     def cut(self, shards, starts, width):
-        """(x, y), both (B, width) int64: the window of each shard at its start. UserError for an id too high."""
+        """(x, y), both (B, width) int64: the window of each shard at its start. UserError for an id >= V."""
         ids = np.stack([shard[i:i + width + 1] for shard, i in zip(shards, starts)]) # (B, width + 1)
         # The embedding would answer such an id with an IndexError, or crash a GPU.
         if (top := ids.max()) >= self.vocab_size:
             raise UserError(f"{self.label}: id {top} found, expected ids below vocab_size={self.vocab_size}\n"
                             "see python data.py verify NAME, and prepare the dataset again")
         ids = torch.from_numpy(ids.astype(np.int64))
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous() # (B, width) each
 
     def too_short(self, block_size):
         n = int(self.rows.max(initial=0)) # of several shards the longest counts
@@ -1082,7 +1057,7 @@ def show_list(data_dir):
 
 
 def main(argv: list[str]) -> None:
-    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), argv))
+    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), argv)) # then come the options
     help_asked = "--help" in argv or "-h" in argv
     if help_asked:
         print(__doc__)
