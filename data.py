@@ -188,7 +188,7 @@ class GPT2Tokenizer(Tokenizer):
             if not has_hash(cached, sha256):
                 found = fetch(address, filename, sha256, self.data_dir)
                 with alone(cached): # and a rename, so that nobody reads half of the file
-                    os.replace(shutil.copyfile(found, f"{cached}.part"), cached)
+                    os.replace(shutil.copyfile(found, f"{cached}.{os.getpid()}"), cached)
         os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
         return tiktoken.get_encoding("gpt2")
 
@@ -397,7 +397,7 @@ def download(url, part, sha256):
 
 
 def receive(url, part, deadline):
-    """One request, appended to part. Returns (problem or None, wait in seconds; 0: as usual, None: no use)."""
+    """One request, appended to part. Returns (problem, seconds to wait; 0: the usual, None: give up)."""
     have = part.stat().st_size if part.exists() else 0
     # identity, because a range counts the bytes of the file itself
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
@@ -573,7 +573,7 @@ def row_parts(files, first, last, kind):
 
 
 # --- shards: what a dataset consists of ---
-def damaged(path, what):
+def damaged(path, what) -> UserError:
     return UserError(f"{path}: {what}\nrestore it, or prepare the dataset again with data.py prepare SOURCE")
 
 
@@ -588,7 +588,8 @@ def is_part(path: Path) -> bool:
     if path.name != "meta.json":
         return path.suffix == ".bin" and split_of(path.name) is not None or path.match("shard_*.npy")
     with suppress(OSError): # texts may have another file of that name
-        return all(key in path.read_bytes() for key in (b'"format"', b'"tokenizer"', b'"shards"'))
+        raw = path.read_bytes()
+        return all(key in raw for key in (b'"format"', b'"tokenizer"', b'"shards"'))
     return False
 
 
@@ -727,7 +728,7 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     Text and ids are held in memory: 11 bytes per character for char, 7 byte, 5 gpt2, 133 `tokenizers`.
     shard_*.npy go shard by shard. tokenizer "": the dataset's own, else char. If interrupted, leaves nothing.
     """
-    source = str(source)
+    source = str(source) # a Path is welcome too
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1, say 0.1")
     if is_dataset(data_dir) or npy_files(data_dir): # a dataset would be made among the shards of another
@@ -755,6 +756,7 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
 
 
 def prepare_text(target, origin, documents, tokenizer, val_fraction):
+    """The end of the text becomes the validation split."""
     documents = [text for text in documents if text]
     if not documents:
         raise UserError(f"{origin} is empty: there is no text to prepare")
