@@ -11,7 +11,7 @@ python optim.py config/train_shakespeare_diffmla.py --vocab_size=65 prints what 
   vector      norm gains, biases, lambdas              no             AdamW
 
 AdamW is torch's. The others are ordinary torch.optim.Optimizers whose step() never waits for the device. Read
-the `loop` of each first: plain PyTorch, which defines what the same update in C or compiled must compute.
+the `loop` of each first: plain PyTorch, which defines what C and the compiler must compute.
 """
 import configurator # first: see stop_at_once there
 
@@ -46,24 +46,24 @@ class Declared(NamedTuple):
 def declarations(model: nn.Module) -> dict[nn.Parameter, Declared]:
     """What each trained parameter is; a shared one counts once. TypeError if a module declares no role."""
     found = {}
-    apart = {p for m in model.modules() if getattr(m, "detached", False) for p in m.parameters()}
+    beside = {p for m in model.modules() if getattr(m, "detached", False) for p in m.parameters()}
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
             if not hasattr(module, "role"):
                 raise TypeError(f"{type(module).__name__} ({name}) owns parameters but declares no role; "
                                 "add `role = ...` to the class")
             if p.dim() < 2 or module.role == "vector": # the bias of a Linear is a vector, its weight is not
-                declared = Declared("vector", (), (), p in apart)
+                declared = Declared("vector", (), (), p in beside)
             else:
                 fused, blocks = getattr(module, "fused", (len(p),)), getattr(module, "blocks", None)
-                declared = Declared(module.role, fused, blocks, p in apart)
+                declared = Declared(module.role, fused, blocks, p in beside)
             found.setdefault(p, declared) # a tied head comes after the embedding that owns its weight
     return {p: declared for p, declared in found.items() if p.requires_grad}
 
 
 def build_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
                     betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """An optimizer of all trained parameters; ValueError for an unknown name. Muon's momentum is not of betas."""
+    """An optimizer of all trained parameters. Muon's AdamW gets the betas. ValueError for an unknown name."""
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r} is not known; choose one of: {', '.join(OPTIMIZERS)}")
     groups = {} # options -> the parameters that have them
@@ -73,8 +73,8 @@ def build_optimizer(model: nn.Module, name: str, learning_rate: float, weight_de
         groups.setdefault(tuple(options.items()), []).append(p)
     groups = [{"params": params, **dict(options)} for options, params in groups.items()]
     fused_adamw = functools.partial(torch.optim.AdamW, fused=next(model.parameters()).device.type in FUSED)
-    make = {"adamw": fused_adamw, "fadam": FAdam, "adam_mini": AdamMini, "muon": Muon}[name]
-    return make(groups, lr=learning_rate, betas=betas)
+    classes = {"adamw": fused_adamw, "fadam": FAdam, "adam_mini": AdamMini, "muon": Muon}
+    return classes[name](groups, lr=learning_rate, betas=betas)
 
 
 class Base(torch.optim.Optimizer):
@@ -101,7 +101,7 @@ class Base(torch.optim.Optimizer):
             loss = closure() if closure is not None else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
+            if params: # with depths a whole group may have no gradient
                 self.update(params, [p.grad for p in params], group)
         return loss
 
@@ -117,13 +117,13 @@ class Base(torch.optim.Optimizer):
                                "use form='auto'")
         return "compile" if params[0].is_cuda else "loop"
 
-    def run(self, form, tensors, scalars, **constants):
-        """The update in one of its forms. scalars: numbers that change from step to step."""
+    def run(self, form, lists, scalars, **constants):
+        """The update in one of its forms. lists: of parameters first. scalars: change from step to step."""
         if form == "compile":
             # Compiled code contains the values of Python numbers; what changes must be a tensor.
-            scalars = torch.tensor(scalars, device=tensors[0][0].device)
+            scalars = torch.tensor(scalars, device=lists[0][0].device)
             self.compiled = self.compiled or torch.compile(self.loop, dynamic=False)
-        {"loop": self.loop, "c": self.in_c, "compile": self.compiled}[form](*tensors, scalars, **constants)
+        {"loop": self.loop, "c": self.in_c, "compile": self.compiled}[form](*lists, scalars, **constants)
 
     def next_state(self, p, **shapes):
         """The state of p with one step more counted; in the first step zeros of these shapes."""
@@ -152,8 +152,8 @@ class FAdam(Base):
     """Hwang 2024, arXiv:2405.12807, algorithm 1: Adam as natural gradient with a diagonal Fisher matrix.
 
     Numbers in comments are the algorithm's lines. Unlike Adam's, the momentum is of the natural gradient, and
-    weight decay is preconditioned too: a weight of typical size loses lr * weight_decay in a step, whatever
-    the scale of all weights is, so weight_decay=0.001 is much. State is fp32.
+    weight decay is preconditioned too: in a step it takes lr * weight_decay from a weight of typical size, on
+    whatever scale the weights are, so 0.001 is much. State is fp32.
     """
 
     OPTIONS = dict(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, eps2=0.01, p=0.5, clip=1.0)
@@ -199,17 +199,16 @@ def rms(x):
 
 @functools.cache
 def runs(blocks: tuple | None, rows: int, width: int) -> tuple:
-    """Blocks (as in Declared) of a (rows, width) parameter, equal ones together: ((blocks, weights each), ...)."""
-    heights = (rows,) if blocks == () else blocks or (1,) * rows
+    """Runs of equal blocks in (rows, width): ((first weight, first block, blocks, weights in each), ...)."""
+    heights = (rows,) if blocks == () else blocks or (1,) * rows # rows of each block
     if sum(heights) != rows:
         raise ValueError(f"blocks of {sum(heights)} rows do not cover a parameter of {rows} rows")
-    return tuple((len(list(equal)), height * width) for height, equal in itertools.groupby(heights))
-
-
-def split_runs(x, layout):
-    """Views of x, one for each run: (blocks, weights in each)."""
-    parts = x.view(-1).split([count * size for count, size in layout])
-    return [part.view(run) for part, run in zip(parts, layout)]
+    found, start, first = [], 0, 0
+    for height, equal in itertools.groupby(heights):
+        count, size = len(list(equal)), height * width
+        found.append((start, first, count, size))
+        start, first = start + count * size, first + count
+    return tuple(found)
 
 
 class AdamMini(Base):
@@ -224,38 +223,40 @@ class AdamMini(Base):
 
     def update(self, params, grads, group):
         (beta1, beta2), lr, form = group["betas"], group["lr"], self.form_of(params)
-        pieces, rates = [], [] # for each run of blocks: weights, gradient, m, v; step size, correction of v
+        pieces, places, rates = [], [], [] # for each run of blocks; rates: step size and correction of v
         for p, g in zip(params, grads):
             layout = runs(group["blocks"], len(p), p[:1].numel())
-            counts = [count for count, _ in layout]
-            s = self.next_state(p, m=p.shape, v=(sum(counts),))
-            per_weight = [split_runs(x, layout) for x in (p, g.contiguous(), s["m"])]
-            pieces += zip(*per_weight, s["v"].split(counts))
+            s = self.next_state(p, m=p.shape, v=(sum(count for _, _, count, _ in layout),))
+            pieces += [(p, g.contiguous(), s["m"], s["v"])] * len(layout)
+            places += layout
             rates += [lr / (1 - beta1 ** s["step"]), 1 - beta2 ** s["step"]] * len(layout)
-        tensors, keep = [list(column) for column in zip(*pieces)], 1 - lr * group["weight_decay"]
-        self.run(form, tensors, [keep, *rates], beta1=beta1, beta2=beta2, eps=group["eps"])
+        scalars = [1 - lr * group["weight_decay"], *rates]
+        self.run(form, (*zip(*pieces), places), scalars, beta1=beta1, beta2=beta2, eps=group["eps"])
 
     @staticmethod
-    def loop(params, grads, ms, vs, scalars, beta1, beta2, eps): # (blocks, weights in each); vs: (blocks,)
+    def loop(params, grads, ms, vs, places, scalars, beta1, beta2, eps):
         keep, *rates = scalars
-        for p, g, m, v, lr, correction in zip(params, grads, ms, vs, rates[::2], rates[1::2]):
+        tensors = zip(params, grads, ms, vs)
+        for (p, g, m, v), place, lr, correction in zip(tensors, places, rates[::2], rates[1::2]):
+            start, first, count, size = place
+            p, g, m = (x.view(-1)[start : start + count * size].view(count, size) for x in (p, g, m))
+            v = v[first : first + count]
             v.lerp_(g.float().square().mean(1), 1 - beta2) # AdamW has no mean here; all else is AdamW's
             m.lerp_(g, 1 - beta1)
             scale = lr / ((v / correction).sqrt() + eps) # lr contains the correction of m
             p.mul_(keep).sub_(scale.to(p.dtype)[:, None] * m)
 
     @staticmethod
-    def in_c(params, grads, ms, vs, scalars, beta1, beta2, eps):
+    def in_c(params, grads, ms, vs, places, scalars, beta1, beta2, eps):
         keep, *rates = scalars
-        counts, sizes = zip(*(p.shape for p in params))
+        starts, firsts, counts, sizes = zip(*places) # offsets, because a view for each run would cost more
         c_library().adam_mini(
-            threads(), len(params), pointers(params), pointers(grads), pointers(ms), pointers(vs),
+            threads(), len(places), *(pointers(x, starts) for x in (params, grads, ms)), pointers(vs, firsts),
             integers(counts), integers(sizes), floats(rates), floats([1 - beta1, 1 - beta2, eps, keep]))
 
 
-# Newton-Schulz steps x <- a x + (b x x^T + c (x x^T)^2) x, one row (a, b, c) for each, drive all singular
-# values towards 1. The first rows are Keller Jordan's (2024). Polar Express (Amsel et al. 2025,
-# arXiv:2505.16932) gets closer to 1.
+# Newton-Schulz steps x <- a x + (b x x^T + c (x x^T)^2) x move all singular values towards 1. A row (a, b, c)
+# is one step. By Keller Jordan (2024), and by Amsel et al. (2025, arXiv:2505.16932): these come closer to 1.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -283,9 +284,8 @@ class Muon(Base):
     """Momentum, orthogonalised, for the matrices inside the blocks; AdamW for all else.
 
     Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"; numbers are its algorithm's lines.
-    Groups carry `fused`, the rows of the matrices stacked in each parameter, or () for AdamW. The update of a
-    matrix (n, m) is multiplied by 0.2 sqrt(max(n, m)), which gives it the RMS of AdamW's updates (Liu et al.
-    2025, arXiv:2502.16982): one learning rate serves both.
+    Groups carry `fused`, as in Declared; () is AdamW. A matrix (n, m) has its update multiplied by
+    0.2 sqrt(max(n, m)), so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982).
     """
 
     OPTIONS = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8, # betas and eps: of AdamW
@@ -327,15 +327,15 @@ class Muon(Base):
 class Sparse:
     """Training in which ever more weights are held at zero: Skeleton & Flesh, or magnitude pruning.
 
-    Weights of the matrices and of an untied head count, of all tensors together. In the learning rate's constant
-    phase, steps phase[0] to phase[1], every `interval` steps the active weights are chosen anew: ever fewer, down
-    to the share `density`, and from then on as many.
+    It compares the weights of all matrices and of an untied head. From step phase[0] to phase[1], where the
+    learning rate is constant, it chooses the active weights every `interval` steps: fewer each time until the
+    share `density` is active, then always that share.
 
-    skeleton_flesh (The Kepler Architecture, Skeleton & Flesh): the share prune_rate of the active weights is
-    pruned, those of the lowest signal to noise, |mean| / std over the steps since the last choice. Half as many
-    inactive ones grow back, from zero, where the next gradient is largest. For boost_steps steps the optimizer's
-    changes of these young weights, the flesh, are multiplied by `boost`.
-    magnitude, the baseline: the smallest weights are pruned, down to the same number, and none grows back.
+    skeleton_flesh (The Kepler Architecture, Skeleton & Flesh): a choice prunes the share prune_rate of active
+    weights, those of the lowest signal to noise, |mean| / std over the steps since the last choice. Half as
+    many inactive weights grow back, from zero, where the next gradient is largest. For boost_steps steps the
+    optimizer's changes of these young weights, the flesh, are multiplied by `boost`.
+    magnitude, the baseline: a choice prunes the smallest weights, down to the same number. None grows back.
 
     Call choose(step) before the gradient, mask_gradients(step) after it, finish(step) after the optimizer.
     Inactive weights have zero gradients and moments, so a weight that grows back begins without any.
@@ -350,7 +350,8 @@ class Sparse:
             (method not in self.METHODS, f"sparse={method!r} is not one of: {', '.join(self.METHODS)}"),
             (not 0 < density <= 1, f"sparse_density={density} must be above 0 and at most 1"),
             (not 0 < prune_rate < 1, f"sparse_prune_rate={prune_rate} must be between 0 and 1"),
-            (interval < 1 or boost_steps < 0, "sparse_interval must be at least 1 and sparse_boost_steps not negative"),
+            (interval < 1 or boost_steps < 0,
+             "sparse_interval must be at least 1 and sparse_boost_steps not negative"),
             (boost < 0, f"sparse_boost={boost} must not be negative"),
         ]:
             if wrong:
@@ -360,7 +361,7 @@ class Sparse:
         self.params = [p for p, declared in declarations(model).items()
                        if declared.role in ("matrix", "head") and not declared.detached]
         self.total = sum(p.numel() for p in self.params)
-        self.target = round(density * self.total)
+        self.target = round(density * self.total) # active weights at the end
         self.masks = [torch.ones_like(p, dtype=torch.bool) for p in self.params] # True: active
         self.to_grow = 0 # weights that the next gradient will grow
         self.flesh, self.grown_at = [], 0 # flat indices of the young weights in each parameter; first step
@@ -368,19 +369,16 @@ class Sparse:
         # Since the last choice: number of steps, and each weight's mean and sum of squared deviations.
         tracked = self.params if method == "skeleton_flesh" else []
         self.steps, self.means, self.squares = 0, *([torch.zeros_like(p) for p in tracked] for _ in range(2))
-        self.check_room(density)
-
-    def check_room(self, density):
-        """ValueError if the phase is too short for the choices that lead to the density."""
-        (first, last), active, needed = self.phase, self.total, 0
+        # Does the phase have room for all choices until the target is reached?
+        (first, last), active, needed = phase, self.total, 0
         while active > self.target:
             active, needed = self.next_count(active), needed + 1
-        steps = max(0, last - first - 1) # those at which a choice can be due
-        if needed > steps // self.interval:
-            shorter = f", or --sparse_interval={steps // needed} or less" if steps >= needed else ""
+        room = max(0, last - first - 1) # steps at which a choice can be due
+        if needed > room // interval:
+            shorter = f", or --sparse_interval={room // needed} or less" if room >= needed else ""
             raise ValueError(f"sparse_density={density} takes {needed} choices; steps {first} to {last}, "
-                             "where the learning rate is constant, have room for "
-                             f"{steps // self.interval}\nuse a longer run{shorter}")
+                             f"where the learning rate is constant, have room for {room // interval}\n"
+                             f"use a longer run{shorter}")
 
     def next_count(self, active: int) -> int:
         """Active weights after a choice: half of the pruned grow back, or more, not to miss the target."""
@@ -410,10 +408,11 @@ class Sparse:
             pruned, scores = active - left, [p.abs() for p in self.params]
         else:
             pruned = max(1, round(self.prune_rate * active))
+            # 1e-8 is for weights that stand still, such as those of a layer without gradients.
             noise = [(s / max(1, self.steps)).add_(1e-8).sqrt_() for s in self.squares]
             scores = [mean.abs() / std for mean, std in zip(self.means, noise)]
         self.to_grow, self.steps = left - (active - pruned), 0
-        for x in (*self.means, *self.squares):
+        for x in (*self.means, *self.squares): # the statistics begin anew
             x.zero_()
         scores = [s.masked_fill(~m, torch.inf) for s, m in zip(scores, self.masks)] # inactive ones stay
         for p, m, gone in zip(self.params, self.masks, self.lowest(scores, pruned)):
@@ -427,8 +426,8 @@ class Sparse:
 
     @staticmethod
     def lowest(scores: list, k: int) -> list:
-        """The k lowest scores of all tensors as flat indices for each: exactly k, also where some are equal."""
-        flat = torch.cat([s.flatten() for s in scores])
+        """Flat indices in each tensor of the k lowest scores of all: exactly k, also if scores are equal."""
+        flat = torch.cat([s.flatten() for s in scores]) # one threshold for all tensors
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen[flat.topk(k, largest=False, sorted=False).indices] = True
         return [part.nonzero().view(-1) for part in chosen.split([s.numel() for s in scores])]
@@ -439,6 +438,7 @@ class Sparse:
         # A parameter has no gradient if no token of the batch came to its layer.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         if self.to_grow and all(g.isfinite().all() for g in grads): # else the next batch decides
+            # The lowest -|g| is the largest gradient; inf keeps active weights out.
             scores = [(-g.abs()).masked_fill(m, torch.inf) for g, m in zip(grads, self.masks)]
             self.flesh = self.lowest(scores, self.to_grow)
             for m, i in zip(self.masks, self.flesh):
@@ -468,19 +468,20 @@ class Sparse:
         return {key: getattr(self, key) for key in self.SAVED}
 
     def load_state_dict(self, state: dict) -> None:
-        for key, value in state.items(): # a list holds one tensor for each parameter
-            listed = isinstance(value, list)
-            setattr(self, key, [x.to(p.device) for x, p in zip(value, self.params)] if listed else value)
+        for key in self.SAVED:
+            value = state[key] # a number, or a list of one tensor for each parameter
+            moved = [x.to(p.device) for x, p in zip(value, self.params)] if isinstance(value, list) else value
+            setattr(self, key, moved)
 
 
-# Hooks: what an experiment watches or changes without a change of this code. Settings of train.py list them:
-# names in HOOKS or path/to/file.py:function, run in this order. =NUMBER after one sets its last argument. What
-# they return, {label: number} or None, goes to metrics.jsonl with the lines of the log.
+# Hooks: what an experiment watches or changes without a change of this code. Settings of train.py list them
+# in order: names in HOOKS or path/to/file.py:function. =NUMBER after one sets its last argument. They return
+# {label: number}, which goes to metrics.jsonl with the lines of the log, or None.
 #
-#   update    f(step, params[, number]), in each step before clipping. params {name: parameter} are those with
-#             a gradient; .grad may be changed in place.
-#   forward   f(model[, number]) -> {module: g}, for each line of the log. g(inputs, output) sees these modules
-#             in a forward of its own, without gradients, which computes what training would.
+#   update    f(step, params[, number]), in each step before clipping. params: {name: parameter} of those that
+#             have a gradient; .grad may be changed in place.
+#   forward   f(model[, number]) -> {module: g}, for each line of the log. g(inputs, output) sees a module in
+#             an extra forward without gradients, which computes what training would.
 
 
 def identity(step, params):
@@ -497,7 +498,7 @@ def clip_by_layer(step, params, largest=1.0):
 
 
 def gradient_noise(step, params, eta=0.01):
-    """Gaussian noise of variance eta / (1 + step)^0.55. Neelakantan et al. 2015, arXiv:1511.06807, section 3."""
+    """Gaussian noise, variance eta / (1 + step)^0.55. Neelakantan et al. 2015, arXiv:1511.06807, sec. 3."""
     std = (eta / (1 + step) ** 0.55) ** 0.5
     for p in params.values():
         p.grad.add_(torch.randn_like(p.grad), alpha=std)
@@ -505,19 +506,17 @@ def gradient_noise(step, params, eta=0.01):
 
 
 def activation_stats(model):
-    """Mean and std of each block's output; the share of its MLP's units that no token switches on, and eps."""
-    def spread(inputs, output):
-        return {"mean": output.float().mean(), "std": output.float().std()}
-
-    def units(eps, inputs, output): # inputs[0] (B, T, hidden) or (tokens, hidden)
-        dead = inputs[0].flatten(0, -2).abs().amax(0) < 1e-6 # (hidden,)
-        return {"dead": dead.float().mean(), **({} if eps is None else {"eps": eps})}
-
+    """Mean and std of each block's output. Of its MLP: eps, and the share of units off for every token."""
     found = {}
     for block in model.blocks:
-        found[block] = spread
-        found[block.mlp.down] = functools.partial(units, block.mlp.activation.eps)
+        found[block] = lambda inputs, output: {"mean": output.float().mean(), "std": output.float().std()}
+        found[block.mlp.down] = functools.partial(mlp_stats, block.mlp.activation.eps)
     return found
+
+
+def mlp_stats(eps, inputs, output): # of the down projection, which reads the units
+    dead = inputs[0].flatten(0, -2).abs().amax(0) < 1e-6 # (..., hidden) -> (hidden,)
+    return {"dead": dead.float().mean(), **({} if eps is None else {"eps": eps})}
 
 
 def stream_stats(model):
@@ -553,7 +552,7 @@ def apart(inputs, x): # x (B, T, N, C); without streams (B, T, C)
 
 
 def mixing_at_start(residual):
-    """The mixing matrix (1, N, N) before training: phi is zero then, so any h will do, and b ends in start."""
+    """The mixing matrix (1, N, N) before training. Any h gives it, because phi is zero then."""
     phi, b = residual.phi.weight, residual.b
     b = torch.cat([b.new_zeros(2 * residual.N), residual.mixing.start.to(b)])
     h = phi.new_zeros(1, residual.N, residual.C)
@@ -566,8 +565,7 @@ HOOKS = {"update": {"identity": identity, "clip_by_layer": clip_by_layer, "gradi
 
 def find_hooks(kind: str, text: str) -> list[tuple[str, Callable]]:
     """[(word, hook)] for the words of a setting. kind: update | forward. ValueError for an unknown hook."""
-    words = [word.strip() for word in text.split(",")]
-    return [(word, find_hook(kind, word)) for word in words if word]
+    return [(word, find_hook(kind, word)) for word in map(str.strip, text.split(",")) if word]
 
 
 def find_hook(kind, word):
@@ -575,7 +573,7 @@ def find_hook(kind, word):
     path, _, function = name.rpartition(":")
     if path and not os.path.isfile(path):
         raise ValueError(f"there is no file {path!r} for the {kind} hook {word!r}")
-    known = runpy.run_path(path) if path else HOOKS[kind]
+    known = runpy.run_path(path) if path else HOOKS[kind] # name -> function
     hook = known.get(function)
     if not callable(hook):
         names = ", ".join(k for k, v in known.items() if callable(v) and not k.startswith("_"))
@@ -607,7 +605,7 @@ def watch(model: nn.Module, hooks: list, idx: torch.Tensor, targets: torch.Tenso
             for module, f in hook(model).items():
                 call = functools.partial(note, f, seen.setdefault(word, {}))
                 handles.enter_context(module.register_forward_hook(call))
-        with torch.random.fork_rng([idx.device] if idx.is_cuda else []):
+        with torch.random.fork_rng([idx.device] if idx.is_cuda else []): # dropout draws numbers
             model(idx, targets)
     return seen
 
@@ -620,17 +618,16 @@ def partition(model: nn.Module) -> None:
     print(row("parameter", "shape", "role", "decay", "Muon, matrices", "Adam-mini, blocks x weights"))
     for p, d in declarations(model).items():
         layout = runs(d.blocks, len(p), p[:1].numel())
-        total += sum(count for count, _ in layout)
+        total += sum(count for _, _, count, _ in layout) # also of layers that are not printed
         if p in later:
             continue
         matrices = Counter(d.fused if d.role == "matrix" else ())
-        blocks = Counter(size for count, size in layout for _ in range(count))
+        blocks = Counter(size for _, _, count, size in layout for _ in range(count))
         muon = " + ".join(f"{n:,} x {(rows, p.size(1))}" for rows, n in matrices.items()) or "AdamW"
         mini = " + ".join(f"{n:,} x {size:,}" for size, n in blocks.items())
         print(row(names[p], str(tuple(p.shape)), d.role, "no" if d.role == "vector" else "yes", muon, mini))
-    count = sum(p.numel() for p in names)
-    print(f"\n{count:,} parameters, {total:,} blocks: "
-          f"Adam-mini's second moments are {total / count:.2%} of AdamW's")
+    n = sum(p.numel() for p in names)
+    print(f"\n{n:,} parameters, {total:,} blocks: Adam-mini's second moments are {total / n:.2%} of AdamW's")
 
 
 if __name__ == "__main__":
