@@ -14,7 +14,6 @@ B batch  T time  C channels  H heads  V vocabulary  L block size
 """
 from configurator import UserError, configure, git_commit, user_errors # first: see stop_at_once there
 
-import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -36,7 +35,6 @@ import torch.nn.functional as F
 
 import data
 import kernels
-from kernels import choose_device
 from model import GPT, GPTConfig, forward_flops, load_checkpoint
 from optim import build_optimizer
 from sample import Speculation, stream
@@ -104,14 +102,14 @@ def in_turn(arms: dict[str, Callable], warm: int = 2) -> dict[str, tuple]:
     wait = (lambda: None) if device == "cpu" else partial(torch.accelerator.synchronize, device)
     times = {name: [] for name in arms}
     for _ in range(warm + rounds):
-        for name, f in arms.items():
+        for name, f in arms.items(): # in turn: what slows the machine slows every arm
             wait()
             began = time.perf_counter()
             f()
             wait()
             times[name].append(time.perf_counter() - began)
     times = {name: of_arm[warm:] for name, of_arm in times.items()}
-    base = next(iter(times.values()))
+    base = next(iter(times.values())) # the first arm
     ratios = {name: [t / b for t, b in zip(ts, base)] for name, ts in times.items()} # within a round
     return {k: (statistics.median(times[k]), statistics.median(r), min(r), max(r)) for k, r in ratios.items()}
 
@@ -140,14 +138,14 @@ def peak() -> float:
     if os.path.exists("/proc/self/status"): # getrusage would count the process that started this one
         return 1024e-6 * int(first("/proc/self/status", "VmHWM").split()[0])
     import resource # Windows has none
-    unit = 1 if sys.platform == "darwin" else 1024 # bytes of ru_maxrss
-    return 1e-6 * unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1e-6 if sys.platform == "darwin" else 1024e-6) # bytes on macOS, else kB
 
 
 def added_to_peak(f: Callable) -> tuple[float, object]:
     """(MB that f() adds to the peak, what f returns)."""
     if "cuda" in device:
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device) # main memory has no such reset
     before = peak()
     result = f()
     return peak() - before, result
@@ -164,11 +162,8 @@ def set_device(name: str) -> None:
     device = name
 
 
-# --- models and what they do ---
-
-
 def build(**config) -> GPT:
-    torch.manual_seed(0)
+    torch.manual_seed(0) # one start for all arms
     return GPT(GPTConfig(**config)).to(device)
 
 
@@ -181,24 +176,18 @@ def loss_of(model: GPT, x: torch.Tensor, y: torch.Tensor | None = None) -> torch
     return sum(model(x, x if y is None else y, with_logits=False)[1].values())
 
 
-def forward_backward(model: GPT, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
-    model.zero_grad()
-    loss_of(model, x, y).backward()
-
-
 def update(model: torch.nn.Module, opt: torch.optim.Optimizer) -> None:
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) # train.py's default grad_clip
     opt.step()
 
 
 def stepping(model: torch.nn.Module, x: torch.Tensor, opt=None, loss: Callable = loss_of) -> Callable:
-    """A function that trains the model for one step as train.py does; with AdamW if no optimizer is given."""
-    opt = opt or optimizer_of(model)
-
+    """A function that computes a loss and its gradients and, with an optimizer, updates as train.py does."""
     def step():
+        model.zero_grad() # else each call would add to the gradients of the last
         loss(model, x).backward()
-        update(model, opt)
-        opt.zero_grad()
+        if opt:
+            update(model, opt)
     return step
 
 
@@ -214,7 +203,7 @@ def writing(model: GPT, idx: torch.Tensor, new: int, cached: bool = True, text=N
         for i in range(new):
             logits, _ = model(tokens[:, cache.length :] if cached else tokens, cache=cache) # (1, T', V)
             token = logits[:, -1:].argmax(-1) if text is None else text[:, i : i + 1]
-            tokens = torch.cat([tokens, token], dim=1)
+            tokens = torch.cat([tokens, token], dim=1) # (1, T + i + 1)
     return generate
 
 
@@ -231,7 +220,7 @@ def train() -> Iterator[dict]:
         opt = optimizer_of(model)
         parts["forward"][name] = partial(loss_of, model, idx)
         parts["backward"][name] = partial(loss_of(model, idx).backward, retain_graph=True) # one graph, kept
-        parts["update"][name] = partial(update, model, opt)
+        parts["update"][name] = partial(update, model, opt) # of the gradients that backward left
         parts["step"][name] = stepping(model, idx, opt)
     for part, arms in parts.items():
         yield from compare(arms, "{} " + part)
@@ -255,15 +244,13 @@ def kv_cache() -> Iterator[dict]:
 
 def extras() -> Iterator[dict]:
     """A step and decoding with thought tokens, memory, future peek, drafts or uncertainty, against none."""
-    print(f"extras: 4 layers of 128, diff_mla, batch {batch_size} x {block_size}, fp32, eager; "
-          f"decoding at context {block_size // 2}")
+    print(f"extras: 4 layers of 128, diff_mla, batch {batch_size} x {block_size}, fp32, eager")
     knobs = {"thought_tokens": 4, "memory_slots": 16, "future_peek": 8, "n_ahead": 7, "uncertainty": True}
-    choices = {"none": {}, **{f"{knob}={value}": {knob: value} for knob, value in knobs.items()}}
-    models = {name: build(**SMALL, attention="diff_mla", block_size=block_size, **choice)
-              for name, choice in choices.items()}
+    model = partial(build, **SMALL, attention="diff_mla", block_size=block_size)
+    models = {"none": model(), **{f"{knob}={value}": model(**{knob: value}) for knob, value in knobs.items()}}
     idx = torch.randint(65, (batch_size, block_size), device=device)
-    yield from compare({name: stepping(model, idx) for name, model in models.items()}, "{}, step")
-    writers = {name: writing(model.eval(), idx[:1, : block_size // 2], 16) for name, model in models.items()}
+    yield from compare({name: stepping(m, idx, optimizer_of(m)) for name, m in models.items()}, "{}, step")
+    writers = {name: writing(m.eval(), idx[:1, : block_size // 2], 16) for name, m in models.items()}
     yield from compare(writers, "{}, decoding", amount=16, unit="tokens/s")
 
 
@@ -282,12 +269,12 @@ def against_nanogpt() -> Iterator[dict]:
     ours = build(**recipe, **gpt2)
     for p, q in zip(theirs.parameters(), ours.parameters()): # both models declare them in this order
         q.data.copy_(p)
-    idx = torch.randint(65, (12, 64), device=device)
+    idx = torch.randint(65, (12, 64), device=device) # (B, T) of its recipe
     difference = (theirs(idx, idx)[0] - ours(idx, idx)[0]).abs().max().item()
     print(f"nanogpt: largest difference of logits {difference:.1e}")
-    opt = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
+    opt = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device) # as optimizer_of has it
     yield from compare({"nanoGPT step": stepping(theirs, idx, opt, lambda model, x: model(x, x)[1]),
-                        "our step": stepping(ours, idx)})
+                        "our step": stepping(ours, idx, optimizer_of(ours))})
     big = module.GPT(module.GPTConfig(**CHAR, dropout=0.0, bias=False)).to(device).eval()
     context = torch.randint(65, (1, 240), device=device) # with 16 more the window of 256 is full
     arms = {"nanoGPT generate": partial(big.generate, context, 16),
@@ -313,8 +300,7 @@ def after_one_step(config: dict, name: str) -> tuple[GPT, torch.optim.Optimizer]
     """A model and its optimizer after one step, with the gradients still there."""
     model = build(**config)
     opt = optimizer_of(model, name)
-    loss_of(model, torch.randint(65, (1, 64), device=device)).backward()
-    opt.step()
+    stepping(model, torch.randint(65, (1, 64), device=device), opt)()
     return model, opt
 
 
@@ -323,7 +309,7 @@ def storages(model: GPT, opt: torch.optim.Optimizer) -> dict[str, float]:
     found = {"parameters": list(model.parameters()), "gradients": [p.grad for p in model.parameters()]}
     for state in opt.state.values():
         for key, value in state.items():
-            if torch.is_tensor(value) and key != "step":
+            if torch.is_tensor(value) and key != "step": # AdamW keeps its step count as a tensor
                 found.setdefault(f"state {key}", []).append(value)
     bytes_at = {kind: {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
                 for kind, tensors in found.items()} # {kind: {address: bytes}}
@@ -335,7 +321,7 @@ def update_times(shape: str, config: dict, names: tuple) -> Iterator[dict]:
     for name in names:
         for form in (None,) if name == "muon" else ("auto", "loop"):
             (_, base), (_, opt) = after_one_step(config, "adamw"), after_one_step(config, name)
-            opt.form = form
+            opt.form = form # loop: the update as plain PyTorch says it
             label = f"{name}, {opt.form_of(opt.param_groups[0]['params'])}" if form else name
             yield from compare({"adamw, fused": base.step, label: opt.step}, shape + ": {} update")
     if importlib.util.find_spec("pytorch_optimizer"): # only where it is installed
@@ -349,7 +335,7 @@ def update_times(shape: str, config: dict, names: tuple) -> Iterator[dict]:
 def loss_after(config: dict, name: str) -> float:
     """Loss on bytes that were not trained on; the text is this project's own Python files."""
     text = b"".join(path.read_bytes() for path in sorted(Path(HERE).glob("*.py")))
-    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().to(device)
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().to(device) # (bytes,)
     windows, split = ids.unfold(0, 65, 1), int(0.9 * len(ids)) # (n, 65), one from each byte on
     generator = torch.Generator().manual_seed(0)
     model = build(**{**config, "vocab_size": 256})
@@ -382,7 +368,7 @@ def peak_memory(config: dict, name: str) -> float:
 def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor) -> dict[str, Callable]:
     """Forward and backward of plain PyTorch, torch.compile of it, and the kernel if this device has one."""
     inputs = [x.detach().requires_grad_() for x in inputs]
-    y = eager(*inputs)
+    y = eager(*inputs) # one tensor or several
     # A random gradient, because torch.compile would fuse a constant one away.
     g = [torch.randn_like(t) for t in ([y] if torch.is_tensor(y) else y)]
 
@@ -392,7 +378,7 @@ def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor) -> di
     arms = {"eager": partial(both, eager)}
     if compiled:
         try:
-            both(fused := torch.compile(eager))
+            both(fused := torch.compile(eager)) # compiles here, outside the timing
             arms["torch.compile"] = partial(both, fused)
         except Exception as error: # where no compiler is, several libraries raise errors of their own
             print(f"  (torch.compile fails here: {str(error).splitlines()[0][:100]})")
@@ -402,7 +388,7 @@ def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor) -> di
 def sinkhorn() -> Iterator[dict]:
     """32,768 matrices of 4 x 4, 20 iterations, both ways: PyTorch's loop, torch.compile of it, kernel."""
     print("sinkhorn: 32,768 matrices of 4 x 4, 20 iterations, forward and backward, fp32")
-    logits = torch.randn(32768, 4, 4, device=device)
+    logits = torch.randn(32768, 4, 4, device=device) # of 8 x 128 tokens in 16 layers, two sublayers each
     yield from compare(paths(kernels.sinkhorn_reference, kernels.sinkhorn, logits), "sinkhorn, {}")
 
 
@@ -441,7 +427,7 @@ def rope() -> Iterator[dict]:
     """Rotation of queries, both ways, at two sizes: PyTorch, torch.compile, on a GPU the kernel."""
     print("rope: a view with heads and tokens exchanged, as attention has it, forward and backward, fp32")
     for B, T, H, P in ((12, 256, 12, 64), (8, 128, 8, 16)):
-        table = kernels.rope_table(torch.arange(T, device=device), P)
+        table = kernels.rope_table(torch.arange(T, device=device), P) # cosines and sines
         x = torch.randn(B, T, H, P, device=device).transpose(1, 2) # (B, H, T, P)
         kernel = (lambda x: kernels.rotate(x, table)) if "cuda" in device else None # a CPU has none
         arms = paths(lambda x: kernels.rotate_reference(x, table), kernel, x)
@@ -457,7 +443,7 @@ def residual() -> Iterator[dict]:
                          "mhc, permutations": {"residual": "mhc", "h_res": "permutations"}}.items():
         model, seen = build(**CHAR, **choice), {} # seen: {address: bytes} of what the graph keeps
 
-        def note(t, seen=seen):
+        def note(t, seen=seen): # views of one storage count once
             seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
@@ -466,7 +452,7 @@ def residual() -> Iterator[dict]:
         kept[name] = (sum(seen.values()) - sum(p.nbytes for p in model.parameters())) / 1e6
         del graph
         peaks[name] = in_new_process(peak_memory, {**CHAR, **choice}, "adamw")
-        arms[name] = partial(forward_backward, model, idx)
+        arms[name] = stepping(model, idx)
     yield from compare(arms, "{} step")
     yield from sizes(kept, "{} kept for backward")
     yield from sizes(peaks, "{} peak of a process")
@@ -476,7 +462,7 @@ def head_and_loss(name: str, rows: int, V: int, C: int) -> Callable:
     """A function that computes a loss and both its gradients by the function of kernels.py with that name."""
     torch.manual_seed(0)
     x = torch.randn(rows, C, device=device).requires_grad_()
-    w = (0.05 * torch.randn(V, C, device=device)).requires_grad_()
+    w = torch.randn(V, C, device=device).mul_(0.05).requires_grad_() # in place: a copy would raise the peak
     targets, f = torch.randint(V, (rows,), device=device), getattr(kernels, name)
     return lambda: torch.autograd.grad(f(x, w, targets), (x, w))
 
@@ -491,11 +477,13 @@ def peak_of_loss(name: str, *shape: int) -> float:
 def cross_entropy() -> Iterator[dict]:
     """A linear head and its loss, both ways, at V = 50,304 and 65; the memory they add besides gradients."""
     print(f"cross_entropy: x W^T and its loss, {64 * batch_size} rows of 384 and 1,024 of 128, fp32, eager")
-    names = "linear_cross_entropy_reference", "linear_cross_entropy" # first: F.cross_entropy(F.linear)
+    ways = {"F.cross_entropy(F.linear)": "linear_cross_entropy_reference",
+            "linear_cross_entropy": "linear_cross_entropy"} # {row: name in kernels.py}
     shape = 64 * batch_size, 50304, 384 # rows, V, C
     for size, some in (("V=50304", shape), ("V=65", (1024, 65, 128))):
-        yield from compare({name: head_and_loss(name, *some) for name in names}, f"{size}, {{}}", warm=1)
-    peaks = {name: in_new_process(peak_of_loss, name, *shape) for name in names}
+        arms = {label: head_and_loss(name, *some) for label, name in ways.items()}
+        yield from compare(arms, f"{size}, {{}}", warm=1)
+    peaks = {label: in_new_process(peak_of_loss, name, *shape) for label, name in ways.items()}
     yield from sizes(peaks, "V=50304, {}, memory")
 
 
@@ -510,6 +498,7 @@ def saved_by_c() -> Iterator[dict]:
                   "streams": {"read_streams": kernels.read_streams_reference,
                               "write_streams": kernels.write_streams_reference}} # names in model.py
     idx = torch.randint(65, (batch_size, 128), device=device)
+    # {row: (function, operations, its optimizer)}
     works = {"decoding": (writing(build(**CHAR).eval(), idx[:1], 16), ["rmsnorm", "few_rows"], None)}
     for name, config, optimizer, operations in (
             ("main step", "diffmla", "adamw", ["rmsnorm"]),
@@ -524,7 +513,7 @@ def saved_by_c() -> Iterator[dict]:
     for name, (work, operations, opt) in works.items():
         def without(operation):
             owner = opt if operation == "update" else "model" # model.py calls kernels by names of its own
-            with mock.patch.multiple(owner, **in_pytorch.get(operation, {"form": "loop"})):
+            with mock.patch.multiple(owner, **in_pytorch.get(operation, {"form": "loop"})): # loop: PyTorch
                 work()
 
         arms = {f"{name}, {operation} in PyTorch": partial(without, operation) for operation in operations}
@@ -574,8 +563,8 @@ def curves() -> Iterator[dict]:
     for label, points in found.items():
         (step, seconds, final), best = points[-1], min(loss for _, _, loss in points)
         print(f"  {label:<34}{step:>8,}{seconds:>10.1f}{final:>12.4f}{best:>12.4f}")
-        yield row(f"{label}, trained", step, "steps", digits=None) # silent: it is in the table
-        yield row(f"{label}, trained", seconds, "s", digits=None)
+        yield row(f"{label}, steps", step, "steps", digits=None) # silent: the table has it
+        yield row(f"{label}, training", seconds, "s", digits=None)
         yield row(f"{label}, final loss", final, "nats/token", digits=None)
         yield row(f"{label}, best loss", best, "nats/token", digits=None)
     if save:
@@ -585,8 +574,8 @@ def curves() -> Iterator[dict]:
 def draw(found: dict[str, list], path: str) -> None:
     """{label: [(step, seconds, loss)]} as a picture without background, to be seen on white and on black."""
     import matplotlib
-    from matplotlib.figure import Figure
-
+    from matplotlib.figure import Figure # needs no screen, unlike pyplot
+    # Each has a contrast of at least 3 to white and to black.
     grey, colours = "#808080", ("#d9662b", "#2f81f7", "#1f9d55", "#b45fd6", "#b08800", "#d6456b")
     greys = "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"
     style = dict.fromkeys(greys, grey)
@@ -621,10 +610,9 @@ def depth() -> Iterator[dict]:
     models = {f"{n} layers": build(**{**asdict(c), "depths": (), "mean_depth": 0.0, "n_layer": n})
               for n in (c.n_layer, round(c.target_depth))}
     models["depths"] = model.train()
-    print(f"depth: {path}, {c.n_layer} layers of {c.n_embd}, depths={c.depths}; batch {batch_size} x {L}, "
-          "tokens from half of that on; fp32, eager")
+    print(f"depth: {path}, {c.n_layer} layers of {c.n_embd}, depths={c.depths}; batch {batch_size} x {L}")
     shares = layers_taken(model, partial(model, x), x.numel())
-    arms = {name: partial(forward_backward, m, x, y) for name, m in models.items()}
+    arms = {name: stepping(m, x, loss=partial(loss_of, y=y)) for name, m in models.items()}
     yield from time_and_operations(model, arms, "forward + backward", shares, L)
     half, new = L // 2, min(32, L // 2)
     text = x[:1, half + 1 : half + new + 1] # what follows in the data: greedy text would loop
@@ -636,7 +624,7 @@ def depth() -> Iterator[dict]:
 
 def layers_taken(model: GPT, run: Callable, tokens: int) -> list[float]:
     """For each layer, the share of the `tokens` of run() that it computes, without padding."""
-    counts = [0] * model.config.n_layer
+    counts = [0] * model.config.n_layer # tokens
 
     def count(block, args, i):
         real = args[1].real # (B, T'): which places hold a token; None: all of them
@@ -701,6 +689,7 @@ def speculative() -> Iterator[dict]:
     prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
     print(f"speculative: {path}, 256 tokens after a prompt of one, batch 1, fp32, eager")
     for temperature in (1.0, 0.8, 0.0):
+        # Finished Speculations by drafter; a model without the cell `ahead` has no such drafts.
         writers = {name: [] for name in ["auto", *["ahead"] * ("ahead" in model.extras), "ngram"]}
 
         def generator(name):
@@ -757,29 +746,27 @@ def auroc(p: torch.Tensor, right: torch.Tensor) -> float:
     """The probability that a right one has a larger p than a wrong one; ties count half, nan without both."""
     _, which, counts = p.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[which] # equal p share the mean of their ranks
-    n = right.sum().double()
+    n = right.sum().double() # below: Mann and Whitney's U over the number of pairs
     return ((ranks[right].sum() - n * (n + 1) / 2) / (n * (len(p) - n))).item()
 
 
+@torch.no_grad()
 def uncertainty() -> Iterator[dict]:
     """How well max p and the head of --uncertainty know where the likeliest token is right."""
     path, model, corpus = trained("config/train_shakespeare_diffmla.py --uncertainty")
     with user_errors():
         model.uncertainty(model.embed.weight[:1]) # raises if the model has no head
-    batches = [] # (h (n, C), logits (n, V), targets (n,)) of each
-    for x, y in corpus.val.windows(model.block_size, batch_size):
-        with torch.no_grad():
-            h = model.trunk(x.to(device))
+        batches = [] # (h (n, C), logits (n, V), targets (n,)) of each, on the CPU
+        for x, y in corpus.val.windows(model.block_size, batch_size):
+            h = model.trunk(x.to(device)) # (B, T, C)
             batches.append((h.flatten(0, 1).cpu(), model.logits(h).flatten(0, 1).cpu(), y.flatten()))
     # Every tenth batch, not the first tenth: that part of the text is easier and has another temperature.
     held, rest = batches[::10], [batch for i, batch in enumerate(batches) if i % 10]
     if not rest:
-        raise UserError(f"{corpus.name} has too little validation text to fit a temperature on a part of it\n"
-                        "lower --batch_size")
+        raise UserError(f"{corpus.name} has too little validation text for two parts\nlower --batch_size")
     (_, logits, targets), (h, others, wanted) = (map(torch.cat, zip(*part)) for part in (held, rest))
     T, right, others = fit_temperature(logits, targets), others.argmax(-1) == wanted, others.double()
-    print(f"uncertainty: {path}, {len(right):,} targets of the validation split; "
-          f"the temperature T from the other {len(targets):,}")
+    print(f"uncertainty: {path}, {len(right):,} targets; the temperature T from the other {len(targets):,}")
     # The largest probability (max p) and the head, as they are and with the logits divided by T.
     show, score = partial(row, digits=4), model.cpu().uncertainty # score: the probability of being wrong
     yield show("accuracy", right.double().mean().item(), "right")
@@ -825,7 +812,7 @@ if __name__ == "__main__":
     if unknown := [w for w in words if w not in SUITES]:
         raise UserError(f"no suite {unknown[0]!r}; there is: {', '.join(SUITES)}")
     with user_errors():
-        device, _ = choose_device(device)
+        device, _ = kernels.choose_device(device)
     if min(rounds, batch_size, block_size, steps) < 1:
         raise UserError("rounds, batch_size, block_size and steps must be at least 1")
     os.makedirs(os.path.join(HERE, "bench_results"), exist_ok=True)
