@@ -78,7 +78,7 @@ def row(name, value, unit, baseline=None, ratio=None, low=None, high=None, digit
     spread = "" if low is None else f"   ({low:.2f} to {high:.2f})"
     if digits is not None:
         against = f"{ratio:>8.2f} x {baseline}{spread}" if baseline else ""
-        print(f"  {name:<34}{value:>12,.{digits}f} {unit:<14}{against}")
+        print(f"  {name:<42}{value:>12,.{digits}f} {unit:<14}{against}")
     return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
 
 
