@@ -45,7 +45,7 @@ class GPTConfig:
     """What a model is. A knob left at 0 takes its usual value, which follows from the other fields."""
 
     block_size: int = 256 # longest context L, in tokens
-    vocab_size: int = 50304 # train.py takes it from the data; here GPT-2's 50257, up to a multiple of 64
+    vocab_size: int = 50304 # train.py takes it from the data; here GPT-2's 50257, to a multiple of 64
     n_layer: int = 6 # number of blocks
     n_embd: int = 384 # channels C
     norm: str = "rmsnorm" # layernorm | rmsnorm
@@ -62,7 +62,7 @@ class GPTConfig:
     diff_form: str = "v2" # v1: lambda per layer, norm per head | v2: lambda per token, doubled queries
     activation: str = "relu2" # gelu | relu2 | silu | telu | crrelu
     glu: bool = False # gate the MLP: down(act(gate x) * up x)
-    mlp_hidden: int = 0 # MLP width: 0 = 4 C; with glu 8/3 C, up to a multiple of 32, for equal parameters
+    mlp_hidden: int = 0 # MLP width: 0 = 4 C; with glu 8/3 C, up to a multiple of 32
     residual: str = "plain" # plain | hyper | mhc
     n_stream: int = 0 # residual streams N of hyper and mhc: 0 = 4, as in both papers
     h_res: str = "sinkhorn" # how mhc makes its mixing matrix doubly stochastic: sinkhorn | permutations
@@ -78,7 +78,7 @@ class GPTConfig:
     memory_slots: int = 0 # slots of a memory that each segment fills and later ones consult: 0 = off
     memory_segment: int = 0 # tokens that go into the memory together: 0 = block_size / 4
     document_token: int = -1 # the token that empties memory; train.py asks the tokenizer: -1 = none
-    future_peek: int = 0 # predict the mean embedding of the next n tokens, for the layers above: 0 = off
+    future_peek: int = 0 # tokens whose mean embedding is predicted, for the layers above: 0 = off
     depths: tuple = () # layers after which a token may stop, n_layer last: (2, 4, 8); () = off
     mean_depth: float = 0.0 # layers that a token takes on average: 0 = halfway from first to last
     n_ahead: int = 0 # tokens that a small cell learns to draft, for speculative decoding: 0 = off, 7 is usual
@@ -95,6 +95,7 @@ class GPTConfig:
     head_width = property(lambda c: c.head_dim or c.n_embd // c.n_head)
     latent_rank = property(lambda c: c.kv_rank or c.n_embd // 4)
     streams = property(lambda c: c.n_stream or RESIDUAL[c.residual].usual_streams)
+    hidden = property(lambda c: c.mlp_hidden or (math.ceil(c.n_embd / 12) * 32 if c.glu else 4 * c.n_embd))
     segment = property(lambda c: c.memory_segment or max(1, c.block_size // 4))
     stage_depths = property(lambda c: c.depths or (c.n_layer,)) # last layer of each stage
     target_depth = property(lambda c: c.mean_depth or (c.stage_depths[0] + c.n_layer) / 2)
@@ -106,21 +107,15 @@ class GPTConfig:
         heads, _ = ATTENTION[self.attention]
         return heads.rotary_width(self) if POSITION[self.position].rotates else 0
 
-    @property
-    def hidden(self) -> int:
-        return self.mlp_hidden or (math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.glu else 4 * self.n_embd)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # the model
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm MLP. Each reads the residual stream(s) and writes to them.
-
-    With residual=plain, read(h) is h and write is h + output; the others carry N streams (section residual).
+    """Pre-norm attention, then a pre-norm MLP. Each reads the residual stream(s) and writes to them: with
+    residual=plain, read(h) is h and write is h + output; the other choices carry N streams.
     """
-
     def __init__(self, c, layer):
         super().__init__()
         residual, (heads, maps) = RESIDUAL[c.residual], ATTENTION[c.attention]
@@ -138,7 +133,6 @@ class Block(nn.Module):
 
 class CheckpointedBlock(Block):
     """Keeps only its input for backward and computes the rest again."""
-
     def forward(self, h, pass_):
         if not torch.is_grad_enabled() or pass_.cache is not None: # a second run would store into it again
             return super().forward(h, pass_)
@@ -157,7 +151,6 @@ class GPT(nn.Module):
     Logits are fp32 (fp64 for a model in double). with_logits=False returns None for them and the same losses,
     without ever holding all logits: that is what training needs.
     """
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         c = self.config = config
@@ -254,9 +247,8 @@ class GPT(nn.Module):
     # --- decoding; the loops stand in sample.py ---
 
     def new_cache(self, batch_size: int, dtype: torch.dtype | None = None, spare: int = 0) -> "Cache":
-        """A cache for block_size tokens, and `spare` more for drafts that do not stay. It holds the thoughts.
-
-        dtype: that of autocast where it is on, else that of the weights, if none is given.
+        """A cache with the thoughts in it, for block_size tokens and `spare` more: drafts that will not stay.
+        dtype: if None, that of autocast where it is on, else that of the weights.
         """
         weight, memory = self.embed.weight, self.memory
         if dtype is None:
@@ -299,7 +291,6 @@ class GPT(nn.Module):
     def generate_with_uncertainty(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
                                   **sampling) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids (B, T + new), scores (B, new)). ids: those that generate draws from the same generator.
-
         A score (class Uncertainty) belongs to the forward that its token was drawn from; it is 0 where a row
         only repeats its `stop`. sampling: top_k, top_p, min_p, generator, stop. ValueError without the head.
         """
@@ -324,7 +315,7 @@ class GPT(nn.Module):
         T, c = T or self.block_size, self.config
         S = T + self.n_thought
         blocks = forward_flops(self.blocks, S)
-        taken = int(blocks * c.target_depth / c.n_layer) if c.depths else blocks # of those, with depths
+        taken = int(blocks * c.target_depth / c.n_layer) if c.depths else blocks # by a mean token
         thoughts = blocks * self.n_thought // T # each text token pays its share of them
         return 3 * (forward_flops(self, S) - blocks + taken + thoughts)
 
@@ -374,7 +365,6 @@ class Pass:
     stage   how many routers these tokens have passed
     real    (B, T'), False for padding among the tokens that a router let continue; None: no padding
     """
-
     def __init__(self, idx, start=0, front=0, windows=1, table=None, cache=None, notes=None):
         self.idx, self.start = idx, start # (B, windows T); position of the first token, an int or (B,)
         self.front, self.windows, self.table, self.cache = front, windows, table, cache
@@ -421,7 +411,6 @@ class Cache:
              place holds nothing in the layers of the stage, and the mask hides it.
     memory   (B, heads, segments + 1, slots, width) or None: what a Memory held as each segment began
     """
-
     def __init__(self, layouts, batch_size, capacity, dtype, device, front=0, routers=0, memory=()):
         # Zeros, not torch.empty: masked places have weight 0, but 0 times a NaN would be NaN.
         zeros = partial(torch.zeros, dtype=dtype, device=device)
@@ -520,7 +509,6 @@ class Cache:
 
 class Linear(nn.Linear):
     """y = x W^T (+ b). (..., n_in) -> (..., n_out). W ~ N(0, std), b = 0."""
-
     def __init__(self, n_in, n_out, bias, std, role="matrix", fused=None, blocks=None):
         self.std, self.role, self.fused, self.blocks = std, role, fused or (n_out,), blocks
         super().__init__(n_in, n_out, bias=bias)
@@ -762,9 +750,8 @@ def naive_diff_v1(q, k, v, lam, lambda_init):
 
 
 class DiffV1(OneMap):
-    """naive_diff_v1, with lambda = exp(q1.k1) - exp(q2.k2) + lambda_init, one per layer.
-
-    All weights keep the shapes of mha with that n_head: n_head counts maps here.
+    """naive_diff_v1, with lambda = exp(q1.k1) - exp(q2.k2) + lambda_init, one per layer. n_head counts maps,
+    so that all weights keep the shapes of mha with that n_head.
     """
     role = "vector"
     value_halves = 2
@@ -818,12 +805,11 @@ class DiffV2(OneMap):
 DIFF_FORM = {"v1": DiffV1, "v2": DiffV2}
 
 
-class Difference:
-    """Makes the map that diff_form names."""
-    knobs = ("diff_form",)
+def difference(c, layer): # DiffV1 or DiffV2
+    return DIFF_FORM[c.diff_form](c, layer)
 
-    def __new__(cls, c, layer):
-        return DIFF_FORM[c.diff_form](c, layer)
+
+difference.knobs = ("diff_form",)
 
 
 class DenseHeads(nn.Module):
@@ -955,10 +941,10 @@ class LatentHeads(nn.Module):
 ATTENTION = {
     "mha": (DenseHeads, OneMap),
     "mla": (LatentHeads, OneMap),
-    "diff": (DenseHeads, Difference),
+    "diff": (DenseHeads, difference),
     # Both maps of a difference attend to the latent that mla caches, so the cache is as small as mla's: R + P
     # numbers per token and layer. Only queries are doubled, and queries are not cached.
-    "diff_mla": (LatentHeads, Difference),
+    "diff_mla": (LatentHeads, difference),
 }
 
 
@@ -981,7 +967,6 @@ class Activation(nn.Module):
 
 class MLP(nn.Module):
     """down(act(up x))."""
-
     def __init__(self, c):
         super().__init__()
         self.up = linear(c, c.n_embd, c.hidden, c.bias)
@@ -994,7 +979,6 @@ class MLP(nn.Module):
 
 class GatedMLP(nn.Module):
     """down(act(gate x) * up x): SwiGLU with silu, GEGLU with gelu. Shazeer 2020, arXiv:2002.05202."""
-
     def __init__(self, c):
         super().__init__()
         # gate's rows come first
@@ -1045,10 +1029,8 @@ class Plain(nn.Module):
 
 
 class Streams(nn.Module):
-    """naive_streams for all tokens at once: X (B, T, N, C) -> H_res X + H_post y, where y = f(H_pre X).
-
-    A subclass makes these coefficients of each token from X, in fp32: pre (B, T, N), post (B, T, N),
-    res (B, T, N, N) [out, in].
+    """naive_streams for all tokens at once: X (B, T, N, C) -> H_res X + H_post y, where y = f(H_pre X). A
+    subclass makes pre (B, T, N), post (B, T, N) and res (B, T, N, N) [out, in] from each token's X, in fp32.
     """
     role, usual_streams, knobs = "vector", 4, ("n_stream",)
 
@@ -1079,11 +1061,9 @@ def without_autocast(x):
 
 
 class Hyper(Streams):
-    """Hyper-connections (Zhu et al. 2024, arXiv:2409.19606, section 2.2).
-
-    Static coefficients, and for each stream a part of the token's own: tanh(norm(X) W) times a learned scale.
+    """Hyper-connections (Zhu et al. 2024, arXiv:2409.19606, section 2.2): static coefficients, and for each
+    stream a part of the token's own, tanh(norm(X) W) times a learned scale.
     """
-
     def __init__(self, c, sublayer):
         super().__init__()
         self.N, self.C = N, C = c.streams, c.n_embd
@@ -1124,7 +1104,6 @@ class BySinkhorn(nn.Module):
 
 class ByPermutations(nn.Module):
     """Doubly stochastic and exact: the mean of all N! permutation matrices by softmax. arXiv:2601.05732."""
-
     def __init__(self, c):
         super().__init__()
         orders = torch.tensor(list(itertools.permutations(range(c.streams)))) # (N!, N), the identity first
@@ -1199,7 +1178,6 @@ class Thoughts(nn.Module):
 
 class Between(nn.Module):
     """One more sublayer, between two blocks: h + body(norm(h)), on whatever streams there are."""
-
     def __init__(self, c, body, sublayer):
         super().__init__()
         self.residual, self.norm = RESIDUAL[c.residual](c, sublayer), NORM[c.norm](c.n_embd, c.bias)
@@ -1395,9 +1373,10 @@ class Router(nn.Module):
             go = go | (torch.arange(T, device=go.device) < pass_.front) # thoughts reach all stages
         # A Python list, because the shapes of the next stage depend on it.
         counts = [T] * len(go) if go.is_meta else go.sum(1).tolist()
-        most, p = max(counts, default=0), score.sigmoid()
+        most = max(counts, default=0)
         if most == 0:
             return h
+        p = score.sigmoid()
         if most == T and len(go) == 1: # every token of a single row, as usual in decoding: no need to gather
             return blend(h, stage(h, pass_.deeper()), p)
         order = go.sort(dim=1, descending=True, stable=True).indices # tokens that continue come first
@@ -1518,7 +1497,7 @@ class Uncertainty(nn.Module):
         return (-log_p.expm1()).log() - log_p + k, k
 
     def loss(self, model, h, idx, targets, notes):
-        """Mean cross-entropy of "the likeliest token is wrong", in nats, and PRIOR k^2; on 1/4 of the rows."""
+        """Cross-entropy of "the likeliest token is wrong", in nats, and PRIOR k^2, on 1/4 of the rows."""
         few = len(h) // 4 or len(h)
         h, targets = h[:few], targets[:few]
         with torch.no_grad():
@@ -1533,14 +1512,9 @@ class Uncertainty(nn.Module):
         return (own + self.head_flops // 3) // 4 - own
 
 
-EXTRAS = { # the knob that switches it on: the class
-    "thought_tokens": Thoughts,
-    "memory_slots": Memory,
-    "future_peek": Peek,
-    "depths": Router,
-    "n_ahead": Ahead,
-    "uncertainty": Uncertainty,
-}
+# the knob that switches it on: the class
+EXTRAS = {"thought_tokens": Thoughts, "memory_slots": Memory, "future_peek": Peek, "depths": Router,
+          "n_ahead": Ahead, "uncertainty": Uncertainty}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1619,8 +1593,7 @@ def complaints(c):
 
 
 def without_orphans(chosen: dict, typed: set) -> dict:
-    """chosen, {field: value}, without the knobs of a config file whose owner the command line switched off.
-
+    """chosen, {field: value}, without the knobs of a config file whose owner the command line switched off:
     `--attention=mha` after a file with a kv_rank should train, not be refused for a knob that nobody typed.
     typed: the names that the command line gave. What is dropped is printed.
     """
@@ -1654,9 +1627,8 @@ _SEAL = 7 + 64 # b"sha256:" and 64 hex digits
 
 
 def save_checkpoint(path: str, state: dict, keep_previous: bool = True) -> None:
-    """Writes to another name, then renames: whenever the process dies, path is a whole checkpoint.
-
-    The one before becomes *.prev.pt. OSError or RuntimeError if the disk is full: nothing has changed then.
+    """Writes to another name, then renames: whenever the process dies, path is a whole checkpoint. The one
+    before becomes *.prev.pt. OSError or RuntimeError if the disk is full: nothing has changed then.
     """
     part = f"{path}.part"
     try:
@@ -1790,8 +1762,7 @@ if __name__ == "__main__":
     from configurator import configure, user_errors
 
     out_dir = "" # folder of a run, whose model is described; in a config file it has no effect
-    _train = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-    given = configure(globals(), GPTConfig, guest_of=_train)
+    given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(__file__), "train.py"))
     with user_errors():
         config = GPTConfig(**{**preset(given.pop("model_size", "")), **without_orphans(given, given.typed)})
     if "vocab_size" not in given:

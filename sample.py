@@ -1,8 +1,7 @@
-"""
-All decoding of nanoSLM, and the command line that writes text from a checkpoint of train.py.
+"""All decoding of nanoSLM, and the command line that writes text from a checkpoint of train.py.
 
-To use it from Python: GPT.generate of model.py, or stream and Speculation below, which give tokens as they
-come. Read distribution and stream first, then judge, on which speculative decoding rests.
+From Python, use GPT.generate of model.py, or stream and Speculation below, which give tokens as they come.
+Read distribution and stream first, then naive_judge, on which speculative decoding rests.
 
   python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:"
   python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95     the newest run below out
@@ -22,6 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -44,8 +44,7 @@ speculative = False # draft several tokens, judge them in one forward: the same 
 draft = "auto" # what drafts with --speculative: ahead (the n_ahead cell) | ngram (the text so far) | auto
 # Shows with each token the probability that the likeliest one was wrong there. On a terminal it is the
 # background: none below 0.2, then at 0.2, 0.4, 0.6 and 0.8 a step from pale yellow to red. Elsewhere, and
-# where NO_COLOR is set, each
-# token has a line: 0.12  'a'
+# where NO_COLOR is set, each token has a line: 0.12  'a'
 uncertainty = False
 interactive = False # ask for prompts until `quit`
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
@@ -70,11 +69,12 @@ def check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens=0):
             raise ValueError(sentence)
 
 
-def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """
-    logits (..., V) -> the probabilities (..., V) that a token is drawn from. temperature, then the top_k
-    likeliest, then the smallest set that holds top_p of the rest (Holtzman et al. 2019, arXiv:1904.09751),
-    then those of at least min_p times the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
+def distribution(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 min_p: float = 0.0) -> torch.Tensor:
+    """logits (..., V) -> the probabilities (..., V) that a token is drawn from.
+    temperature first, then the top_k likeliest, then the smallest set that holds top_p of the rest (Holtzman
+    et al. 2019, arXiv:1904.09751), then those of at least min_p times the likeliest (Nguyen et al. 2024,
+    arXiv:2407.01082).
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
@@ -96,21 +96,19 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 # plain decoding
 
 
-def window_start(n, block_size):
-    """
-    Position of the first of n tokens that the model sees. Past block_size the window moves by halves, so that
-    the context is read again once in block_size / 2 tokens. One rule for decoding with a cache, without one
-    and with speculation: all three write the same text.
+def window_start(n: int, block_size: int) -> int:
+    """Position of the first of n tokens that the model sees. Past block_size the window moves by halves, so
+    that its context is computed again once in block_size / 2 tokens. Decoding with a cache, without one and
+    with speculation share this rule, and so write one text.
     """
     half = max(1, block_size // 2)
     return 0 if n <= block_size else math.ceil((n - block_size) / half) * half
 
 
 def move_window(model, cache, idx, old, new):
-    """
-    The window moves from token `old` of idx (B, T) to token `new`, by halves, and the cache is emptied. A
-    memory is carried on, as the first half of each window left it. Halves of a long prompt that the cache has
-    never seen are read for that.
+    """Moves the window from token `old` of idx (B, T) to token `new`, by halves, and empties the cache. A
+    memory is carried on as the first half of each window left it. If the cache has not seen that half, as in
+    a long prompt, it is computed for the memory alone.
     """
     half = max(1, model.block_size // 2)
     for begin in range(old, new, half):
@@ -121,11 +119,11 @@ def move_window(model, cache, idx, old, new):
 
 
 @torch.no_grad()
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None,
-           use_cache=True, watch=None):
-    """
-    Yields max_new_tokens tensors (B, 1), each token drawn given all before it. idx (B, T) is the prompt, T >=
-    1. watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each token is drawn from.
+def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+           top_p: float = 1.0, min_p: float = 0.0, generator: torch.Generator | None = None,
+           use_cache: bool = True, watch: Callable | None = None) -> Iterator[torch.Tensor]:
+    """Yields max_new_tokens tensors (B, 1), each drawn given all tokens before it. idx (B, T): the prompt.
+    watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each token is drawn from.
     """
     check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
     was_training, L = model.training, model.block_size
@@ -134,25 +132,27 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_
     try:
         for _ in range(max_new_tokens):
             old, start = start, window_start(idx.size(1), L)
-            if not use_cache and model.memory is not None: # the memory of all earlier windows, made anew
+            if not use_cache and model.memory is not None: # the memory of all earlier windows, computed anew
                 cache, old = model.new_cache(idx.size(0)), 0
             if cache is not None:
                 move_window(model, cache, idx, old, start)
             seen = cache.length if cache is not None else 0
             h = model.trunk(idx[:, start + seen :], cache)[:, -1:] # (B, 1, C)
-            logits = model.logits(h) # of the last token alone, also where a prompt is read
+            logits = model.logits(h) # (B, 1, V), of the last token alone even for a whole prompt
             if watch:
                 watch(h, logits)
             p = distribution(logits[:, -1], temperature, top_k, top_p, min_p)
-            new = torch.multinomial(p, 1, generator=generator) # (B, 1)
-            idx = torch.cat([idx, new], dim=1)
-            yield new
+            token = torch.multinomial(p, 1, generator=generator) # (B, 1)
+            idx = torch.cat([idx, token], dim=1)
+            yield token
     finally:
         model.train(was_training)
 
 
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, speculative=False,
-             generator=None, stop=(), use_cache=True, watch=None):
+def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, min_p: float = 0.0, speculative: bool = False,
+             generator: torch.Generator | None = None, stop: Iterable[int] = (), use_cache: bool = True,
+             watch: Callable | None = None) -> torch.Tensor:
     """GPT.generate, which describes it. idx (B, T) -> (B, T + new)."""
     if speculative and (watch or not use_cache):
         raise ValueError("speculative decoding needs its cache and forwards; drop use_cache=False and watch")
@@ -164,132 +164,122 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, mi
     ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
     stops, out = torch.tensor(list(stop), dtype=idx.dtype, device=idx.device), [idx]
     tokens = stream(model, idx, max_new_tokens, temperature, top_k, top_p, min_p, generator, use_cache, watch)
-    for new in tokens:
-        out.append(torch.where(ended, out[-1][:, -1:], new))
-        ended = ended | torch.isin(new, stops)
+    for token in tokens:
+        out.append(torch.where(ended, out[-1][:, -1:], token)) # a row that has ended repeats its last token
+        ended = ended | torch.isin(token, stops)
         if ended.all():
             break
     return torch.cat(out, dim=1)
 
 
-def generate_with_uncertainty(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-                              generator=None, stop=()):
+def generate_with_uncertainty(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+                              stop: Iterable[int] = (), **sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """GPT.generate_with_uncertainty, which describes it."""
     stop, scores = list(stop), [model.embed.weight.new_zeros(idx.size(0), 0)]
-    ids = generate(model, idx, max_new_tokens, temperature, top_k, top_p, min_p, False, generator, stop,
+    ids = generate(model, idx, max_new_tokens, temperature, **sampling, stop=stop,
                    watch=lambda h, logits: scores.append(model.uncertainty(h, logits)))
-    new = ids[:, idx.size(1) :]
-    ended = torch.isin(new, torch.tensor(stop, dtype=ids.dtype, device=ids.device)).cumsum(1) > 1
+    written = ids[:, idx.size(1) :]
+    ended = torch.isin(written, torch.tensor(stop, dtype=ids.dtype, device=ids.device)).cumsum(1) > 1
     return ids, torch.cat(scores, dim=1).masked_fill(ended, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # speculative decoding: draft some tokens cheaply, let the model judge all of them in one forward, and keep
 # those that it would have written as well. Leviathan et al. 2022, arXiv:2211.17192; Chen et al. 2023,
-# arXiv:2302.01318.
+# arXiv:2302.01318. Why no probability changes: naive_judge has the rule and its proof, judge is the rule for
+# a batch, and draft_and_judge applies it.
 
 
 def naive_judge(p, q, draft, u, draw):
-    """
-    The rule for one draft of one row: p and q (V,) are the model's and the drafter's distributions, u is
-    uniform in [0, 1), draw(p) takes a token. The result is distributed as p whatever q is: a token t is
-    drafted and kept with probability q_t min(1, p_t / q_t) = min(p_t, q_t), and redrawn with the rest,
-    max(p_t - q_t, 0).
+    """The rule for one draft of one row -> a token distributed as p, whatever q is.
+
+    p and q (V,): the model's and the drafter's distributions; u: uniform in [0, 1); draw(p): a token of p.
+    Proof: token t is drafted and kept with probability q_t min(1, p_t / q_t) = min(p_t, q_t). A rejection has
+    the probability that is left, sum_t max(p_t - q_t, 0), and draws t with its share of that sum. So t is
+    returned with probability min(p_t, q_t) + max(p_t - q_t, 0) = p_t.
     """
     if u < p[draft] / q[draft]:
         return draft
     return draw((p - q).clamp(min=0)) # not normalised
 
 
-def judge(p, q, drafts):
+def judge(p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """naive_judge for many: model's p (B, n+1, V), drafter's q (B, n, V), drafts (B, n) -> keep, rest.
+    keep (B, n): probability of keeping each draft if those before it were kept. rest (B, n+1, V), not
+    normalised: what to draw from in place of the first rejected draft, or after the last draft.
     """
-    naive_judge for many: p (B, n+1, V) is what the model draws from, q (B, n, V) what the drafts (B, n) were
-    drawn from -> the probability (B, n) of keeping each draft if those before it were kept, and what to draw
-    from in place of the first one rejected, or after the last one (B, n+1, V), not normalised.
-    """
-    at = drafts.unsqueeze(-1)
-    keep = (p[:, :-1].gather(2, at) / q.gather(2, at)).squeeze(2) # above 1: always
+    token = drafts.unsqueeze(-1) # (B, n, 1)
+    keep = (p[:, :-1].gather(2, token) / q.gather(2, token)).squeeze(2) # above 1: always
     rest = (p - F.pad(q, (0, 0, 0, 1))).clamp(min=0) # after the last draft: p itself
     return keep, torch.where(rest.sum(-1, keepdim=True) > 0, rest, p) # nothing is left where p = q: p
 
 
-def draw(p, u):
-    """
-    A token of each p (..., V), which need not sum to 1, for uniform u (...) in [0, 1). Never one with p = 0.
-    """
+def draw(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """A token of each p (..., V), which need not sum to 1, for uniform u (...). Never a token with p = 0."""
     mass = p.cumsum(-1, dtype=u.dtype)
     return torch.searchsorted(mass, u.unsqueeze(-1) * mass[..., -1:], right=True).squeeze(-1)
 
 
 class Speculation:
-    """
-    A text that a model is writing, for B rows at once, each at its own pace. step() is one forward of the
-    model for all rows. Drafts come from the model's Ahead cell ("ahead"), or from what followed the same last
-    tokens earlier in the text ("ngram"). "auto" takes the cell where there is one, and ngram wherever the
-    text repeats itself. Drafting pauses where too few drafts are kept to pay for themselves.
-    """
+    """A text that a model writes, in B rows, each at its own pace. step() is one forward for all rows.
 
+    Drafts come from the model's Ahead cell ("ahead"), or from what followed the last tokens where they
+    occurred earlier in the text ("ngram"). "auto" takes the cell if there is one, and ngram while the text
+    repeats itself. Drafting pauses where too few drafts are kept to pay for themselves.
+    """
     TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
     # Cost of drafting and judging one token, in plain forwards. Measured on a CPU with the model of
     # train_shakespeare_diffmla.py: judging eight tokens takes 0.35 more than one, seven drafts take 0.35.
     # A constant, not a timing: the same seed must write the same text on every machine.
     COST = 0.1
 
-    def __init__(self, model, idx, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None,
-                 draft="auto"):
+    def __init__(self, model: GPT, idx: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, min_p: float = 0.0, generator: torch.Generator | None = None,
+                 draft: str = "auto"):
         check_sampling(idx, temperature, top_k, top_p, min_p)
         if draft not in ("auto", "ahead", "ngram"):
             raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram")
         has_cell = "ahead" in model.extras
         if draft == "ahead" and not has_cell:
-            raise ValueError("draft=ahead needs a model trained with n_ahead; use draft=ngram, or train with "
-                             "--n_ahead=7")
+            raise ValueError("draft=ahead needs a model trained with --n_ahead=7; else use draft=ngram")
         self.model, self.generator, self.device = model, generator, idx.device
         self.rows, self.prompt, self.sampling = idx.tolist(), idx.size(1), (temperature, top_k, top_p, min_p)
         self.best = self.ahead if has_cell and draft != "ngram" else self.ngram
         self.source = self.repeated_or_best if draft == "auto" else self.best
         self.n = min(model.config.n_ahead or 7, model.block_size - 1) # most drafts of a step
-        self.starts = [-1] * len(self.rows) # position of each row's window; -1: nothing has been read
-        # A row at the end of its window still takes drafts, though none is kept there: spare places.
+        self.starts = [-1] * len(self.rows) # position of each row's window; -1: nothing has been computed
+        # A row at the end of its window still gets drafts, though none is kept there: spare places.
         self.cache = model.new_cache(len(self.rows), spare=self.n)
-        self.h = None # (B, C) the trunk's output at the last token that was read
-        # For ngram: {last tokens: the index that followed them} of each row, and up to where a row is noted.
+        self.h = None # (B, C) the trunk's output at the last token in the cache
+        # For ngram, of each row: {last tokens: the index that followed them}, and how far that is complete.
         self.followed, self.noted = [{} for _ in self.rows], [2] * len(self.rows)
         self.forwards = self.tokens = self.drafted = self.kept = 0 # of all rows
-        self.seconds, self.timed = 0.0, 0 # time in step(), tokens written in it; but for the first step
+        self.seconds, self.timed = 0.0, 0 # time in step(), tokens written in it; without the first step
         self.trial, self.pause = Counter(), 0 # results of the latest forwards; tokens until the next trial
 
-    def generate(self, max_new_tokens, stop=()):
+    def generate(self, max_new_tokens: int, stop: Iterable[int] = ()) -> torch.Tensor:
         """(B, T + new), as GPT.generate."""
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
-        stop, end = {int(token) for token in stop}, self.prompt + max_new_tokens
-        ends = [end if not max_new_tokens else None for _ in self.rows] # length of a row when complete
-        while None in ends:
-            lengths = [len(row) for row in self.rows]
-            self.step()
-            for b, row in enumerate(self.rows):
-                stopped = next((i + 1 for i in range(lengths[b], len(row)) if row[i] in stop), end)
-                if ends[b] is None and (len(row) >= end or stopped < end):
-                    ends[b] = min(stopped, end)
-        longest = max(ends, default=0)
+        stop, ends = set(map(int, stop)), [self.prompt + max_new_tokens] * len(self.rows)
+        while any(len(row) < end for row, end in zip(self.rows, ends)): # complete rows go on until then
+            for b, tokens in enumerate(self.step()):
+                first = len(self.rows[b]) - len(tokens)
+                ends[b] = min([ends[b], *(first + i + 1 for i, token in enumerate(tokens) if token in stop)])
+        longest = max(ends, default=0) # shorter rows repeat their last token
         return self.tensor([row[:e] + row[e - 1 : e] * (longest - e) for row, e in zip(self.rows, ends)])
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         """The tokens of a single row, without end."""
         while True:
             yield from self.step()[0]
 
     @torch.no_grad()
-    def step(self):
-        """
-        One forward -> the tokens that each row wrote: one or more, or none while another row's window is
-        read.
-        """
+    def step(self) -> list[list[int]]:
+        """One forward -> the tokens that each row wrote: none where only other rows' windows moved."""
         began, was_training = time.perf_counter(), self.model.training
-        starts = [window_start(len(row), self.model.block_size) for row in self.rows]
-        moved = [b for b, (new, old) in enumerate(zip(starts, self.starts)) if new != old]
-        old, self.starts = self.starts, starts
+        old, self.starts = self.starts, [window_start(len(row), self.model.block_size) for row in self.rows]
+        moved = [b for b, start in enumerate(self.starts) if start != old[b]]
         if was_training: # eval() walks through all modules, so only where it must
             self.model.eval()
         try:
@@ -297,8 +287,8 @@ class Speculation:
         finally:
             if was_training:
                 self.model.train()
-        for row, new in zip(self.rows, wrote):
-            row.extend(new)
+        for row, tokens in zip(self.rows, wrote):
+            row.extend(tokens)
         count = sum(map(len, wrote))
         if self.forwards:
             self.seconds, self.timed = self.seconds + time.perf_counter() - began, self.timed + count
@@ -306,15 +296,12 @@ class Speculation:
         return wrote
 
     def refill(self, moved, olds):
-        """
-        Reads the windows of rows that moved (at first of all rows) into the cache; each then writes one
-        token.
-        """
+        """Fills the cache for the windows of rows that moved (at first, all rows); each writes one token."""
         wrote = [[] for _ in self.rows]
         together = len(moved) == len(self.rows) and len({*zip(map(len, self.rows), olds)}) == 1
         for part in [slice(0, len(self.rows))] if together else [slice(b, b + 1) for b in moved]:
             old, start, cache = max(0, olds[part][0]), self.starts[part][0], self.cache.rows(part)
-            ids = self.tensor([row[old:] for row in self.rows[part]]) # (rows, T), of which the last is unread
+            ids = self.tensor([row[old:] for row in self.rows[part]]) # (rows, T), the last not yet cached
             cache.length = ids.size(1) - 1 if olds[part][0] >= 0 else 0
             move_window(self.model, cache, ids, 0, start - old)
             h = self.model.trunk(ids[:, start - old :], cache)[:, -1] # (rows, C)
@@ -325,33 +312,30 @@ class Speculation:
 
     def draft_and_judge(self):
         B, L = len(self.rows), self.model.block_size
-        inside = [len(row) - start for row, start in zip(self.rows, self.starts)] # last one unread
+        inside = [len(row) - start for row, start in zip(self.rows, self.starts)] # tokens in the window
         room = [min(self.n, L - m) if not self.pause else 0 for m in inside] # for drafts
         drafts, q, limits = self.source(room) # (B, n), (B, n, V), how many of the n each row takes
         n = drafts.size(1)
-        lengths = [m - 1 for m in inside] # rolls the cache back to what was kept
+        lengths = [m - 1 for m in inside] # all but the newest token; rejected drafts are rolled back by this
         self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
         last = self.tensor([row[-1:] for row in self.rows])
         h = self.model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (B, n+1, C)
         p = self.distribution(h) # (B, n+1, V)
         keep, rest = judge(p, q, drafts)
         for b, limit in enumerate(limits):
-            if limit < n: # there is no draft: not a rejection
+            if limit < n: # no draft there, so nothing is rejected: the next token is drawn from p itself
                 keep[b, limit:], rest[b, limit] = 0, p[b, limit]
         u = self.uniform(B, n + 1)
-        kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): up to the first rejection
-        every = torch.arange(B, device=self.device)
-        new, self.h = draw(rest[every, kept], u[:, n]), h[every, kept] # the new token is still unread
-        wrote = [row[:k] + [token] for row, k, token in zip(drafts.tolist(), kept.tolist(), new.tolist())]
+        kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): drafts before the first rejection
+        batch = torch.arange(B, device=self.device)
+        token, self.h = draw(rest[batch, kept], u[:, n]), h[batch, kept] # (B,), (B, C)
+        wrote = [row[:k] + [t] for row, k, t in zip(drafts.tolist(), kept.tolist(), token.tolist())]
         written = sum(map(len, wrote))
         self.decide_pause(sum(limits), written - B, written)
         return wrote
 
     def decide_pause(self, drafted, kept, written):
-        """
-        Where the drafts of TRIAL forwards saved less than they cost, the next PAUSE tokens of each row have
-        none.
-        """
+        """If drafts in TRIAL forwards saved less than they cost, each row's next PAUSE tokens have none."""
         self.drafted, self.kept = self.drafted + drafted, self.kept + kept
         self.pause = max(0, self.pause - written)
         self.trial.update(forwards=drafted > 0, drafted=drafted, kept=kept)
@@ -361,47 +345,42 @@ class Speculation:
             self.trial.clear()
 
     def distribution(self, h):
-        """
-        What the model draws from after h (..., C). ValueError if it is not finite: every token would be the
-        first.
-        """
+        """What the model draws from after h (..., C). ValueError if not finite: draw would take token 0."""
         p = distribution(self.model.logits(h), *self.sampling)
         if not math.isfinite(p.sum()):
             raise ValueError("the model's probabilities are not finite; its weights may be damaged, "
                              "or half precision overflows")
         return p
 
-    # Drafters: room, how many drafts each row can take -> drafts (B, n), q (B, n, V), how many each row
-    # takes.
+    # Drafters: room, the number of drafts that fit into each row -> drafts (B, n), the q (B, n, V) that they
+    # were drawn from, and how many of the n each row takes.
 
     def ahead(self, room):
         """From the model's Ahead cell and its head."""
+        if not any(room):
+            return self.ngram(room) # no drafts
         model, s, x = self.model, self.h, self.tensor([row[-1] for row in self.rows])
         cell, drafts, q = model.extras["ahead"], [], []
-        # The first to finish a race of exponential times, divided by q, is distributed as q: less work than
-        # draw().
+        # The winner of a race of exponential times, divided by q, is distributed as q: less work than draw().
         for race in -self.uniform(max(room), len(self.rows), model.config.vocab_size).log():
             s = cell(s, F.embedding(x, model.embed.weight)) # (B, C)
-            logits = model.cap(widen(few_rows(s, model.head.weight))) # (B, V); no call of a module
+            logits = model.cap(widen(few_rows(s, model.head.weight))) # (B, V); calling no module saves time
             q.append(distribution(logits, *self.sampling))
-            drafts.append(x := (q[-1] / race).argmax(-1))
-        if not drafts:
-            none = self.h.new_zeros(len(room), 0, model.config.vocab_size)
-            return self.tensor([[]] * len(room)), none, room
+            drafts.append(x := (q[-1] / race).argmax(-1)) # (B,)
         return torch.stack(drafts, dim=1), torch.stack(q, dim=1), room
 
     def ngram(self, room, lengths=(6, 4, 3, 2)):
         """From the text: what followed the longest of the last 6 to 2 tokens that occurred before."""
-        found = []
+        drafts = []
         for b, (row, followed, limit) in enumerate(zip(self.rows, self.followed, room)):
             for end in range(self.noted[b], len(row)): # each index once, when a token stands there
                 followed.update({tuple(row[end - m : end]): end for m in lengths if m <= end})
             self.noted[b] = len(row)
-            at = next((followed[key] for m in lengths if (key := tuple(row[-m:])) in followed), len(row))
-            period = len(row) - at # 0: nothing was found. Where the text ends, its loop begins again.
-            found.append([row[at + i % period] for i in range(limit if period else 0)])
-        limits = [len(f) for f in found]
-        drafts = self.tensor([f + [0] * (max(limits) - len(f)) for f in found])
+            start = next((followed[key] for m in lengths if (key := tuple(row[-m:])) in followed), len(row))
+            period = len(row) - start # 0: no earlier occurrence. Where the text ends, its loop begins again.
+            drafts.append([row[start + i % period] for i in range(limit if period else 0)])
+        limits = [len(d) for d in drafts]
+        drafts = self.tensor([d + [0] * (max(limits) - len(d)) for d in drafts])
         return drafts, F.one_hot(drafts, self.model.config.vocab_size).to(self.h.dtype), limits
 
     def repeated_or_best(self, room):
@@ -431,30 +410,24 @@ ADJUSTABLE = ["temperature", "top_k", "top_p", "min_p", "max_new_tokens"] # at t
 _SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...
 
 
-def newest_run():
-    """The folder below out (or out itself) that a checkpoint was written to last."""
-    checkpoints = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
-    if not checkpoints:
-        raise UserError("there is no run below out yet\n"
-                        "train first: python train.py config/train_shakespeare_diffmla.py, "
-                        "or name one: --out_dir=...")
-    return os.path.dirname(max(checkpoints, key=os.path.getmtime))
+def load(folder: str, device: str) -> tuple:
+    """(model, tokenizer, dtype, a line about them) of best.pt, or of the newest checkpoint that is whole.
 
-
-def load(folder, device):
+    folder: of a run; if empty, the folder below out (or out itself) that a checkpoint was written to last.
     """
-    Model, tokenizer, dtype and a line about the best checkpoint in the folder, or the newest if there is no
-    best one yet.
-    """
-    folder = folder or newest_run()
+    if not folder:
+        checkpoints = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
+        if not checkpoints:
+            raise UserError("there is no run below out yet\ntrain first: "
+                            "python train.py config/train_shakespeare_diffmla.py, or name one: --out_dir=...")
+        folder = os.path.dirname(max(checkpoints, key=os.path.getmtime))
     newest = os.path.join(folder, "ckpt.pt")
-    wanted = os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)
-    found = [path for path in wanted if os.path.exists(path)]
-    if not found:
+    paths = os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)
+    paths, damage = [path for path in paths if os.path.exists(path)], []
+    if not paths:
         raise UserError(f"there is no checkpoint in {folder}\n"
                         f"train first: python train.py --out_dir={folder} ..., or name another")
-    damage = []
-    for path in found:
+    for path in paths:
         try:
             state = load_checkpoint(path)
             break
@@ -467,18 +440,18 @@ def load(folder, device):
     if state["tokenizer"] is None:
         raise UserError(f"{path} was trained on tokens without a tokenizer, so it can write no text\n"
                         "prepare the data with data.py")
-    # gpt2's files lie where the run had its data
-    codec = tokenizer_from_dict(state["tokenizer"], state["config"]["train"]["data_dir"])
+    settings = state["config"]["train"]
+    codec = tokenizer_from_dict(state["tokenizer"], settings["data_dir"]) # where gpt2's files are
     with user_errors():
         model = GPT.from_state(state, path)
     about = f"{path}: {model.config.attention}, {model.num_params():,} parameters, step {state['step']}"
-    return model.to(device).eval(), codec, state["config"]["train"]["dtype"], about
+    return model.to(device).eval(), codec, settings["dtype"], about
 
 
 def encode(text):
     """Prompt -> ids (1, T). UserError for an empty one, and for characters that the model has never seen."""
     if not text:
-        raise UserError('the prompt is empty; give at least one character, such as --start=A')
+        raise UserError("the prompt is empty; give at least one character, such as --start=A")
     if unknown := tokenizer.unknown(text):
         shown = " ".join(map(repr, unknown[:10]))
         raise UserError(f"the prompt has characters that the model does not know: {shown}\n"
@@ -496,7 +469,7 @@ def safe(text):
 
 
 def with_score(text, score):
-    """The text as it is printed: with its score where that is asked for."""
+    """The text as it is printed: with its score, if --uncertainty asked for that."""
     if not uncertainty:
         return text
     if lines:
@@ -507,17 +480,16 @@ def with_score(text, score):
 
 
 def show(pairs):
-    """
-    Prints a continuation as its (token, score) come; returns how many. Half a character (a token may end
-    inside one) waits for its rest, and has the highest of their scores.
+    """Prints a continuation as its (token, score) come -> how many. A token that ends inside a character
+    waits for the rest of it; the two then have the higher of their scores.
     """
     written, shown, highest = [], 0, 0.0
-    for new, score in pairs:
-        if new == tokenizer.eot:
+    for token, score in pairs:
+        if token == tokenizer.eot:
             break
-        written.append(new)
+        written.append(token)
         text, highest = safe(tokenizer.readable(written)), max(highest, score)
-        if not text.endswith("\ufffd"):
+        if not text.endswith("\ufffd"): # the sign for half a character
             print(with_score(text[shown:], highest), end="", flush=True)
             shown, highest = len(text), 0.0
     rest = safe(tokenizer.readable(written))[shown:]
@@ -530,19 +502,20 @@ def continue_one(ids, writer):
     scores = [0.0]
     watch = (lambda *last: scores.append(model.uncertainty(*last).item())) if uncertainty else None
     plain = stream(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, generator, watch=watch)
-    tokens = itertools.islice(writer, max_new_tokens) if writer else (new.item() for new in plain)
-    return show((new, scores[-1]) for new in tokens)
+    tokens = itertools.islice(writer, max_new_tokens) if writer else (token.item() for token in plain)
+    return show((token, scores[-1]) for token in tokens)
 
 
 def continue_many(ids, writer):
     """num_samples continuations in one batch, printed one below the other."""
     stop = () if tokenizer.eot is None else (tokenizer.eot,)
+    sampling = dict(top_k=top_k, top_p=top_p, min_p=min_p, generator=generator, stop=stop)
     write = generate_with_uncertainty if uncertainty else generate
-    out = writer.generate(max_new_tokens, stop) if writer else write(
-        model, ids, max_new_tokens, temperature, top_k, top_p, min_p, generator=generator, stop=stop)
+    out = (writer.generate(max_new_tokens, stop) if writer else
+           write(model, ids, max_new_tokens, temperature, **sampling))
     out, scores = out if uncertainty else (out, torch.zeros(out.shape))
     for i, (row, of_row) in enumerate(zip(out[:, ids.size(1) :].tolist(), scores.tolist())):
-        if i:
+        if i: # answer() has printed the first prompt
             print(safe(tokenizer.readable(ids[0].tolist())), end=lines)
         show(zip(row, of_row))
         print("---------------")
@@ -550,6 +523,7 @@ def continue_many(ids, writer):
 
 
 def answer(text):
+    """Prints the prompt and its continuations; how fast they came, and from what model, on stderr."""
     ids = encode(text).expand(num_samples, -1)
     with user_errors(), autocast:
         check_sampling(ids, temperature, top_k, top_p, min_p, max_new_tokens)
@@ -567,10 +541,7 @@ def answer(text):
 
 
 def speed_up(writer, ids):
-    """
-    Tokens per second of the writer's steps, against as many tokens (100 at most) written plainly now, nothing
-    printed meanwhile.
-    """
+    """Tokens per second of the writer's steps over those of plain decoding: 100 tokens at most, unprinted."""
     few = max(1, min(100, writer.timed // num_samples))
     for count in (2, few): # the first time to warm up
         began = time.perf_counter()
@@ -633,7 +604,7 @@ if __name__ == "__main__":
                 raise UserError(f"{start[5:]} is not UTF-8 text: {error}") from None
         model, tokenizer, dtype, about = load(out_dir, device)
         if model.num_params() < 3_000_000 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1) # as fast as two here, and four times as fast beside another busy program
+            torch.set_num_threads(1) # as fast as two, and four times as fast beside another busy program
         if uncertainty:
             model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
         generator = torch.Generator(device).manual_seed(seed)

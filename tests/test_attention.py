@@ -114,6 +114,33 @@ def test_forward_is_the_formula(attention, form, knobs):
 
 
 @cases
+def test_forward_is_the_naive_forms(attention, form, knobs):
+    """Those that stand beside the classes in model.py, given the module's own queries, keys and values."""
+    c, a = make(attention, form, **knobs)
+    x, D = torch.randn(2, 7, 32, dtype=torch.float64), c.head_width
+    turn = M.Pass(x[..., 0], table=M.Rope(c)(x, 0)[1]).rotate
+    if "mla" in attention:
+        q = a.q_up(a.q_latent_norm(a.q_down(x))).unflatten(-1, (-1, D)).transpose(1, 2)
+        q = torch.cat([q[..., : a.U], turn(q[..., a.U :])], dim=-1)
+        down, w = a.kv_down(x), a.kv_up.weight.unflatten(0, (c.n_head, -1))
+        r = turn(down[:, None, :, a.R :])[:, 0]
+        k, v = M.naive_latent_keys(a.kv_norm(down[..., : a.R]), r, w[:, : a.U], w[:, a.U :])
+    else:
+        heads = a.qkv(x).unflatten(-1, (-1, D)).transpose(1, 2)
+        q, k, v = heads.split([a.Q, a.K, a.K], dim=1)
+        q, k = turn(q), turn(k)
+    if "diff" not in attention:
+        o = M.naive_attention(q, k, v)
+    elif form == "v1":
+        q1, k1, q2, k2 = a.maps.vectors
+        lam = (q1 @ k1).exp() - (q2 @ k2).exp() + a.maps.lambda_init
+        o = M.naive_diff_v1(q, k, v, lam, a.maps.lambda_init)
+    else:
+        o = M.naive_diff_v2(q, k, v, a.maps.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1))
+    torch.testing.assert_close(run(c, a, x), a.out(o.transpose(1, 2).flatten(2)), atol=1e-10, rtol=1e-8)
+
+
+@cases
 def test_gradients(attention, form, knobs):
     c, a = make(attention, form, **knobs)
     x = torch.randn(1, 5, 32, dtype=torch.float64, requires_grad=True)
