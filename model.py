@@ -278,7 +278,6 @@ class GPT(nn.Module):
                  generator: torch.Generator | None = None, stop: Iterable[int] = (), use_cache: bool = True,
                  watch: Callable | None = None) -> torch.Tensor:
         """idx (B, T) -> (B, T + new). temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
-
         speculative: draft and judge (sample.Speculation): the same distribution from fewer forwards.
         A row that has written a token of `stop` repeats it; generation ends when every row has.
         watch: see sample.stream. ValueError for values out of range.
@@ -436,7 +435,6 @@ class Cache:
 
     def reserve(self, start, T):
         """Places of T tokens from position `start`, the end of all places, and which places each token sees.
-
         places: an int, the first of a run, or (B, T). mask (1 or B, 1, T, S), or None where none is needed:
         a single token sees all before it, and a run from place 0 is plain causal attention.
         """
@@ -632,7 +630,6 @@ class Learned(nn.Module):
 
 class Rope(nn.Module):
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864).
-
     Pair i of a query or key at position m is rotated by the angle m base^(-2i/P), so that a score depends on
     the distance of two positions alone. A pair is (2i, 2i+1) as in the paper: its rotation is one complex
     product, which takes fewer passes over memory than Llama's pairs (i, i + P/2). The two differ by a
@@ -689,10 +686,9 @@ def naive_attention(q, k, v):
 
 def attend(q, k, v, mask=None, scale=None):
     """naive_attention by PyTorch's fused kernels. q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
-
     mask (1 or B, 1, T, S): True where a query sees a key; None: causal. scale: 1/sqrt(D) if None.
-    ALiBi would go here, with NoPosition in POSITION: SDPA adds a mask of numbers to the scores, so the mask
-    would be -slope_h (t - s) where query t sees key s, and -inf elsewhere.
+    ALiBi would go here, with NoPosition in POSITION: SDPA adds a mask of numbers to the scores, so for H = K
+    the mask would be -slope_h (t - s) where query t sees key s, and -inf elsewhere.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if mask is None and T == S and T > 1: # training and whole prompts: is_causal is the causal mask
@@ -815,6 +811,7 @@ difference.knobs = ("diff_form",)
 class DenseHeads(nn.Module):
     """Queries, keys and values straight from x. The cache holds K keys and K values per token and layer."""
     knobs = ("n_kv_head",)
+    rotary_width = staticmethod(lambda c: c.head_width)
 
     def __init__(self, c, layer, maps):
         super().__init__()
@@ -826,10 +823,6 @@ class DenseHeads(nn.Module):
         self.norm = HeadNorm((self.Q, self.K), self.D) if c.qk_norm else nn.Identity()
         self.out = residual_out(c, c.n_head * self.D)
         self.cache_layout = ((self.K, self.D), (self.K, self.D)) # heads and width of each cached tensor
-
-    @staticmethod
-    def rotary_width(c):
-        return c.head_width
 
     def forward(self, x, pass_):
         heads = self.qkv(x).unflatten(-1, (-1, self.D)) # (B, T, Q + 2 K, D)
@@ -864,6 +857,7 @@ class LatentHeads(nn.Module):
     No norm may stand between W_uk and the score: it could not be absorbed.
     """
     knobs = ("kv_rank", "q_rank", "rope_dim")
+    rotary_width = staticmethod(lambda c: c.rope_dim or c.head_width // 2)
 
     def __init__(self, c, layer, maps):
         super().__init__()
@@ -881,10 +875,6 @@ class LatentHeads(nn.Module):
         self.norm_q, self.norm_r = norms
         self.out = residual_out(c, self.H * self.D)
         self.cache_layout = ((1, self.R + self.P),)
-
-    @staticmethod
-    def rotary_width(c):
-        return c.rope_dim or c.head_width // 2
 
     @staticmethod
     def complaints(c):
@@ -931,7 +921,7 @@ class LatentHeads(nn.Module):
         q_c = torch.einsum("bhjtu,hur->bhjtr", q_n, w_uk).flatten(1, 2) # (B, Q, T, R)
         q = torch.cat([q_c, q_r], dim=-1) # (B, Q, T, R + P)
         # One key head serves all queries. Its values are the keys too, and the last P columns of the mixture
-        # are dropped: all widths are then equal, and the cache needs no copy.
+        # are dropped: all widths are then equal, and the cache needs no copy. The scale is expanded's.
         o = attend(q, latent, latent, mask, scale=self.D**-0.5)[..., : self.R] # (B, Q, T, R)
         o = self.maps.combine(o, x) # (B, output heads, T, R)
         w_uv = w_uv.unflatten(0, (self.maps.value_halves, -1)) # value halves first: heads h and h + H/2
@@ -981,7 +971,7 @@ class GatedMLP(nn.Module):
     """down(act(gate x) * up x): SwiGLU with silu, GEGLU with gelu. Shazeer 2020, arXiv:2002.05202."""
     def __init__(self, c):
         super().__init__()
-        # gate's rows come first
+        # One matrix, gate's rows first: one product is faster than two.
         self.gate_up = linear(c, c.n_embd, 2 * c.hidden, c.bias, fused=(c.hidden, c.hidden))
         self.activation = Activation(c)
         self.down = residual_out(c, c.hidden)
@@ -1009,17 +999,11 @@ def naive_streams(x, f, pre, post, res):
 class Plain(nn.Module):
     """h + f(h). He et al. 2015, arXiv:1512.03385."""
     usual_streams = 1
+    expand = staticmethod(lambda h, N: h) # before the first block: (B, T, C) -> the stream(s)
+    reduce = staticmethod(lambda h: h) # after the last block: the stream(s) -> (B, T, C)
 
     def __init__(self, c, sublayer):
         super().__init__()
-
-    @staticmethod
-    def expand(h, N): # before the first block: (B, T, C) -> the stream(s)
-        return h
-
-    @staticmethod
-    def reduce(h): # after the last block: the stream(s) -> (B, T, C)
-        return h
 
     def read(self, h):
         return h, None
@@ -1033,14 +1017,8 @@ class Streams(nn.Module):
     subclass makes pre (B, T, N), post (B, T, N) and res (B, T, N, N) [out, in] from each token's X, in fp32.
     """
     role, usual_streams, knobs = "vector", 4, ("n_stream",)
-
-    @staticmethod
-    def expand(h, N):
-        return h.unsqueeze(2).expand(-1, -1, N, -1).contiguous() # (B, T, N, C)
-
-    @staticmethod
-    def reduce(h):
-        return h.mean(2) # the papers sum; the norm that follows does not see the difference
+    expand = staticmethod(lambda h, N: h.unsqueeze(2).expand(-1, -1, N, -1).contiguous()) # (B, T, N, C)
+    reduce = staticmethod(lambda h: h.mean(2)) # the papers sum; the norm that follows hides the difference
 
     def read(self, h):
         with without_autocast(h):
@@ -1130,7 +1108,6 @@ H_RES = {"sinkhorn": BySinkhorn, "permutations": ByPermutations}
 
 class Manifold(Streams):
     """Manifold-constrained hyper-connections (Xie et al. 2025, arXiv:2512.24880, section 4).
-
     z = alpha * (norm(flat X) Phi) + b, where alpha scales the token's own part alone. H_pre = sigmoid(z),
     H_post = 2 sigmoid(z), and H_res is z made doubly stochastic. A product of such matrices is one too, so
     through any number of layers H_res neither grows nor shrinks what it mixes.
@@ -1164,7 +1141,7 @@ RESIDUAL = {"plain": Plain, "hyper": Hyper, "mhc": Manifold}
 
 class Thoughts(nn.Module):
     """Learned vectors in front of the text, which every token sees: registers (Darcet et al. 2023,
-    arXiv:2309.16588), for text. They see only each other, so they leak nothing. None is ever predicted.
+    arXiv:2309.16588), for text. They depend on no token, so they leak nothing. None is ever predicted.
     """
     place, role = "in front of the text", "embedding"
 
