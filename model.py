@@ -971,7 +971,7 @@ class GatedMLP(nn.Module):
     """down(act(gate x) * up x): SwiGLU with silu, GEGLU with gelu. Shazeer 2020, arXiv:2002.05202."""
     def __init__(self, c):
         super().__init__()
-        # One matrix, gate's rows first: one product is faster than two.
+        # gate and up are one matrix; gate's rows come first
         self.gate_up = linear(c, c.n_embd, 2 * c.hidden, c.bias, fused=(c.hidden, c.hidden))
         self.activation = Activation(c)
         self.down = residual_out(c, c.hidden)

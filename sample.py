@@ -136,7 +136,7 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
                 cache, old = model.new_cache(idx.size(0)), 0
             if cache is not None:
                 move_window(model, cache, idx, old, start)
-            seen = cache.length if cache is not None else 0
+            seen = cache.length if cache is not None else 0 # tokens of the window that need no computing
             h = model.trunk(idx[:, start + seen :], cache)[:, -1:] # (B, 1, C)
             logits = model.logits(h) # (B, 1, V), of the last token alone even for a whole prompt
             if watch:
@@ -245,7 +245,7 @@ class Speculation:
         self.model, self.generator, self.device = model, generator, idx.device
         self.rows, self.prompt, self.sampling = idx.tolist(), idx.size(1), (temperature, top_k, top_p, min_p)
         self.best = self.ahead if has_cell and draft != "ngram" else self.ngram
-        self.source = self.repeated_or_best if draft == "auto" else self.best
+        self.source = self.repeated_or_best if draft == "auto" and has_cell else self.best
         self.n = min(model.config.n_ahead or 7, model.block_size - 1) # most drafts of a step
         self.starts = [-1] * len(self.rows) # position of each row's window; -1: nothing has been computed
         # A row at the end of its window still gets drafts, though none is kept there: spare places.
@@ -298,6 +298,7 @@ class Speculation:
     def refill(self, moved, olds):
         """Fills the cache for the windows of rows that moved (at first, all rows); each writes one token."""
         wrote = [[] for _ in self.rows]
+        # Rows of one length, as at first, share a forward; rows at their own paces have one each.
         together = len(moved) == len(self.rows) and len({*zip(map(len, self.rows), olds)}) == 1
         for part in [slice(0, len(self.rows))] if together else [slice(b, b + 1) for b in moved]:
             old, start, cache = max(0, olds[part][0]), self.starts[part][0], self.cache.rows(part)
@@ -384,9 +385,7 @@ class Speculation:
         return drafts, F.one_hot(drafts, self.model.config.vocab_size).to(self.h.dtype), limits
 
     def repeated_or_best(self, room):
-        """N-gram drafts if the last 6 tokens of every row occurred before; otherwise the best drafter."""
-        if self.best == self.ngram:
-            return self.ngram(room)
+        """N-gram drafts if the last 6 tokens of every row occurred before; otherwise those of the cell."""
         drafts, q, limits = self.ngram(room, (6,))
         return (drafts, q, limits) if all(limits) else self.best(room)
 
