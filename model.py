@@ -24,7 +24,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -671,7 +671,8 @@ POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
 # attention: forward(x, pass_) -> (B, T, C). A row of the table answers two questions, one class each:
 #   where do queries, keys and values come from?   DenseHeads: straight from x. LatentHeads: through a latent.
 #   how do softmax maps become an output head?     OneMap: one map each. DiffV1, DiffV2: two maps' difference.
-# All heads have keys and values of the same width D, which fused attention kernels ask for.
+# All heads have keys and values of the same width D, which fused attention kernels ask for. The causal mask is
+# in attend; for tokens that follow cached ones Cache.reserve makes it, once for all layers.
 
 
 def naive_attention(q, k, v):
@@ -1522,7 +1523,7 @@ def chosen_by(c):
     """The classes that the config c uses."""
     parts = []
     for slot, table in SLOTS.items():
-        if slot not in OWNERS or any(slot in knobs_of(part) for part in parts):
+        if slot not in OWNERS or any(slot in knobs_of(part) for part in parts): # h_res: only if mhc is chosen
             parts += classes(table[getattr(c, slot)])
     return parts + [make for knob, make in EXTRAS.items() if getattr(c, knob)]
 
