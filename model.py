@@ -671,8 +671,8 @@ POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
 # attention: forward(x, pass_) -> (B, T, C). A row of the table answers two questions, one class each:
 #   where do queries, keys and values come from?   DenseHeads: straight from x. LatentHeads: through a latent.
 #   how do softmax maps become an output head?     OneMap: one map each. DiffV1, DiffV2: two maps' difference.
-# All heads have keys and values of the same width D, which fused attention kernels ask for. The causal mask is
-# in attend; for tokens that follow cached ones Cache.reserve makes it, once for all layers.
+# All heads have keys and values of the same width D, which fused attention kernels ask for. The causal mask
+# is in attend; for tokens that follow cached ones Cache.reserve makes it, once for all layers.
 
 
 def naive_attention(q, k, v):
