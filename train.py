@@ -1,13 +1,13 @@
-"""Trains a model of model.py on a dataset of data.py. The file is one story, and the training loop is its end.
+"""Trains a model of model.py on a dataset of data.py. The file is one story; the training loop is its end.
 
   python train.py config/train_shakespeare_diffmla.py
-  python train.py config/train_shakespeare_diffmla.py --n_layer=6 --out_dir=out/deeper      changes any setting
-  python train.py --out_dir=out/deeper --resume                                             goes on where it stopped
+  python train.py config/train_shakespeare_diffmla.py --n_layer=6 --out_dir=out/deeper    any setting
+  python train.py --out_dir=out/deeper --resume                          goes on where it stopped
 
 A run leaves in out_dir: run.json (what ran), metrics.jsonl (what it measured), ckpt.pt (the newest state),
-ckpt.prev.pt (the state before) and best.pt (the state with the lowest validation loss). On a CPU a run is a pure
-function of its settings, the torch version and the number of threads: killed at any moment and resumed, it ends
-in the same bits. GPU kernels may add numbers in another order.
+ckpt.prev.pt (the state before) and best.pt (the state of lowest validation loss). On a CPU a run is a pure
+function of its settings, the torch version and the number of threads: killed at any moment and resumed, it
+ends in the same bits. GPU kernels may add numbers in another order.
 """
 import configurator # first: see stop_at_once there
 
@@ -19,11 +19,9 @@ import os
 import platform
 import random
 import shlex
-import shutil
 import signal
 import sys
 import time
-import uuid
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -31,26 +29,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None # Windows has no such locks: there nothing guards a run's folder
-
 import data
 from configurator import UserError, configure, git_commit, user_errors
 from kernels import choose_device, path_for, use_kernel
-from model import (GPT, GPTConfig, load_checkpoint, preset, previous_checkpoint, save_checkpoint, saved_fields,
-                   without_orphans)
+from model import (GPT, GPTConfig, load_checkpoint, preset, previous_checkpoint, save_checkpoint,
+                   saved_fields, without_orphans)
 from optim import Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, watch
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
 resume = False # go on from the newest whole checkpoint in out_dir, with its settings where none are given
 seed = 1337 # initial weights, dropout and the order of the data
-model_size = "" # nano | micro | tiny | small | medium | large | xl | xxl: the model's defaults; empty: GPTConfig's
+model_size = "" # nano | micro | tiny | small | medium | large | xl | xxl (model.py, PRESETS); empty: GPTConfig
 # --- data ---
-dataset = "shakespeare" # name in data_dir, known dataset (python data.py list), or path of text or shard_*.npy
-tokenizer = "" # char | ascii | byte | gpt2 | FILE.json (ours or of `tokenizers`); empty: the data's own, else char
+dataset = "shakespeare" # a name in data_dir, one of python data.py list, or a path of text or shard_*.npy
+tokenizer = "" # char | ascii | byte | gpt2 | FILE.json (ours or of `tokenizers`); empty: the data's or char
 data_dir = "data" # folder of prepared datasets and downloads
 val_fraction = 0.1 # last part of the text, kept for validation; used when train.py prepares the data
 offline_dataset = "" # taken instead, aloud, if dataset cannot be downloaded; empty: stop
@@ -65,7 +58,7 @@ weight_decay = 0.1 # on matrices and embeddings
 beta1 = 0.9 # Adam's decay of the first moment
 beta2 = 0.99 # Adam's decay of the second moment
 grad_clip = 1.0 # largest norm of the gradient; 0 = no clipping
-schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, then linear over the last fifth) | constant
+schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, linear over the last fifth) | constant
 warmup_iters = 100 # steps of linear warm-up
 lr_decay_iters = 0 # step at which min_lr is reached; 0 = max_iters
 min_lr = 1e-4 # final learning rate
@@ -81,7 +74,7 @@ update_hooks = "" # identity | clip_by_layer | gradient_noise: on the gradients,
 forward_hooks = "" # activation_stats | stream_stats: numbers for the log, from a forward of their own
 # --- evaluation and logging ---
 eval_interval = 250 # steps between evaluations
-eval_iters = 0 # random batches per evaluation; -1: the whole validation split; 0: that, or a part if it is long
+eval_iters = 0 # random batches per evaluation; -1: all validation data; 0: all, or a part if it is long
 log_interval = 10 # steps between lines of the log
 checkpoint_interval = 0 # steps between checkpoints; 0 = eval_interval
 sample_prompt = "\n" # continued at each evaluation
@@ -92,60 +85,55 @@ dtype = "auto" # auto | float32 | bfloat16 | float16
 compile = "auto" # torch.compile: auto (where it pays back within the run) | true | false
 kernel = "auto" # of kernels.py: auto (Triton on CUDA, C on a CPU, else PyTorch) | triton | torch
 
-DEFAULTS = {k: v for k, v in globals().items() if not k.startswith("_") and type(v) in (bool, int, float, str)}
-given = configure(globals(), GPTConfig) # settings above and fields of GPTConfig, from files and the command line
-typed = given.typed # those of them that the command line gave
+DEFAULTS = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bool, int, float, str)}
+given = configure(globals(), GPTConfig) # {setting or field of GPTConfig: value} of files and command line
+typed = given.typed # the names in it that the command line gave
 SPARSE = ("sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps")
-NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16)} # owner, example
+NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16)} # an example
 # a resumed run cannot change these, nor the model
-FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "weight_decay",
-         "beta1", "beta2", "dtype", "kernel", "update_hooks", "sparse", *SPARSE}
+FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "dtype",
+         "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
 LOCAL = {"out_dir", "resume", "device"} # a resumed run takes these from its own command line
-MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; fp16 needs more while its loss scale falls
+MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; 4 times as many in fp16
 
 # ------------------------------------------------------------------------------------------------------------
-# resume. All of it stands here, and the story below calls it three times:
-#   adopt      settings and model of the earlier run, where the command line does not give others
-#   same_data  the dataset of the earlier run, refused if it has changed
-#   restore    weights, optimizer, loss scale, sparse masks, all random generators, and the counters in `run`
+# resume. All of it stands here, but for get_data, which refuses data that has changed:
+#   adopt    takes over settings and model of the earlier run, where the command line does not give others
+#   restore  puts back weights, optimizer, loss scale, sparse masks, random generators, the counters in `run`
 
 
 def newest_checkpoint() -> dict | None:
-    """The newest whole checkpoint, at worst best.pt; None if there is no file at all. UserError if all are damaged.
-
-    A damaged file is renamed: the next save would keep it as ckpt.prev.pt in the place of a whole one.
-    """
+    """The newest whole checkpoint, at worst best.pt; None if there is none. UserError if all are damaged."""
     newest, damaged = folder / "ckpt.pt", []
     for path in filter(os.path.exists, (newest, previous_checkpoint(newest), folder / "best.pt")):
         try:
             state = load_checkpoint(path)
-            break
         except ValueError as error:
             print(f"WARNING: {error}", flush=True)
             damaged.append(path)
-    else:
-        if damaged:
-            raise UserError(f"no checkpoint in {out_dir} is whole\n"
-                            "start again without --resume (the old files are moved aside, not deleted)")
-        print(f"NOTHING TO RESUME in {out_dir} yet: starting at step 0")
-        return None
-    check_saved(state, path)
-    for bad in damaged:
-        os.replace(bad, f"{bad}.damaged")
-        print(f"{bad} was moved to {bad}.damaged")
-    print(f"RESUMING from {path}, step {state['step']}")
-    return state
+            continue
+        check_saved(state, path)
+        for bad in damaged: # else the next save would keep it as ckpt.prev.pt, in the place of a whole one
+            os.replace(bad, f"{bad}.damaged")
+            print(f"{bad} was moved to {bad}.damaged")
+        print(f"RESUMING from {path}, step {state['step']}")
+        return state
+    if damaged:
+        raise UserError(f"no checkpoint in {out_dir} is whole\n"
+                        "start again without --resume (the old files are moved aside, not deleted)")
+    print(f"NOTHING TO RESUME in {out_dir} yet: starting at step 0")
 
 
 def check_saved(state: dict, path: str | Path) -> None:
-    """UserError unless state is of train.py and has known settings of the right types: a file is not trusted."""
+    """UserError unless state has what train.py writes, with known settings of the right types."""
     config = state.get("config") if isinstance(state, dict) else None
-    kinds = [type(config.get(k)) for k in ("train", "model", "asked")] if isinstance(config, dict) else None
-    if kinds != [dict, dict, str]:
+    parts = config if isinstance(config, dict) else {}
+    if [type(parts.get(k)) for k in ("train", "model", "asked")] != [dict, dict, str]:
         raise UserError(f"{path} is not what this train.py writes\n"
                         "use the commit that wrote it, or train anew in another --out_dir")
     saved_fields(config["model"], path)
-    strange = sorted(k for k, v in config["train"].items() if type(v) is not type(DEFAULTS.get(k)))
+    kinds = {k: type(v) for k, v in DEFAULTS.items()}
+    strange = sorted(k for k, v in config["train"].items() if type(v) is not kinds.get(k))
     if strange:
         raise UserError(f"{path} has settings that this train.py does not know: {', '.join(strange)[:200]}\n"
                         "use the commit that its run.json names, or train again")
@@ -173,8 +161,9 @@ def adopt(config: dict) -> None:
     changed = {k: v for k, v in asked.items() if v != was[k]}
     clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in changed.items() if k in FIXED or k in usual]
     if clash:
-        raise UserError(f"cannot resume with another {', '.join(clash)}\ndrop it, or train anew in another --out_dir")
-    # otherwise a checkpoint could run the code of any file
+        raise UserError(f"cannot resume with another {', '.join(clash)}\n"
+                        "drop it, or train anew in another --out_dir")
+    # a checkpoint may not choose code that runs
     code = [k for k in ("update_hooks", "forward_hooks") if ":" in was[k] and k not in asked]
     if code:
         raise UserError("this run used code of a file\nif you trust it, name it again: "
@@ -182,49 +171,39 @@ def adopt(config: dict) -> None:
     for k in changed:
         print(f"{k} was {was[k]!r} before this resume")
     globals().update({k: v for k, v in config["train"].items() if k not in asked and k not in LOCAL})
+    place, name = data.find(dataset, data_dir), config["train"]["dataset"]
+    if dataset == config["asked"] and (place is None or place.name != name):
+        globals()["dataset"] = name # it was asked for by a path, or offline_dataset was taken for it
 
 
-def same_data() -> data.Dataset:
-    """The dataset of the earlier run, loaded and never prepared anew. UserError if it is another one or changed."""
-    name, asked = earlier["train"]["dataset"], given.get("dataset", earlier["asked"])
-    place = data.find(asked, data_dir) # asked may be the path of a folder
-    if place is None or place.name != name:
-        place = name if asked in (name, earlier["asked"]) else None
-    found = data.load(place, data_dir) if place else None
-    if found is None or found.sha256 != (checkpoint or began).get("data_sha256"):
-        raise UserError(f"cannot resume: {asked} is not the data this run was trained on, which is {name}\n"
-                        "drop --dataset, prepare the data as before, or train anew in another --out_dir")
-    found.check({k: v for k, v in given.items() if v != earlier["train"].get(k)}, typed, resuming=True)
-    return found
-
-
-class RandomStates:
-    """All generators that a step may draw from, with the two methods that an optimizer has too."""
-
-    def state_dict(self) -> dict:
-        name, keys, *rest = np.random.get_state()
-        keys = torch.from_numpy(keys.astype(np.int64)) # load_checkpoint accepts tensors and no numpy arrays
-        devices = {"cuda": torch.cuda.get_rng_state_all, "mps": lambda: [torch.mps.get_rng_state()], "cpu": list}
-        return {"torch": torch.get_rng_state(), "device": devices[kind](), "python": random.getstate(),
-                "numpy": [name, keys, *rest]}
-
-    def load_state_dict(self, state: dict) -> None:
-        torch.set_rng_state(state["torch"])
-        if kind == "cuda" and state["device"]:
-            torch.cuda.set_rng_state_all(state["device"])
-        if kind == "mps" and state["device"]:
-            torch.mps.set_rng_state(state["device"][0])
-        random.setstate(state["python"])
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+def snapshot() -> dict:
+    """The state of the run after run["step"] steps: all that restore and sample.py need."""
+    name, keys, *rest = np.random.get_state()
+    keys = torch.from_numpy(keys.astype(np.int64)) # load_checkpoint accepts tensors, but no numpy arrays
+    of_device = {"cuda": torch.cuda.get_rng_state_all, "mps": lambda: [torch.mps.get_rng_state()]}.get(kind, list)
+    generators = {"torch": torch.get_rng_state(), "device": of_device(), "python": random.getstate(),
+                  "numpy": [name, keys, *rest]}
+    return {**run, "model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(),
+            "sparse": sparsity.state_dict() if sparsity else None, "random": generators, "config": run_config,
+            "tokenizer": codec.to_dict() if codec else None, "data_sha256": corpus.sha256}
 
 
 def restore(state: dict) -> None:
-    """Puts back all that save() wrote. UserError if the weights are those of another model.py."""
+    """Puts a snapshot back. UserError if its weights are those of another model.py."""
     with user_errors():
         model.load(state["model"], folder / "ckpt.pt")
-    for name, part in stateful.items():
-        part.load_state_dict(state[name])
+    opt.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    if sparsity:
+        sparsity.load_state_dict(state["sparse"])
+    generators = state["random"]
+    torch.set_rng_state(generators["torch"])
+    if kind == "cuda" and generators["device"]:
+        torch.cuda.set_rng_state_all(generators["device"])
+    if kind == "mps" and generators["device"]:
+        torch.mps.set_rng_state(generators["device"][0])
+    random.setstate(generators["python"])
+    np.random.set_state(tuple(generators["numpy"]))
     run.update({k: state[k] for k in run if k in state})
 
 
@@ -239,26 +218,27 @@ if resume and not folder.is_dir():
                     "drop --resume, or name the run's folder with --out_dir")
 with user_errors():
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a", encoding="utf-8") # two runs would mix their files; it ends with the process
+    lock = open(folder / "lock", "a", encoding="utf-8") # two runs in one folder would mix their files
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # until the process ends
     except BlockingIOError:
-        raise UserError(f"another train.py is writing to {out_dir}\nwait for it, or choose another --out_dir") from None
+        raise UserError(f"another train.py writes to {out_dir}: wait, or choose another --out_dir") from None
+    except ImportError:
+        print(f"Windows has no fcntl: see to it that no other run writes to {out_dir}")
     checkpoint = newest_checkpoint() if resume else None
     began = read_run() if resume else {}
-    earlier = (checkpoint or began).get("config") # killed before its first checkpoint, a run has them in run.json
+    earlier = (checkpoint or began).get("config") # run.json has it before the first checkpoint
     if earlier:
         adopt(earlier)
-    of_model = without_orphans({k: v for k, v in given.items() if k not in DEFAULTS}, typed) # fields of GPTConfig
-    of_model = earlier["model"] if earlier else of_model
+    of_model = {k: v for k, v in given.items() if k not in DEFAULTS} # fields of GPTConfig
+    of_model = earlier["model"] if earlier else without_orphans(of_model, typed)
 
 # a setting without effect is dropped if a config file gave it, and refused if the command line did
 for name, (owner, example) in NEEDS.items():
     if given.get(name, DEFAULTS[name]) != DEFAULTS[name] and not {"sparse": sparse, **of_model}.get(owner):
         if name in typed:
-            raise UserError(f"without {owner}, {name}={given[name]} has no effect\n"
-                            f"you need --{owner}={example}, or drop it")
+            raise UserError(f"{name}={given[name]} has no effect: you need --{owner}={example}, or drop it")
         print(f"{name}={given[name]} of the config file is dropped: it needs {owner}")
         globals()[name] = DEFAULTS[name]
 # nobody chose this min_lr for this learning rate
@@ -267,7 +247,8 @@ if min_lr > learning_rate > 0 and "min_lr" not in (typed if "learning_rate" in t
     min_lr = learning_rate / 10
 
 for names, fits, words in [
-    ("batch_size windows gradient_accumulation_steps eval_interval log_interval", lambda v: v >= 1, "at least 1"),
+    ("batch_size windows gradient_accumulation_steps eval_interval log_interval",
+     lambda v: v >= 1, "at least 1"),
     ("max_iters warmup_iters lr_decay_iters checkpoint_interval sample_tokens weight_decay grad_clip",
      lambda v: v >= 0, "at least 0"),
     ("eval_iters", lambda v: v >= -1, "at least 0, or -1 for the whole validation split"),
@@ -275,17 +256,17 @@ for names, fits, words in [
     ("learning_rate", lambda v: v > 0, "above 0"),
     ("min_lr", lambda v: 0 <= v <= learning_rate, f"between 0 and learning_rate={learning_rate}"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "in [0, 1)"),
-    ("schedule", ("cosine", "linear", "wsd", "constant").__contains__, "one of: cosine, linear, wsd, constant"),
+    ("schedule", ("cosine", "linear", "wsd", "constant").__contains__, "cosine, linear, wsd, constant"),
     ("schedule", lambda v: v == "wsd" or not sparse, f"wsd with sparse={sparse}: add --schedule=wsd"),
-    ("dtype", ("auto", "float32", "bfloat16", "float16").__contains__, "one of: auto, float32, bfloat16, float16"),
-    ("compile", lambda v: v.lower() in ("auto", "true", "false"), "one of: auto, true, false"),
+    ("dtype", ("auto", "float32", "bfloat16", "float16").__contains__, "auto, float32, bfloat16, float16"),
+    ("compile", lambda v: v.lower() in ("auto", "true", "false"), "auto, true, false"),
 ]:
     for name in names.split():
         if not fits(globals()[name]):
             raise UserError(f"{name}={globals()[name]!r} must be {words}")
 
 # ------------------------------------------------------------------------------------------------------------
-# setup: device, dtype, random generators
+# setup: device and dtype
 
 # dense half-precision FLOP/s, from the makers' data sheets; the first name found in the device's name counts
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -306,11 +287,11 @@ elif dtype == "auto":
 torch_dtype = getattr(torch, dtype)
 autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, torch_dtype)
 scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
-device_name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
-peak = next((flops for name, flops in PEAK.items() if name in device_name and kind == "cuda"), 0)
-peak = 0 if dtype == "float32" else peak
+device_name, peak = platform.processor() or platform.machine(), 0
 if kind == "cuda":
-    torch.set_float32_matmul_precision("high") # TF32: 10 bits of mantissa in matrix products, and several times faster
+    device_name = torch.cuda.get_device_name(device)
+    peak = next((flops for name, flops in PEAK.items() if name in device_name and dtype != "float32"), 0)
+    torch.set_float32_matmul_precision("high") # TF32: 10 bits of mantissa, several times the speed
 print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})   "
       f"kernels {path_for(torch.empty(1, dtype=torch_dtype, device=device))} ({kernel})")
 
@@ -319,41 +300,37 @@ print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})   "
 
 
 def get_data(name: str) -> data.Dataset:
-    """The dataset, prepared if it is not there. If it cannot be downloaded, offline_dataset is taken, aloud."""
+    """The dataset, prepared if it is not there; offline_dataset, aloud, if it cannot be downloaded."""
     try:
         place = data.find(name, data_dir) or data.prepare(name, tokenizer, data_dir, val_fraction)
     except data.DownloadError as error:
         if name == offline_dataset or not offline_dataset:
             raise
-        print(f"{error}\n\n*** {name.upper()} CANNOT BE DOWNLOADED: TRAINING ON {offline_dataset.upper()} INSTEAD. "
-              "ITS LOSSES DO NOT COMPARE. ***\n")
+        print(f"{error}\n\n*** {name.upper()} CANNOT BE DOWNLOADED: TRAINING ON {offline_dataset.upper()} "
+              "INSTEAD. ITS LOSSES DO NOT COMPARE. ***\n")
         return get_data(offline_dataset)
     found = data.load(place, data_dir)
-    found.check(given, typed)
+    if earlier and found.sha256 != (checkpoint or began).get("data_sha256"):
+        raise UserError(f"cannot resume: {found.folder} is not the data this run was trained on\n"
+                        "drop --dataset, prepare the data as before, or train anew in another --out_dir")
+    was = earlier["train"] if earlier else {}
+    found.check({k: v for k, v in given.items() if v != was.get(k)}, typed, resuming=bool(earlier))
     return found
 
 
-def encode_prompt() -> list[int]:
-    """sample_prompt as token ids; [] if no samples are wanted or possible. UserError if it does not fit the data."""
-    codec = corpus.tokenizer
-    if not codec or not sample_tokens:
-        return []
-    spelled = sample_prompt and not codec.unknown(sample_prompt)
-    if not spelled and "sample_prompt" in given:
-        raise UserError(f"sample_prompt={sample_prompt!r} is empty or has characters that {corpus.name} lacks; change it")
-    try:
-        ids = codec.encode(sample_prompt).tolist() if spelled else []
-    except data.DownloadError as error: # the tokens were made elsewhere: training needs no tokenizer
-        print(f"{error}\nNO SAMPLES WILL BE WRITTEN")
-        return []
-    return ids or corpus.train.shards[0][:1].tolist() # the default does not fit: begin as the text begins
-
-
 asked = earlier["asked"] if earlier else dataset
-corpus = same_data() if earlier else get_data(dataset)
+corpus = get_data(dataset)
 dataset, data_dir = corpus.name, str(corpus.folder.parent) # what a resumed run must find again
-prompt_ids = encode_prompt()
-print(f"data {corpus.name}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
+codec, prompt_ids = corpus.tokenizer, [] # of no tokens: no samples
+try:
+    if codec and sample_tokens:
+        prompt_ids = [] if codec.unknown(sample_prompt) else codec.encode(sample_prompt).tolist()
+        if not prompt_ids and "sample_prompt" in given:
+            raise UserError(f"sample_prompt={sample_prompt!r} is empty, or {dataset} lacks its characters")
+        prompt_ids = prompt_ids or corpus.train.shards[0][:1].tolist() # begin as the text begins
+except data.DownloadError as error: # the tokens were made elsewhere: training needs no tokenizer
+    print(f"{error}\nNO SAMPLES WILL BE WRITTEN")
+print(f"data {dataset}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
       f"vocabulary {corpus.vocab_size:,}")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,15 +340,15 @@ for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two 
     seeding(seed)
 with user_errors():
     chosen = {**preset(model_size), "vocab_size": corpus.vocab_size, **of_model} # later wins
-    if not earlier and chosen.get("memory_slots") and corpus.tokenizer and corpus.tokenizer.eot is not None:
-        chosen.setdefault("document_token", corpus.tokenizer.eot)
+    if not earlier and chosen.get("memory_slots") and codec and codec.eot is not None:
+        chosen.setdefault("document_token", codec.eot)
     config = GPTConfig(**chosen)
     sequence = windows * config.block_size # tokens
     if config.vocab_size < corpus.vocab_size:
-        raise UserError(f"vocab_size={config.vocab_size} is smaller than the {corpus.vocab_size} of {corpus.name}\n"
+        raise UserError(f"vocab_size={config.vocab_size} is less than the {corpus.vocab_size} of {dataset}\n"
                         "drop --vocab_size")
     if windows > 1 and max(corpus.train.rows) <= sequence:
-        raise UserError(f"windows={windows} of block_size={config.block_size} are {sequence} tokens, more than the "
+        raise UserError(f"windows={windows} of block_size={config.block_size} are more tokens than the "
                         f"{len(corpus.train):,} of the text\nlower --windows")
     corpus.train.batch(0, 1, sequence, seed) # refuses a text that is too short
     corpus.val.batch(0, 1, sequence, seed) if eval_iters > 0 else next(corpus.val.windows(sequence, 1))
@@ -382,65 +359,62 @@ with user_errors():
                       sparse_prune_rate, sparse_boost, sparse_boost_steps) if sparse else None
     hooks = {"forward": find_hooks("forward", forward_hooks), "update": find_hooks("update", update_hooks)}
 
-# Modules that declare `detached` learn beside the model. Their gradients are clipped and their losses judged apart,
-# so that the model takes the same steps with and without them.
-own, beside = ([p for p, d in declarations(model).items() if d.detached == detached] for detached in (False, True))
-beside_losses = {name for name, m in model.modules_with_loss().items() if getattr(m, "detached", False)}
+# Modules that declare `detached` learn beside the model: their gradients are clipped and their losses judged
+# apart, so that the model takes the same steps with and without them.
+declared = declarations(model)
+own, beside = ([p for p in declared if declared[p].detached == detached] for detached in (False, True))
+losses_beside = {name for name, m in model.modules_with_loss().items() if getattr(m, "detached", False)}
 
 tokens_per_step = batch_size * gradient_accumulation_steps * sequence
 flops_per_step = model.flops_per_token() * tokens_per_step
-# Compiling takes about 55 s. "auto" compiles if a fixed estimate promises twice that, and so does a resumed run.
+# Compiling takes about 55 s. "auto" compiles where a fixed estimate promises twice that.
 speed, saves = {"cuda": (5e13, 0.4), "cpu": (1e11, 0.2)}.get(kind, (1, 0)) # eager FLOP/s, share of time saved
 gain = saves * flops_per_step * max_iters / speed # seconds
 compile_reason = f"auto: about {gain:.0f} s to gain, 55 s to compile" if compile == "auto" else "as asked"
-compile = str(gain > 110).lower() if compile == "auto" else compile.lower()
+compile = str(gain > 110).lower() if compile == "auto" else compile.lower() # a resumed run keeps it
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, "
       f"{max_iters:,} steps")
 
-# ------------------------------------------------------------------------------------------------------------
-# the state of the run, and what it writes: run.json, metrics.jsonl, checkpoints, lines on stdout
-
-run = {"run_id": began.get("run_id", uuid.uuid4().hex), "step": 0, "evaluated": -1, "best": math.inf, "skipped": 0,
-       "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0, "unwritten": ""}
-stateful = {"optimizer": opt, "scaler": scaler, "random": RandomStates(), **({"sparse": sparsity} if sparsity else {})}
+# unwritten: lines of metrics.jsonl that a full disk did not take
+run = {"run_id": began.get("run_id", os.urandom(16).hex()), "step": 0, "evaluated": -1, "best": math.inf,
+       "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0, "unwritten": ""}
+run_config = {"train": {k: globals()[k] for k in DEFAULTS}, "model": asdict(config), "asked": asked}
 if checkpoint:
     restore(checkpoint)
 resumed, checkpoint = checkpoint is not None, None # the second frees its memory
-run_config = {"train": {k: globals()[k] for k in DEFAULTS}, "model": asdict(config), "asked": asked}
+
+# ------------------------------------------------------------------------------------------------------------
+# what the run writes: run.json, metrics.jsonl, checkpoints, lines on stdout
 
 
 def save(name: str, keep_previous: bool, **changed) -> bool:
-    """Writes a checkpoint; True if it is on the disk. On a full disk the old file stays, and the run goes on."""
+    """Writes a checkpoint; True if that worked. On a full disk the old file stays and the run goes on."""
     write_lines()
     with suppress(OSError): # a full disk, which is reported below
         os.fsync(metrics.fileno()) # a checkpoint knows of no line that a power cut could take
     run.update(time_s=time.monotonic() - clock, metrics_bytes=os.fstat(metrics.fileno()).st_size)
-    state = {**run, "model": model.state_dict(), "sparse": None, **{k: v.state_dict() for k, v in stateful.items()},
-             "config": run_config, "data_sha256": corpus.sha256,
-             "tokenizer": corpus.tokenizer.to_dict() if corpus.tokenizer else None, **changed}
     try:
-        save_checkpoint(folder / name, state, keep_previous)
+        save_checkpoint(folder / name, {**snapshot(), **changed}, keep_previous)
         return True
     except (OSError, RuntimeError) as error: # torch.save reports a full disk as a RuntimeError
         if not folder.is_dir():
-            sys.exit(f"error: the folder {out_dir} is gone: stopped at step {run['step']}, nothing can be saved") # code 1
-        say(f"WARNING: {folder / name} WAS NOT WRITTEN ({error}); {shutil.disk_usage(folder).free:,} bytes are free. "
-            "The one before is kept; training goes on.")
+            sys.exit(f"error: the folder {out_dir} is gone: nothing can be saved, stopped at step {run['step']}")
+        say(f"WARNING: {folder / name} WAS NOT WRITTEN ({error}). The one before is kept; training goes on.")
         return False
 
 
 def log(time_s: float, **numbers) -> None:
     """Appends a line to metrics.jsonl. While the disk is full, lines wait in run["unwritten"]."""
-    line = {"step": run["step"], "tokens": run["step"] * tokens_per_step, "time_s": round(time_s, 3), **numbers}
+    line = {"step": run["step"], "tokens": run["step"] * tokens_per_step, "time_s": round(time_s, 3)}
     if sparsity:
         line["density"] = round(sparsity.density(), 6) # share of weights that are not held at zero
     # JSON has neither NaN nor infinity: null stands for them
-    text = json.dumps(json.loads(json.dumps(line), parse_constant=lambda word: None))
+    text = json.dumps(json.loads(json.dumps({**line, **numbers}), parse_constant=lambda word: None))
     was_full = bool(run["unwritten"])
     run["unwritten"] += text + "\n"
     error = write_lines()
     if error and not was_full:
-        say(f"WARNING: {metrics.name} CANNOT BE WRITTEN ({error}). Its lines wait in memory and in the checkpoints.")
+        say(f"WARNING: {metrics.name} CANNOT BE WRITTEN ({error}). Lines wait in memory and in checkpoints.")
 
 
 def write_lines() -> OSError | None:
@@ -454,40 +428,35 @@ def write_lines() -> OSError | None:
 
 
 def say(words: str, end: str = "\n") -> None:
-    """print for a run that nobody may listen to any more: with a closed pipe or a full disk only words are lost."""
+    """print, but with a closed pipe or a full disk behind stdout the words are lost and the run goes on."""
     try:
         print(words, end=end, flush=True)
     except OSError:
         with suppress(OSError): # stderr may be gone too
-            print("stdout cannot be written: the run goes on, metrics.jsonl has its numbers", file=sys.stderr, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # else the buffer would fail again at exit
+            os.write(2, b"stdout cannot be written: the run goes on, metrics.jsonl has its numbers\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # the buffer would fail again at exit
 
 
-def set_aside() -> None:
-    """Moves what an earlier run left in the folder to previous_1, previous_2, ... Nothing is ever deleted."""
-    names = ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json")
-    old = [f for name in names for f in (name, f"{name}.damaged") if (folder / f).exists()]
-    if old:
-        aside = next(d for n in itertools.count(1) if not (d := folder / f"previous_{n}").exists())
-        aside.mkdir()
-        for f in old:
-            (folder / f).replace(aside / f)
-        print(f"{out_dir} held an earlier run: moved to {aside}")
-
-
+versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 process = {"command": shlex.join([os.path.basename(sys.executable), *sys.argv]), "git_commit": git_commit(),
-           "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+           "versions": versions,
            "device": {"kind": kind, "name": device_name, "dtype": dtype, "threads": torch.get_num_threads()}}
 # the hash is of what decides the numbers: one run in two folders is one run
 hashed = {**run_config, "train": {k: v for k, v in run_config["train"].items() if k not in LOCAL}}
 about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.items()},
          "config_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16],
          "config": run_config, "hook_list": {k: [name for name, _ in found] for k, found in hooks.items()},
-         "dataset": corpus.name, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
-         "resumed": began.get("resumed", []) + [{"step": run["step"], **process}] * resume} # an entry for each resume
+         "dataset": dataset, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
+         "resumed": began.get("resumed", []) + [{"step": run["step"], **process}] * resume} # one a resume
 with user_errors():
-    if not resumed:
-        set_aside() # only now: no slip above may touch the run that lies there
+    names = ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json")
+    old = [f for name in names for f in (name, f"{name}.damaged") if (folder / f).exists()]
+    if old and not resumed: # an earlier run is moved, never deleted, and only when no slip can follow
+        aside = next(d for n in itertools.count(1) if not (d := folder / f"previous_{n}").exists())
+        aside.mkdir()
+        for f in old:
+            (folder / f).replace(aside / f)
+        print(f"{out_dir} held an earlier run: moved to {aside}")
     part = folder / "run.json.part"
     part.write_text(json.dumps(about, indent=1), encoding="utf-8")
     part.replace(folder / "run.json")
@@ -507,10 +476,10 @@ def lr_at(step: int) -> float:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     if schedule == "constant":
         return learning_rate
-    end = lr_decay_iters or max_iters
-    done = min(1.0, (step - warmup_iters) / max(1, end - warmup_iters)) # 0 after warm-up, 1 at the end
-    left = {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done, "wsd": min(1.0, (1 - done) / 0.2)}
-    return min_lr + left[schedule] * (learning_rate - min_lr)
+    done = min(1.0, (step - warmup_iters) / max(1, (lr_decay_iters or max_iters) - warmup_iters)) # 0 to 1
+    cosine = 0.5 + 0.5 * math.cos(math.pi * done)
+    left = {"cosine": cosine, "linear": 1 - done, "wsd": min(1.0, (1 - done) / 0.2)}[schedule] # 1 to 0
+    return min_lr + left * (learning_rate - min_lr)
 
 
 def next_batch(step: int) -> list:
@@ -534,10 +503,11 @@ def gradient(micro_batches: list) -> dict:
     return means
 
 
-# Tokens of an evaluation. With eval_iters=0 about a sixth of the time of training, as a forward costs a third of a
-# step; and at least 2^17, so that the split of TinyShakespeare is always whole.
+# Tokens of an evaluation. With eval_iters=0 it may take about a sixth of the time of training, as a forward costs
+# a third of a step; and at least 2^17 tokens, so that the split of TinyShakespeare is always whole.
 eval_limit = max(2**17, eval_interval * tokens_per_step // 2) if eval_iters == 0 else 0 # 0: no limit
-eval_tokens = eval_iters * batch_size * sequence if eval_iters > 0 else corpus.val.targets(sequence, eval_limit)
+eval_tokens = max(0, eval_iters) * batch_size * sequence or corpus.val.targets(sequence, eval_limit)
+all_tokens = corpus.val.targets(sequence)
 
 
 @torch.no_grad()
@@ -559,36 +529,19 @@ def evaluate() -> float | None:
         now = time.monotonic()
         left = (eval_tokens / count - 1) * (now - start) # seconds
         if now - spoke > 2 < left and (on_terminal or spoke == start): # a file gets one line
-            say(f"evaluating: {count:,} of {eval_tokens:,} tokens, {left:.0f} s left", end="\r" if on_terminal else "\n")
+            words = f"evaluating: {count:,} of {eval_tokens:,} tokens, {left:.0f} s left"
+            say(words, end="\r" if on_terminal else "\n")
             spoke = now
     model.train()
     return None if caught else total / count
 
 
 def sample_text() -> str:
-    """Text that the model continues sample_prompt with. Its own generator leaves training's random numbers alone."""
+    """A continuation of sample_prompt. A generator of its own leaves training's random numbers alone."""
     generator = torch.Generator(device).manual_seed(seed)
     with autocast:
         ids = model.generate(torch.tensor([prompt_ids], device=device), sample_tokens, generator=generator)
-    return corpus.tokenizer.readable(ids[0].tolist())
-
-
-def compiled_or_eager() -> torch.nn.Module:
-    """The model as the loop calls it. A compiler that fails is reported, and costs the speed but not the run."""
-    print(f"compile {'on' if compile == 'true' else 'off'} ({compile_reason})")
-    if compile == "false":
-        return model
-    try:
-        faster = torch.compile(model)
-        x, y = next_batch(0)[0]
-        with torch.random.fork_rng(), autocast: # the trial must not move dropout's generator
-            sum(faster(x, y, with_logits=False)[1].values()).backward()
-    except Exception as error: # whatever the compiler raises, eager mode computes the same
-        problem = str(error).splitlines()[0][:200]
-        print(f"WARNING: torch.compile FAILED, TRAINING IN EAGER MODE: {type(error).__name__}: {problem}")
-        faster = model
-    opt.zero_grad()
-    return faster
+    return codec.readable(ids[0].tolist())
 
 
 caught = [] # signals that asked to stop
@@ -607,18 +560,28 @@ def on_signal(number: int, frame) -> None:
 
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # a closed terminal, no nohup
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # which nohup ignores
     signal.signal(signal.SIGHUP, on_signal)
 if resumed and run["step"] >= max_iters:
-    say(f"NOTHING TO TRAIN: the run is at step {run['step']:,} and max_iters={max_iters:,}; give a larger --max_iters")
-if eval_limit and eval_tokens < (there := corpus.val.targets(sequence)):
-    say(f"each evaluation takes {eval_tokens:,} of {there:,} validation tokens, in windows spread over them; "
-        "--eval_iters=-1 takes all")
-clock = time.monotonic() - run["time_s"] # time.monotonic() - clock is the time of training: evaluation moves clock
-step_model = compiled_or_eager()
-logged_step, logged_time = run["step"], time.monotonic() - clock # of the last line of the log
-parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    say(f"NOTHING TO TRAIN: the run is at step {run['step']:,} and max_iters={max_iters:,}: raise it")
+if eval_limit and eval_tokens < all_tokens:
+    say(f"each evaluation takes {eval_tokens:,} of {all_tokens:,} validation tokens, in windows spread over "
+        "them; --eval_iters=-1 takes all")
+print(f"compile {'on' if compile == 'true' else 'off'} ({compile_reason})")
+clock = time.monotonic() - run["time_s"] # moved on by evaluations: time.monotonic() - clock is training alone
 model.train()
+step_model = model
+if compile == "true":
+    try:
+        step_model = torch.compile(model)
+        with torch.random.fork_rng(): # the trial must not move dropout's generator
+            gradient(next_batch(0)[:1])
+    except Exception as error: # whatever the compiler raises, eager mode computes the same
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        print(f"WARNING: torch.compile FAILED, TRAINING IN EAGER MODE: {problem}")
+        step_model = model
+    opt.zero_grad()
+logged_step, logged_time = run["step"], time.monotonic() - clock # of the last line of the log
 
 while True:
     step = run["step"]
@@ -636,7 +599,7 @@ while True:
         run["evaluated"] = step
         complete = not sparsity or sparsity.reached # a denser model is not what was asked for
         if complete and val_loss < run["best"] and save("best.pt", keep_previous=False, best=val_loss):
-            run["best"] = val_loss # the loss of the file, so after a full disk the next better model is kept
+            run["best"] = val_loss # that of the file: after a full disk the next better model is kept
 
     # now and then, and at the end: the checkpoint
     done = caught or step >= max_iters
@@ -655,19 +618,20 @@ while True:
     micro_batches = next_batch(step)
     losses = gradient(micro_batches)
     scaler.unscale_(opt)
-    noted = run_update_hooks(hooks["update"], step, parameters)
+    noted = run_update_hooks(hooks["update"], step, dict(model.named_parameters()))
     if sparsity:
         sparsity.mask_gradients(step)
-    norm, norm_beside = (torch.nn.utils.clip_grad_norm_(part, grad_clip or math.inf).item() for part in (own, beside))
+    norm = torch.nn.utils.clip_grad_norm_(own, grad_clip or math.inf).item()
+    norm_beside = torch.nn.utils.clip_grad_norm_(beside, grad_clip or math.inf).item()
     losses = {name: loss.item() for name, loss in losses.items()}
 
-    # the update. A batch whose loss or gradient is NaN or infinite is skipped: neither the weights nor the optimizer's
-    # moments ever see it. What learns beside the model skips its own bad batch alone
+    # the update. A batch whose loss or gradient is NaN or infinite is skipped: neither the weights nor the
+    # optimizer's moments ever see it. What learns beside the model skips its own bad batches alone.
     if not math.isfinite(norm_beside):
-        say(f"step {step}: what learns beside the model has a gradient of norm {norm_beside}, AND SKIPS THIS BATCH")
+        say(f"step {step}: what learns beside the model has a gradient of norm {norm_beside}: IT SKIPS THIS BATCH")
         for p in beside:
             p.grad = None
-    if math.isfinite(norm + sum(loss for name, loss in losses.items() if name not in beside_losses)):
+    if math.isfinite(norm + sum(loss for name, loss in losses.items() if name not in losses_beside)):
         scaler.step(opt)
         if sparsity:
             sparsity.finish(step)
@@ -675,10 +639,10 @@ while True:
     else:
         run["skipped"] += 1
         run["skipped_in_a_row"] += 1
-        say(f"step {step}: loss {losses['ce']}, gradient norm {norm}: BATCH SKIPPED ({run['skipped']} so far)")
+        say(f"step {step}: loss {losses['ce']}, grad norm {norm}: BATCH SKIPPED ({run['skipped']} so far)")
         if run["skipped_in_a_row"] > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
-            sys.exit(f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate or use "
-                     f"--dtype=float32; {folder / 'ckpt.pt'} holds the last saved state.") # exit code 1
+            sys.exit(f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate "
+                     f"or use --dtype=float32; {folder / 'ckpt.pt'} holds the last saved state.") # exit code 1
     scaler.update()
     opt.zero_grad(set_to_none=True)
     run["step"] += 1
@@ -692,12 +656,12 @@ while True:
             with autocast:
                 noted.update(watch(model, hooks["forward"], *micro_batches[0]))
         seen = {hook: {k: float(v) for k, v in result.items()} for hook, result in noted.items()}
-        loss = losses.pop("ce")
-        log(time_s, train_loss=loss, **losses, lr=lr, grad_norm=norm, tokens_per_s=round(rate * tokens_per_step),
+        loss, tokens_per_s = losses.pop("ce"), rate * tokens_per_step
+        log(time_s, train_loss=loss, **losses, lr=lr, grad_norm=norm, tokens_per_s=round(tokens_per_s),
             **({"hooks": seen} if seen else {}))
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
         say(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  "
-            f"{rate * tokens_per_step:,.0f} tokens/s{mfu}  {(max_iters - run['step']) / rate:,.0f} s left")
+            f"{tokens_per_s:,.0f} tokens/s{mfu}  {(max_iters - run['step']) / rate:,.0f} s left")
 
 say(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}"
     + (f", {run['skipped']} batches skipped" if run["skipped"] else "")
