@@ -32,15 +32,14 @@ import torch
 import data
 from configurator import UserError, configure, git_commit, user_errors
 from kernels import choose_device, path_for, use_kernel
-from model import (GPT, GPTConfig, load_checkpoint, preset, previous_checkpoint, save_checkpoint,
-                   saved_fields, without_orphans)
+from model import GPT, GPTConfig, load_checkpoint, preset, save_checkpoint, saved_fields, without_orphans
 from optim import Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, watch
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
 resume = False # go on from the newest whole checkpoint in out_dir, with its settings where none are given
 seed = 1337 # initial weights, dropout and the order of the data
-model_size = "" # nano | micro | tiny | small | medium | large | xl | xxl (model.py, PRESETS); empty: GPTConfig
+model_size = "" # nano | micro | tiny | small | medium | large | xl | xxl (model.py, PRESETS); empty: none
 # --- data ---
 dataset = "shakespeare" # a name in data_dir, one of python data.py list, or a path of text or shard_*.npy
 tokenizer = "" # char | ascii | byte | gpt2 | FILE.json (ours or of `tokenizers`); empty: the data's or char
@@ -96,16 +95,16 @@ FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_s
 LOCAL = {"out_dir", "resume", "device"} # a resumed run takes these from its own command line
 MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; 4 times as many in fp16
 
-# ------------------------------------------------------------------------------------------------------------
-# resume. All of it stands here, but for get_data, which refuses data that has changed:
+# --- resume -------------------------------------------------------------------------------------------------
+# All of it stands here, but for get_data, which refuses data that has changed:
 #   adopt    takes over settings and model of the earlier run, where the command line does not give others
 #   restore  puts back weights, optimizer, loss scale, sparse masks, random generators, the counters in `run`
 
 
 def newest_checkpoint() -> dict | None:
     """The newest whole checkpoint, at worst best.pt; None if there is none. UserError if all are damaged."""
-    newest, damaged = folder / "ckpt.pt", []
-    for path in filter(os.path.exists, (newest, previous_checkpoint(newest), folder / "best.pt")):
+    damaged = []
+    for path in filter(Path.exists, (folder / name for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt"))):
         try:
             state = load_checkpoint(path)
         except ValueError as error:
@@ -114,8 +113,7 @@ def newest_checkpoint() -> dict | None:
             continue
         check_saved(state, path)
         for bad in damaged: # else the next save would keep it as ckpt.prev.pt, in the place of a whole one
-            os.replace(bad, f"{bad}.damaged")
-            print(f"{bad} was moved to {bad}.damaged")
+            print(f"{bad} was moved to {bad.replace(f'{bad}.damaged')}")
         print(f"RESUMING from {path}, step {state['step']}")
         return state
     if damaged:
@@ -127,8 +125,8 @@ def newest_checkpoint() -> dict | None:
 def check_saved(state: dict, path: str | Path) -> None:
     """UserError unless state has what train.py writes, with known settings of the right types."""
     config = state.get("config") if isinstance(state, dict) else None
-    parts = config if isinstance(config, dict) else {}
-    if [type(parts.get(k)) for k in ("train", "model", "asked")] != [dict, dict, str]:
+    kinds = [type(config.get(k)) for k in ("train", "model", "asked")] if isinstance(config, dict) else []
+    if kinds != [dict, dict, str]:
         raise UserError(f"{path} is not what this train.py writes\n"
                         "use the commit that wrote it, or train anew in another --out_dir")
     saved_fields(config["model"], path)
@@ -161,8 +159,7 @@ def adopt(config: dict) -> None:
     changed = {k: v for k, v in asked.items() if v != was[k]}
     clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in changed.items() if k in FIXED or k in usual]
     if clash:
-        raise UserError(f"cannot resume with another {', '.join(clash)}\n"
-                        "drop it, or train anew in another --out_dir")
+        raise UserError(f"cannot resume with another {', '.join(clash)}\ndrop it, or take another --out_dir")
     # a checkpoint may not choose code that runs
     code = [k for k in ("update_hooks", "forward_hooks") if ":" in was[k] and k not in asked]
     if code:
@@ -180,8 +177,8 @@ def snapshot() -> dict:
     """The state of the run after run["step"] steps: all that restore and sample.py need."""
     name, keys, *rest = np.random.get_state()
     keys = torch.from_numpy(keys.astype(np.int64)) # load_checkpoint accepts tensors, but no numpy arrays
-    of_device = {"cuda": torch.cuda.get_rng_state_all, "mps": lambda: [torch.mps.get_rng_state()]}.get(kind, list)
-    generators = {"torch": torch.get_rng_state(), "device": of_device(), "python": random.getstate(),
+    get = {"cuda": torch.cuda.get_rng_state_all, "mps": lambda: [torch.mps.get_rng_state()]}.get(kind, list)
+    generators = {"torch": torch.get_rng_state(), "device": get(), "python": random.getstate(),
                   "numpy": [name, keys, *rest]}
     return {**run, "model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(),
             "sparse": sparsity.state_dict() if sparsity else None, "random": generators, "config": run_config,
@@ -207,25 +204,22 @@ def restore(state: dict) -> None:
     run.update({k: state[k] for k in run if k in state})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# which run this is: its folder and its settings
+# --- the run's folder and settings --------------------------------------------------------------------------
 
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     raise UserError("train.py is one process on one device\nstart it with python train.py, without torchrun")
 folder = Path(out_dir)
 if resume and not folder.is_dir():
-    raise UserError(f"nothing to resume: there is no folder {out_dir}\n"
-                    "drop --resume, or name the run's folder with --out_dir")
+    raise UserError(f"nothing to resume: there is no folder {out_dir}\ndrop --resume, or mend --out_dir")
 with user_errors():
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "a", encoding="utf-8") # two runs in one folder would mix their files
-    try:
+    with suppress(ImportError): # Windows has no fcntl: nothing guards the folder there
         import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # until the process ends
-    except BlockingIOError:
-        raise UserError(f"another train.py writes to {out_dir}: wait, or choose another --out_dir") from None
-    except ImportError:
-        print(f"Windows has no fcntl: see to it that no other run writes to {out_dir}")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # until the process ends
+        except BlockingIOError:
+            raise UserError(f"another train.py writes to {out_dir}: wait, or change --out_dir") from None
     checkpoint = newest_checkpoint() if resume else None
     began = read_run() if resume else {}
     earlier = (checkpoint or began).get("config") # run.json has it before the first checkpoint
@@ -265,8 +259,7 @@ for names, fits, words in [
         if not fits(globals()[name]):
             raise UserError(f"{name}={globals()[name]!r} must be {words}")
 
-# ------------------------------------------------------------------------------------------------------------
-# setup: device and dtype
+# --- setup: device and dtype --------------------------------------------------------------------------------
 
 # dense half-precision FLOP/s, from the makers' data sheets; the first name found in the device's name counts
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -277,9 +270,7 @@ with user_errors():
     use_kernel(kernel)
 kind = torch.device(device).type
 if dtype == "float16" and kind == "cpu":
-    raise UserError("dtype=float16 needs a GPU: its gradients underflow without a loss scaler\n"
-                    "use --dtype=float32 or bfloat16")
-dtype_reason = "auto" if dtype == "auto" else "as asked"
+    raise UserError("dtype=float16 needs a GPU, for its loss scaler\nuse --dtype=float32 or bfloat16")
 if dtype == "auto" and kind == "cuda":
     dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 elif dtype == "auto":
@@ -292,11 +283,10 @@ if kind == "cuda":
     device_name = torch.cuda.get_device_name(device)
     peak = next((flops for name, flops in PEAK.items() if name in device_name and dtype != "float32"), 0)
     torch.set_float32_matmul_precision("high") # TF32: 10 bits of mantissa, several times the speed
-print(f"device {device} ({device_reason})   dtype {dtype} ({dtype_reason})   "
+print(f"device {device} ({device_reason})   dtype {dtype}   "
       f"kernels {path_for(torch.empty(1, dtype=torch_dtype, device=device))} ({kernel})")
 
-# ------------------------------------------------------------------------------------------------------------
-# data
+# --- data ---------------------------------------------------------------------------------------------------
 
 
 def get_data(name: str) -> data.Dataset:
@@ -333,8 +323,7 @@ except data.DownloadError as error: # the tokens were made elsewhere: training n
 print(f"data {dataset}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
       f"vocabulary {corpus.vocab_size:,}")
 
-# ------------------------------------------------------------------------------------------------------------
-# model and optimizer
+# --- model and optimizer ------------------------------------------------------------------------------------
 
 for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two for code that a user may add
     seeding(seed)
@@ -345,11 +334,9 @@ with user_errors():
     config = GPTConfig(**chosen)
     sequence = windows * config.block_size # tokens
     if config.vocab_size < corpus.vocab_size:
-        raise UserError(f"vocab_size={config.vocab_size} is less than the {corpus.vocab_size} of {dataset}\n"
-                        "drop --vocab_size")
+        raise UserError(f"vocab_size={config.vocab_size} is below {corpus.vocab_size}: drop --vocab_size")
     if windows > 1 and max(corpus.train.rows) <= sequence:
-        raise UserError(f"windows={windows} of block_size={config.block_size} are more tokens than the "
-                        f"{len(corpus.train):,} of the text\nlower --windows")
+        raise UserError(f"windows={windows} are {sequence:,} tokens, more than the text has: lower --windows")
     corpus.train.batch(0, 1, sequence, seed) # refuses a text that is too short
     corpus.val.batch(0, 1, sequence, seed) if eval_iters > 0 else next(corpus.val.windows(sequence, 1))
     model = GPT(config).to(device)
@@ -383,8 +370,7 @@ if checkpoint:
     restore(checkpoint)
 resumed, checkpoint = checkpoint is not None, None # the second frees its memory
 
-# ------------------------------------------------------------------------------------------------------------
-# what the run writes: run.json, metrics.jsonl, checkpoints, lines on stdout
+# --- what the run writes: checkpoints, metrics.jsonl, lines on stdout, run.json -----------------------------
 
 
 def save(name: str, keep_previous: bool, **changed) -> bool:
@@ -398,7 +384,7 @@ def save(name: str, keep_previous: bool, **changed) -> bool:
         return True
     except (OSError, RuntimeError) as error: # torch.save reports a full disk as a RuntimeError
         if not folder.is_dir():
-            sys.exit(f"error: the folder {out_dir} is gone: nothing can be saved, stopped at step {run['step']}")
+            sys.exit(f"error: the folder {out_dir} is gone: stopped at step {run['step']}, nothing is saved")
         say(f"WARNING: {folder / name} WAS NOT WRITTEN ({error}). The one before is kept; training goes on.")
         return False
 
@@ -433,7 +419,7 @@ def say(words: str, end: str = "\n") -> None:
         print(words, end=end, flush=True)
     except OSError:
         with suppress(OSError): # stderr may be gone too
-            os.write(2, b"stdout cannot be written: the run goes on, metrics.jsonl has its numbers\n")
+            print("stdout is gone; the run goes on, metrics.jsonl has all", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # the buffer would fail again at exit
 
 
@@ -466,8 +452,7 @@ if os.path.getsize(metrics.name) < run["metrics_bytes"]:
 else:
     metrics.truncate(run["metrics_bytes"]) # later lines will be written again, by the same steps
 
-# ------------------------------------------------------------------------------------------------------------
-# helpers of the loop
+# --- helpers of the loop ------------------------------------------------------------------------------------
 
 
 def lr_at(step: int) -> float:
@@ -503,11 +488,10 @@ def gradient(micro_batches: list) -> dict:
     return means
 
 
-# Tokens of an evaluation. With eval_iters=0 it may take about a sixth of the time of training, as a forward costs
-# a third of a step; and at least 2^17 tokens, so that the split of TinyShakespeare is always whole.
+# Tokens of an evaluation. With eval_iters=0 it takes about a sixth of the time of training, because a forward
+# costs a third of a step; and at least 2^17 tokens, so that the split of TinyShakespeare is always whole.
 eval_limit = max(2**17, eval_interval * tokens_per_step // 2) if eval_iters == 0 else 0 # 0: no limit
 eval_tokens = max(0, eval_iters) * batch_size * sequence or corpus.val.targets(sequence, eval_limit)
-all_tokens = corpus.val.targets(sequence)
 
 
 @torch.no_grad()
@@ -555,8 +539,7 @@ def on_signal(number: int, frame) -> None:
         os.write(1, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the loop
+# --- the loop -----------------------------------------------------------------------------------------------
 
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
@@ -564,9 +547,8 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
     signal.signal(signal.SIGHUP, on_signal)
 if resumed and run["step"] >= max_iters:
     say(f"NOTHING TO TRAIN: the run is at step {run['step']:,} and max_iters={max_iters:,}: raise it")
-if eval_limit and eval_tokens < all_tokens:
-    say(f"each evaluation takes {eval_tokens:,} of {all_tokens:,} validation tokens, in windows spread over "
-        "them; --eval_iters=-1 takes all")
+if eval_limit and eval_tokens < (all_tokens := corpus.val.targets(sequence)):
+    say(f"each evaluation takes {eval_tokens:,} of {all_tokens:,} validation tokens; all: --eval_iters=-1")
 print(f"compile {'on' if compile == 'true' else 'off'} ({compile_reason})")
 clock = time.monotonic() - run["time_s"] # moved on by evaluations: time.monotonic() - clock is training alone
 model.train()
@@ -628,7 +610,7 @@ while True:
     # the update. A batch whose loss or gradient is NaN or infinite is skipped: neither the weights nor the
     # optimizer's moments ever see it. What learns beside the model skips its own bad batches alone.
     if not math.isfinite(norm_beside):
-        say(f"step {step}: what learns beside the model has a gradient of norm {norm_beside}: IT SKIPS THIS BATCH")
+        say(f"step {step}: what learns beside the model has a gradient of norm {norm_beside} AND SKIPS IT")
         for p in beside:
             p.grad = None
     if math.isfinite(norm + sum(loss for name, loss in losses.items() if name not in losses_beside)):
@@ -642,7 +624,7 @@ while True:
         say(f"step {step}: loss {losses['ce']}, grad norm {norm}: BATCH SKIPPED ({run['skipped']} so far)")
         if run["skipped_in_a_row"] > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
             sys.exit(f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate "
-                     f"or use --dtype=float32; {folder / 'ckpt.pt'} holds the last saved state.") # exit code 1
+                     f"or use --dtype=float32; {folder / 'ckpt.pt'} holds the last saved state.")
     scaler.update()
     opt.zero_grad(set_to_none=True)
     run["step"] += 1
