@@ -88,7 +88,8 @@ DEFAULTS = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bo
 given = configure(globals(), GPTConfig) # {setting or field of GPTConfig: value} of files and command line
 typed = given.typed # the names in it that the command line gave
 SPARSE = ("sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps")
-NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16)} # an example
+# setting: the setting that it needs, and a value that would switch that on
+NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16)}
 # a resumed run cannot change these, nor the model
 FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "dtype",
          "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
@@ -112,7 +113,7 @@ def newest_checkpoint() -> dict | None:
             damaged.append(path)
             continue
         check_saved(state, path)
-        for bad in damaged: # else the next save would keep it as ckpt.prev.pt, in the place of a whole one
+        for bad in damaged: # the next save would make it ckpt.prev.pt, and overwrite a whole one
             print(f"{bad} was moved to {bad.replace(f'{bad}.damaged')}")
         print(f"RESUMING from {path}, step {state['step']}")
         return state
@@ -210,7 +211,7 @@ if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     raise UserError("train.py is one process on one device\nstart it with python train.py, without torchrun")
 folder = Path(out_dir)
 if resume and not folder.is_dir():
-    raise UserError(f"nothing to resume: there is no folder {out_dir}\ndrop --resume, or mend --out_dir")
+    raise UserError(f"nothing to resume: there is no folder {out_dir}\ndrop --resume, or correct --out_dir")
 with user_errors():
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "a", encoding="utf-8") # two runs in one folder would mix their files
@@ -225,12 +226,13 @@ with user_errors():
     earlier = (checkpoint or began).get("config") # run.json has it before the first checkpoint
     if earlier:
         adopt(earlier)
-    of_model = {k: v for k, v in given.items() if k not in DEFAULTS} # fields of GPTConfig
-    of_model = earlier["model"] if earlier else without_orphans(of_model, typed)
+    model_fields = {k: v for k, v in given.items() if k not in DEFAULTS} # those of GPTConfig
+    model_fields = earlier["model"] if earlier else without_orphans(model_fields, typed)
 
 # a setting without effect is dropped if a config file gave it, and refused if the command line did
 for name, (owner, example) in NEEDS.items():
-    if given.get(name, DEFAULTS[name]) != DEFAULTS[name] and not {"sparse": sparse, **of_model}.get(owner):
+    is_on = {"sparse": sparse, **model_fields}.get(owner)
+    if not is_on and given.get(name, DEFAULTS[name]) != DEFAULTS[name]:
         if name in typed:
             raise UserError(f"{name}={given[name]} has no effect: you need --{owner}={example}, or drop it")
         print(f"{name}={given[name]} of the config file is dropped: it needs {owner}")
@@ -311,7 +313,7 @@ def get_data(name: str) -> data.Dataset:
 asked = earlier["asked"] if earlier else dataset
 corpus = get_data(dataset)
 dataset, data_dir = corpus.name, str(corpus.folder.parent) # what a resumed run must find again
-codec, prompt_ids = corpus.tokenizer, [] # of no tokens: no samples
+codec, prompt_ids = corpus.tokenizer, [] # an empty prompt: no samples
 try:
     if codec and sample_tokens:
         prompt_ids = [] if codec.unknown(sample_prompt) else codec.encode(sample_prompt).tolist()
@@ -328,7 +330,7 @@ print(f"data {dataset}: {len(corpus.train):,} training and {len(corpus.val):,} v
 for seeding in (torch.manual_seed, random.seed, np.random.seed): # the last two for code that a user may add
     seeding(seed)
 with user_errors():
-    chosen = {**preset(model_size), "vocab_size": corpus.vocab_size, **of_model} # later wins
+    chosen = {**preset(model_size), "vocab_size": corpus.vocab_size, **model_fields} # later wins
     if not earlier and chosen.get("memory_slots") and codec and codec.eot is not None:
         chosen.setdefault("document_token", codec.eot)
     config = GPTConfig(**chosen)
@@ -394,7 +396,7 @@ def log(time_s: float, **numbers) -> None:
     line = {"step": run["step"], "tokens": run["step"] * tokens_per_step, "time_s": round(time_s, 3)}
     if sparsity:
         line["density"] = round(sparsity.density(), 6) # share of weights that are not held at zero
-    # JSON has neither NaN nor infinity: null stands for them
+    # JSON has neither NaN nor infinity: they become null
     text = json.dumps(json.loads(json.dumps({**line, **numbers}), parse_constant=lambda word: None))
     was_full = bool(run["unwritten"])
     run["unwritten"] += text + "\n"
@@ -427,13 +429,13 @@ versions = {"python": platform.python_version(), "torch": torch.__version__, "nu
 process = {"command": shlex.join([os.path.basename(sys.executable), *sys.argv]), "git_commit": git_commit(),
            "versions": versions,
            "device": {"kind": kind, "name": device_name, "dtype": dtype, "threads": torch.get_num_threads()}}
-# the hash is of what decides the numbers: one run in two folders is one run
+# the hash covers what decides the numbers: the same run in another folder has the same hash
 hashed = {**run_config, "train": {k: v for k, v in run_config["train"].items() if k not in LOCAL}}
 about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.items()},
          "config_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16],
          "config": run_config, "hook_list": {k: [name for name, _ in found] for k, found in hooks.items()},
          "dataset": dataset, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
-         "resumed": began.get("resumed", []) + [{"step": run["step"], **process}] * resume} # one a resume
+         "resumed": began.get("resumed", []) + [{"step": run["step"], **process}] * resume} # one per resume
 with user_errors():
     names = ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json")
     old = [f for name in names for f in (name, f"{name}.damaged") if (folder / f).exists()]
@@ -512,7 +514,7 @@ def evaluate() -> float | None:
             break
         now = time.monotonic()
         left = (eval_tokens / count - 1) * (now - start) # seconds
-        if now - spoke > 2 < left and (on_terminal or spoke == start): # a file gets one line
+        if now - spoke > 2 < left and (on_terminal or spoke == start): # a log file gets one line
             words = f"evaluating: {count:,} of {eval_tokens:,} tokens, {left:.0f} s left"
             say(words, end="\r" if on_terminal else "\n")
             spoke = now
@@ -531,7 +533,7 @@ def sample_text() -> str:
 caught = [] # signals that asked to stop
 
 
-def on_signal(number: int, frame) -> None:
+def on_signal(number: int, frame: object) -> None:
     """Lets the loop finish its step and save. A second signal ends the process at once."""
     caught.append(number)
     signal.signal(number, signal.SIG_DFL)
@@ -550,7 +552,7 @@ if resumed and run["step"] >= max_iters:
 if eval_limit and eval_tokens < (all_tokens := corpus.val.targets(sequence)):
     say(f"each evaluation takes {eval_tokens:,} of {all_tokens:,} validation tokens; all: --eval_iters=-1")
 print(f"compile {'on' if compile == 'true' else 'off'} ({compile_reason})")
-clock = time.monotonic() - run["time_s"] # moved on by evaluations: time.monotonic() - clock is training alone
+clock = time.monotonic() - run["time_s"] # time of training = time.monotonic() - clock: evaluation moves it
 model.train()
 step_model = model
 if compile == "true":
@@ -579,8 +581,8 @@ while True:
         say(f"step {step}: val loss {val_loss:.4f}" + "".join(f"   {text!r}" for text in sample.values()))
         clock += time.monotonic() - paused
         run["evaluated"] = step
-        complete = not sparsity or sparsity.reached # a denser model is not what was asked for
-        if complete and val_loss < run["best"] and save("best.pt", keep_previous=False, best=val_loss):
+        sparse_enough = not sparsity or sparsity.reached # a denser model is not what was asked for
+        if sparse_enough and val_loss < run["best"] and save("best.pt", keep_previous=False, best=val_loss):
             run["best"] = val_loss # that of the file: after a full disk the next better model is kept
 
     # now and then, and at the end: the checkpoint
