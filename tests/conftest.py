@@ -1,4 +1,8 @@
-"""Shared by all tests. CPU only, unless `pytest -m gpu`."""
+"""Shared by all tests. On the CPU, unless `pytest -m gpu` asks for a GPU.
+
+`python -m pytest` touches every file, variant and command within three minutes on two cores. What takes longer and has
+a short sibling there, as all moments at which a run can be killed, is marked deep: `python -m pytest -m deep` runs it.
+Commands are run by processes.run, most of them in forks of a process that has imported torch."""
 import os
 import sys
 from pathlib import Path
@@ -6,9 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT)) # however pytest is started
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-import torch  # noqa: E402  after the path, so that the tests find the project however pytest is started
+os.environ.setdefault("OMP_NUM_THREADS", "1") # a second thread only slows models as small as these; torch reads it now
+import torch # noqa: E402
 
 
 def pytest_configure(config):
@@ -38,7 +43,12 @@ def seeded():
 def poisoned(monkeypatch):
     """torch.empty gives NaN instead of whatever lay in memory: reading what nobody wrote shows."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")) if k.get("dtype") != torch.int64 else empty(*a, **k))
+
+    def poison(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made if kwargs.get("dtype") == torch.int64 else made.fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poison)
 
 
 @pytest.fixture

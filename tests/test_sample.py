@@ -3,42 +3,44 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from configurator import UserError
-from conftest import ROOT
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from processes import ROOT, run, start
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def trained(tmp_path_factory):
+    """A folder with two runs of a few steps: "char" and "byte", after their tokenizers."""
     d = tmp_path_factory.mktemp("sample")
     (d / "play.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
-    flags = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --attention=diff_mla --max_iters=30 --learning_rate=1e-2 --warmup_iters=5 --n_ahead=2".split()
-    for out, more in (("char", []), ("byte", ["--tokenizer=byte", f"--data_dir={d / 'bytes'}"])):
-        subprocess.run([sys.executable, ROOT / "train.py", f"--dataset={d / 'play.txt'}", f"--out_dir={d / out}", f"--data_dir={d / 'data'}",
-                        *flags, *more], check=True, cwd=d)
+    flags = ("--dataset=play.txt --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --attention=diff_mla --n_ahead=2 "
+             "--max_iters=30 --learning_rate=1e-2 --warmup_iters=5").split()
+    for name in ("char", "byte"):
+        own = [f"--tokenizer={name}", f"--out_dir={name}", f"--data_dir=data/{name}"]
+        done = run([ROOT / "train.py", *flags, *own], cwd=d)
+        assert done.returncode == 0, done.stderr
     return d
 
 
-def sample(run, *flags, out="char", **kw):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={run / out}", *flags], capture_output=True, text=True,
-                          encoding="utf-8", timeout=60, cwd=run, **kw)
-    assert done.returncode == 0, done.stderr
+def sample(folder, *flags, out="char", code=0, **how):
+    done = run([ROOT / "sample.py", f"--out_dir={folder / out}", *flags], cwd=folder, timeout=60, **how)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     return done
 
 
-def test_the_text_is_the_models(run):
+def test_the_text_is_the_models(trained):
     """Greedy text is the argmax of the full forward, token after token."""
-    out = sample(run, "--start=to be", "--max_new_tokens=40", "--temperature=0").stdout.rstrip("\n")
-    state = load_checkpoint(run / "char/best.pt")
+    out = sample(trained, "--start=to be", "--max_new_tokens=40", "--temperature=0").stdout.rstrip("\n")
+    state = load_checkpoint(trained / "char/best.pt")
     stoi = state["tokenizer"]["char_to_id"]
-    model, ids = GPT.from_checkpoint(run / "char/best.pt"), [stoi[c] for c in "to be"]
+    model, ids = GPT.from_checkpoint(trained / "char/best.pt"), [stoi[c] for c in "to be"]
     with torch.no_grad():
         for _ in range(40):
             start = 0 if len(ids) <= 16 else -(-(len(ids) - 16) // 8) * 8
@@ -47,28 +49,28 @@ def test_the_text_is_the_models(run):
     assert out == "".join(itos[i] for i in ids).rstrip("\n")
 
 
-def test_the_seed_decides(run):
-    a, b, c = (sample(run, "--max_new_tokens=60", f"--seed={s}").stdout for s in (1, 1, 2))
+def test_the_seed_decides(trained):
+    a, b, c = (sample(trained, "--max_new_tokens=60", f"--seed={s}").stdout for s in (1, 1, 2))
     assert a == b != c
 
 
-def test_several_samples(run):
-    done = sample(run, "--num_samples=3", "--max_new_tokens=20", "--start=to")
+def test_several_samples(trained):
+    done = sample(trained, "--num_samples=3", "--max_new_tokens=20", "--start=to")
     parts = done.stdout.split("---------------")
     assert len(parts) == 4 and parts[3].strip() == "" and len(set(parts[:3])) > 1
 
 
-def test_a_prompt_from_a_file_and_longer_than_the_context(run):
-    (run / "prompt.txt").write_text("to be or not to be, that is", encoding="utf-8")
-    done = sample(run, "--start=FILE:prompt.txt", "--max_new_tokens=5")
+def test_a_prompt_from_a_file_and_longer_than_the_context(trained):
+    (trained / "prompt.txt").write_text("to be or not to be, that is", encoding="utf-8")
+    done = sample(trained, "--start=FILE:prompt.txt", "--max_new_tokens=5")
     assert done.stdout.startswith("to be or not to be, that is")
     assert "27 tokens, the model reads at most the last 16" in done.stderr
 
 
-def test_conversation(run):
+def test_conversation(trained):
     lines = ("to be\ntemperature=0\nto be\nto be\ntop_p=3\nto be\ntop_p=0.9\ntop_k=abc\nЖ\n\n"
              "temperature=nan\nnot\nquit\nnever read\n")
-    out = sample(run, "--interactive", "--max_new_tokens=12", input=lines).stdout.split("> ")
+    out = sample(trained, "--interactive", "--max_new_tokens=12", input=lines).stdout.split("> ")
     assert "temperature = 0.0" in out[2] and out[3].strip() == out[4].strip() # greedy now: twice the same
     assert "error: top_p=3.0 must be in (0, 1]" in out[6] and "top_p = 0.9" in out[7]
     assert "error: top_k = 'abc'" in out[8]
@@ -77,19 +79,18 @@ def test_conversation(run):
     assert out[12].startswith("not") and len(out) == 14 # and after quit nothing
 
 
-def test_settings_are_not_in_the_story(run):
+def test_settings_are_not_in_the_story(trained):
     """`sample.py ... > story.txt`: stdout is the text alone."""
-    done = sample(run, "--start=to be", "--max_new_tokens=5")
+    done = sample(trained, "--start=to be", "--max_new_tokens=5")
     assert done.stdout.startswith("to be") and "start = 'to be'    (default" in done.stderr
 
 
 @pytest.mark.parametrize("sign", ["torch", "to be"])
-def test_ctrl_c_ends_in_one_line(run, sign):
-    """While torch is imported (-X importtime writes a line after each module), and in the midst of a text."""
-    more = ["-X", "importtime"] * (sign == "torch")
-    flags = [f"--out_dir={run / 'char'}", "--start=to be", "--max_new_tokens=100000"]
-    process = subprocess.Popen([sys.executable, *more, ROOT / "sample.py", *flags],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_ends_in_one_line(trained, sign):
+    """While torch is imported (importtime writes a line after each module), and in the midst of a text."""
+    more = {"PYTHONPROFILEIMPORTTIME": "1"} if sign == "torch" else {}
+    endless = [f"--out_dir={trained / 'char'}", "--start=to be", "--max_new_tokens=100000"]
+    process = start([ROOT / "sample.py", *endless], env=more)
     while sign not in (line := (process.stderr if sign == "torch" else process.stdout).readline()):
         assert line
     process.send_signal(signal.SIGINT)
@@ -102,33 +103,31 @@ def test_ctrl_c_ends_in_one_line(run, sign):
     ("--start=FILE:latin.txt", "latin.txt is not UTF-8"), ("--seed=-1", "in [0, 2**64)"),
     (f"--seed={2**64}", "in [0, 2**64)"), ("--max_new_tokens=0", "at least 1"), ("--top_k=1.5", "an int"),
     ("--temperature=nan", "not nan")])
-def test_what_cannot_be_sampled(run, flag, words, monkeypatch, tmp_path):
+def test_what_cannot_be_sampled(trained, flag, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook) # configure sets another
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={run / 'char'}", flag])
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained / 'char'}", flag])
     with pytest.raises(UserError, match=re.escape(words)):
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
 
 
-def test_half_characters_wait(run):
-    """Text written byte by byte: what the stream has shown is always the beginning of the whole, and nothing steers the terminal."""
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", f"--out_dir={run / 'byte'}", "--max_new_tokens=200", "--temperature=3"],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    raw = process.stdout.read().decode("utf-8") # wild: many bytes that begin no character; still valid UTF-8
-    assert process.wait() == 0 and len(raw) > 100
-    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in raw)
+def test_half_characters_wait(trained):
+    """Of text written byte by byte only whole characters are shown, and nothing steers the terminal."""
+    wild = sample(trained, "--max_new_tokens=200", "--temperature=3", out="byte").stdout # UTF-8, or run would fail
+    assert len(wild) > 100
+    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in wild)
 
 
-def test_a_character_of_three_tokens(run, tmp_path):
+def test_a_character_of_three_tokens(trained, tmp_path):
     """A model that can only write the bytes of the euro sign: shown whole, never in parts."""
-    state = load_checkpoint(run / "byte/best.pt")
+    state = load_checkpoint(trained / "byte/best.pt")
     config = GPTConfig(**state["config"]["model"])
     model = GPT(config)
     model.load_state_dict(state["model"])
-    a, b, c = "\u20ac".encode()
+    block, (a, b, c) = model.blocks[0], "\u20ac".encode()
     with torch.no_grad(): # the head looks up the embedding of the token just read, in one block that does nothing
-        for p in (model.blocks[0].attention.out.weight, model.blocks[0].mlp.down.weight, model.embed.weight, model.head.weight):
+        for p in (block.attention.out.weight, block.mlp.down.weight, model.embed.weight, model.head.weight):
             p.zero_()
         model.head.weight = torch.nn.Parameter(torch.zeros_like(model.embed.weight)) # apart from the embedding
         for axis, (now, after) in enumerate([(10, a), (a, b), (b, c), (c, a)]):
@@ -141,64 +140,64 @@ def test_a_character_of_three_tokens(run, tmp_path):
     assert sample(tmp_path, "--max_new_tokens=9", "--temperature=0", out="o").stdout.strip() == "\u20ac" * 3
 
 
-def test_a_damaged_best_is_said_and_the_newest_is_used(run, tmp_path):
-    subprocess.run(["cp", "-r", run / "char", tmp_path / "char"], check=True)
+def test_a_damaged_best_is_said_and_the_newest_is_used(trained, tmp_path):
+    shutil.copytree(trained / "char", tmp_path / "char")
     (tmp_path / "char/best.pt").write_bytes((tmp_path / "char/best.pt").read_bytes()[:-9])
     done = sample(tmp_path, "--max_new_tokens=3")
     assert "WARNING" in done.stderr and "ckpt.pt: diff_mla" in done.stderr
 
 
 @pytest.mark.parametrize("draft", ["ahead", "ngram"])
-def test_speculative_text_is_the_same(run, draft):
-    plain, ours = (sample(run, "--start=to be", "--max_new_tokens=60", "--temperature=0", *more) for more in ([], ["--speculative", f"--draft={draft}"]))
+def test_speculative_text_is_the_same(trained, draft):
+    flags = ["--start=to be", "--max_new_tokens=60", "--temperature=0"]
+    plain, ours = (sample(trained, *flags, *more) for more in ([], ["--speculative", f"--draft={draft}"]))
     assert ours.stdout == plain.stdout and ours.stdout.startswith("to be")
-    assert "tokens per forward" in ours.stderr and "drafts kept" in ours.stderr and "plain cached decoding" in ours.stderr
+    assert all(words in ours.stderr for words in ("tokens per forward", "drafts kept", "plain cached decoding"))
 
 
-def test_speculative_samples_of_several_rows(run):
-    done = sample(run, "--num_samples=3", "--max_new_tokens=20", "--start=to", "--speculative")
+def test_speculative_samples_of_several_rows(trained):
+    done = sample(trained, "--num_samples=3", "--max_new_tokens=20", "--start=to", "--speculative")
     parts = done.stdout.split("---------------")
     assert len(parts) == 4 and len(set(parts[:3])) > 1
 
 
-def test_the_newest_run_is_taken_and_none_is_said(run, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "sample.py"], cwd=tmp_path, capture_output=True, text=True)
+def test_the_newest_run_is_taken_and_none_is_said(trained, tmp_path):
+    done = run([ROOT / "sample.py"], cwd=tmp_path)
     assert done.returncode == 2 and "no run below out yet" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "out").mkdir()
     for name, age in (("older", 2000), ("newer", 1000)):
-        subprocess.run(["cp", "-r", run / "char", tmp_path / "out" / name], check=True)
+        shutil.copytree(trained / "char", tmp_path / "out" / name)
         for f in (tmp_path / "out" / name).glob("*.pt"):
             os.utime(f, (10**9 - age, 10**9 - age))
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--max_new_tokens=3"], cwd=tmp_path, capture_output=True, text=True)
+    done = run([ROOT / "sample.py", "--max_new_tokens=3"], cwd=tmp_path)
     assert done.returncode == 0 and "out/newer/best.pt" in done.stderr
 
 
-def test_drafts_of_a_cell_that_is_not_there(run, tmp_path):
-    state = load_checkpoint(run / "char/best.pt")
+def test_drafts_of_a_cell_that_is_not_there(trained, tmp_path):
+    state = load_checkpoint(trained / "char/best.pt")
     state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("extras")}
     state["config"]["model"]["n_ahead"] = 0
     (tmp_path / "o").mkdir()
     save_checkpoint(tmp_path / "o/ckpt.pt", state)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path / 'o'}", "--speculative", "--draft=ahead"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--n_ahead=7" in done.stderr and "Traceback" not in done.stderr
+    assert "--n_ahead=7" in sample(tmp_path, "--speculative", "--draft=ahead", out="o", code=2).stderr
     assert "tokens per forward" in sample(tmp_path, "--speculative", "--max_new_tokens=9", out="o").stderr
 
 
-def test_a_checkpoint_of_another_version_is_named(run, tmp_path):
+def test_a_checkpoint_of_another_version_is_named(trained, tmp_path):
     """A weight that this model.py does not have, or a setting: one clear line from sample.py and from from_checkpoint."""
     for change, words in ((lambda s: s["model"].update(old=torch.zeros(1)), "another version"),
                           (lambda s: s["config"]["model"].update(old_knob=1), "old_knob")):
-        state = load_checkpoint(run / "char/best.pt")
+        state = load_checkpoint(trained / "char/best.pt")
         change(state)
         save_checkpoint(tmp_path / "best.pt", state)
         with pytest.raises(ValueError, match=words):
             GPT.from_checkpoint(tmp_path / "best.pt")
-        done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={tmp_path}"], capture_output=True, text=True)
-        assert done.returncode == 2 and words in done.stderr and "train again" in done.stderr and "Traceback" not in done.stderr
+        said = sample(tmp_path, out="", code=2).stderr
+        assert words in said and "train again" in said
 
 
 def test_bench_ends_with_json():
-    done = subprocess.run([sys.executable, ROOT / "bench.py", "kv_cache", "--save=false", "--rounds=1"], capture_output=True, text=True, timeout=60)
+    done = run(["bench.py", "kv_cache", "--save=false", "--rounds=1"], fresh=True)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert last["suite"] == "kv_cache" and {"name", "value", "unit", "baseline", "ratio"} == set(last["results"][0])
@@ -207,7 +206,7 @@ def test_bench_ends_with_json():
 
 
 @pytest.mark.gpu
-def test_a_gpu_agrees_with_the_cpu(run):
-    model, idx = GPT.from_checkpoint(run / "char/best.pt"), torch.randint(10, (2, 16))
+def test_a_gpu_agrees_with_the_cpu(trained):
+    model, idx = GPT.from_checkpoint(trained / "char/best.pt"), torch.randint(10, (2, 16))
     want = model(idx, idx)[1]["ce"]
     assert (model.cuda()(idx.cuda(), idx.cuda())[1]["ce"].cpu() - want).abs() < 1e-3

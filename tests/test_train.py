@@ -10,8 +10,8 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
 from data import load, prepare
 from model import GPT, GPTConfig, PRESETS, load_checkpoint, save_checkpoint
+from processes import ROOT, run, start
 
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--dropout=0.1", "--attention=diff_mla",
-        "--warmup_iters=5", "--log_interval=5", "--eval_interval=10", "--sample_tokens=8", "--learning_rate=1e-2"]
+TINY = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --dropout=0.1 --attention=diff_mla --warmup_iters=5 "
+        "--log_interval=5 --eval_interval=10 --sample_tokens=8 --learning_rate=1e-2").split()
 TIMES = ("time_s", "tokens_per_s")
 
 
@@ -32,20 +32,29 @@ TIMES = ("time_s", "tokens_per_s")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(1)
-    text = " ".join(rng.choice(["to be", "or not", "that is", "the question", "thou art", "\n"]) for _ in range(1500))
-    (folder / "play.txt").write_text(text, encoding="utf-8")
-    subprocess.run([sys.executable, ROOT / "data.py", "prepare", folder / "play.txt", f"--data_dir={folder / 'data'}"], check=True)
+    words = ["to be", "or not", "that is", "the question", "thou art", "\n"]
+    (folder / "play.txt").write_text(" ".join(rng.choice(words) for _ in range(1500)), encoding="utf-8")
+    prepare(folder / "play.txt", data_dir=folder / "data")
     return folder
 
 
 def command(corpus, out, *flags):
-    return [sys.executable, str(ROOT / "train.py"), "--dataset=play", f"--data_dir={corpus / 'data'}", f"--out_dir={out}", *TINY, *flags]
+    return [ROOT / "train.py", "--dataset=play", f"--data_dir={corpus / 'data'}", f"--out_dir={out}", *TINY, *flags]
 
 
-def train(corpus, out, *flags, code=0, env=None):
-    done = subprocess.run(command(corpus, out, *flags), capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})})
+def train(corpus, out, *flags, code=0, **how):
+    return ended(run(command(corpus, out, *flags), **how), code)
+
+
+def ended(done, code=0):
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def side_by_side(corpus, folder, **runs):
+    """Trains {out_dir below folder: flags}, two runs at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda out: train(corpus, folder / out, *runs[out]), runs))
 
 
 def unsettled(said):
@@ -83,17 +92,17 @@ def state(out):
 
 @pytest.fixture(scope="session")
 def whole(corpus, tmp_path_factory):
-    """A run of 60 steps that nobody disturbs."""
+    """A run of 60 steps that nobody disturbs, in an interpreter of its own."""
     out = tmp_path_factory.mktemp("whole")
-    log = train(corpus, out, "--max_iters=60")
+    log = train(corpus, out, "--max_iters=60", fresh=True)
     return out, log.stdout
 
 
 def test_what_a_run_leaves_behind(whole, corpus):
     out, log = whole
-    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    about = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert {"run_id", "git_commit", "config_hash", "hook_list", "command", "config", "versions", "device", "dataset", "data_sha256",
-            "seed", "n_params"} <= set(run)
+            "seed", "n_params"} <= set(about)
     lines = metrics(out)
     training, evaluations = [x for x in lines if "train_loss" in x], [x for x in lines if "val_loss" in x]
     assert [x["step"] for x in training] == list(range(5, 61, 5)) and [x["step"] for x in evaluations] == list(range(0, 61, 10))
@@ -105,7 +114,7 @@ def test_what_a_run_leaves_behind(whole, corpus):
         s = load_checkpoint(out / file)
         assert step in (None, s["step"]) and {"model", "optimizer", "config", "tokenizer", "step", "random"} <= set(s)
         assert torch.load(out / file, weights_only=True).keys() == s.keys() # an ordinary .pt file
-    assert GPT.from_checkpoint(out / "ckpt.pt").num_params() == run["n_params"]
+    assert GPT.from_checkpoint(out / "ckpt.pt").num_params() == about["n_params"]
     assert "device cpu" in log and "dtype float32" in log and "compile off" in log and "MFU" not in log
 
 
@@ -134,8 +143,8 @@ def test_learning_rate(schedule, expected, corpus, tmp_path):
 
 
 def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
-    for out, flags in (("a", ["--batch_size=4"]), ("b", ["--batch_size=2", "--gradient_accumulation_steps=2"])):
-        train(corpus, tmp_path / out, "--max_iters=10", "--dropout=0.0", "--eval_iters=2", *flags)
+    flags = ["--max_iters=10", "--dropout=0.0", "--eval_iters=2"]
+    side_by_side(corpus, tmp_path, a=[*flags, "--batch_size=4"], b=[*flags, "--batch_size=2", "--gradient_accumulation_steps=2"])
     a, b = (load_checkpoint(tmp_path / o / "ckpt.pt")["model"] for o in "ab")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
     data, model = load("play", corpus / "data"), GPT.from_checkpoint(tmp_path / "a/ckpt.pt")
@@ -169,22 +178,21 @@ def test_every_loss_counts_once_whatever_the_number_of_parts():
 # --- resume ---
 
 
-def test_resume_after_any_kill_is_bit_exact(corpus, tmp_path):
-    """
-    kill -9 at 20 random moments, start-up, saving and evaluating included: weights, moments, random states and metrics end as
-    if nothing had happened. A run that reaches its end before the 20th kill is compared, and another one is begun.
-    """
-    flags, rng, kills, runs = ["--max_iters=300", "--checkpoint_interval=3"], random.Random(7), 0, 0
+@pytest.mark.parametrize("wanted, steps", [(3, 60), pytest.param(20, 300, marks=pytest.mark.deep)])
+def test_resume_after_any_kill_is_bit_exact(wanted, steps, corpus, tmp_path):
+    """kill -9 at random moments, start-up, saving and evaluating included: weights, moments, random states and metrics
+    end as if nothing had happened. A run that ends before the last kill is compared, and another one is begun."""
+    flags, rng, kills, runs, resumed = [f"--max_iters={steps}", "--checkpoint_interval=3"], random.Random(7), 0, 0, 0
     began = time.monotonic()
     train(corpus, tmp_path / "calm", *flags)
     whole_run = time.monotonic() - began
-    resumed = 0
-    while True:
+    while kills < wanted or process.returncode:
         out = tmp_path / f"killed_{runs}"
-        log = open(tmp_path / "log", "w+", encoding="utf-8")
-        process = subprocess.Popen(command(corpus, out, *flags, *(["--resume"] if out.exists() else [])), stdout=log, stderr=subprocess.STDOUT)
+        with open(tmp_path / "log", "w", encoding="utf-8") as log:
+            more = ["--resume"] * out.exists()
+            process = start(command(corpus, out, *flags, *more), stdout=log, stderr=log)
         try:
-            process.wait(timeout=rng.uniform(0.2, 0.7) * whole_run if kills < 20 else 120)
+            process.wait(timeout=rng.uniform(0.2, 0.7) * whole_run if kills < wanted else 120)
         except subprocess.TimeoutExpired:
             process.kill()
         kills += process.wait() == -signal.SIGKILL
@@ -194,20 +202,16 @@ def test_resume_after_any_kill_is_bit_exact(corpus, tmp_path):
         if process.returncode == 0:
             assert same(state(tmp_path / "calm"), state(out)) and timeless(tmp_path / "calm") == timeless(out)
             runs += 1
-            if kills >= 20:
-                break
-    assert resumed >= 5
+    assert resumed >= max(1, wanted // 4)
 
 
 def test_killed_before_the_first_checkpoint(corpus, tmp_path):
     """`--resume --out_dir=...` alone: the settings are those of run.json, not the defaults."""
     out = tmp_path / "o"
-    train(corpus, tmp_path / "calm", "--max_iters=10")
-    train(corpus, out, "--max_iters=10")
+    side_by_side(corpus, tmp_path, calm=["--max_iters=10"], o=["--max_iters=10"])
     for f in ("ckpt.pt", "ckpt.prev.pt", "best.pt"):
         (out / f).unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, ROOT / "train.py", f"--out_dir={out}", "--resume"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "NOTHING TO RESUME" in done.stdout, done.stdout + done.stderr
+    assert "NOTHING TO RESUME" in ended(run([ROOT / "train.py", f"--out_dir={out}", "--resume"])).stdout
     assert same(state(tmp_path / "calm"), state(out)) and timeless(tmp_path / "calm") == timeless(out)
     assert len(json.loads((out / "run.json").read_text(encoding="utf-8"))["resumed"]) == 1
     assert (out / "previous_1/metrics.jsonl").exists() # what it had measured is kept
@@ -235,13 +239,11 @@ def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
 
 
 def test_resume_with_more_steps_and_without_repeating_the_settings(corpus, tmp_path):
-    for out, first in (("a", "--max_iters=40"), ("b", "--max_iters=20")):
-        train(corpus, tmp_path / out, first, "--lr_decay_iters=40")
+    side_by_side(corpus, tmp_path, a=["--max_iters=40"], b=["--max_iters=20", "--lr_decay_iters=40"])
     saved = load_checkpoint(tmp_path / "b/ckpt.pt")
     save_checkpoint(tmp_path / "b/ckpt.pt", {**saved, "time_s": 1000.0}) # as if it had trained for so long
     flags = [f"--out_dir={tmp_path / 'b'}", "--resume", "--max_iters=40", f"--data_dir={corpus / 'data'}"]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "max_iters was 20 before this resume" in done.stdout, done.stdout + done.stderr
+    assert "max_iters was 20 before this resume" in ended(run([ROOT / "train.py", *flags])).stdout
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
     assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
@@ -249,29 +251,27 @@ def test_resume_with_more_steps_and_without_repeating_the_settings(corpus, tmp_p
     assert load_checkpoint(tmp_path / "b/ckpt.pt")["time_s"] > 1000
 
 
-SPARSE = ["--sparse=skeleton_flesh", "--sparse_density=0.4", "--sparse_interval=5", "--schedule=wsd", "--sparse_boost=2.0", "--sparse_boost_steps=4"]
-
-
+SPARSE = ("--sparse=skeleton_flesh --sparse_density=0.4 --sparse_interval=5 --schedule=wsd "
+          "--sparse_boost=2.0 --sparse_boost_steps=4").split()
 DICE = """
 import random, numpy
 def dice(step, params): return {"python": random.random(), "numpy": numpy.random.rand()}
 """
+CHANGES = {"fadam": ["--optimizer=fadam"], "adam_mini": ["--optimizer=adam_mini"], "sparse": SPARSE,
+           "sparse muon": ["--optimizer=muon", *SPARSE],
+           "hooks": ["--update_hooks=gradient_noise,clip_by_layer=0.1,dice.py:dice"]}
+EARLY = {"fadam", "sparse", "hooks"} # stopped at 22 in the short run of the tests, the others at 25; deep: the other way
 
 
-@pytest.mark.parametrize("flags", [["--optimizer=fadam"], ["--optimizer=adam_mini"], ["--optimizer=muon", *SPARSE], SPARSE,
-                                   ["--update_hooks=gradient_noise,clip_by_layer=0.1,dice.py:dice"]],
-                         ids=lambda f: f[0])
-@pytest.mark.parametrize("stop", [22, 25])
-def test_every_optimizer_and_every_rule_resumes_to_the_bit(flags, stop, corpus, tmp_path):
-    """
-    Stopped in the middle of a sparse window (22), and right before weights are chosen (25). What a hook draws
-    from Python's and numpy's generators goes on as well.
-    """
+@pytest.mark.parametrize("name, stop", [pytest.param(name, stop, marks=[pytest.mark.deep] * ((name in EARLY) != (stop == 22)))
+                                        for name in CHANGES for stop in (22, 25)])
+def test_every_optimizer_and_every_rule_resumes_to_the_bit(name, stop, corpus, tmp_path):
+    """Stopped in the middle of a sparse window (22), and right before weights are chosen (25). What a hook draws
+    from Python's and numpy's generators goes on as well."""
     (tmp_path / "dice.py").write_text(DICE, encoding="utf-8")
-    flags = [flag.replace("dice.py", str(tmp_path / "dice.py")) for flag in flags]
-    train(corpus, tmp_path / "a", "--max_iters=45", *flags)
-    train(corpus, tmp_path / "b", f"--max_iters={stop}", "--lr_decay_iters=45", *flags)
-    assert (tmp_path / "b/best.pt").exists() != (SPARSE[0] in flags) # a denser model is never the best
+    flags = [flag.replace("dice.py", str(tmp_path / "dice.py")) for flag in CHANGES[name]]
+    side_by_side(corpus, tmp_path, a=["--max_iters=45", *flags], b=[f"--max_iters={stop}", "--lr_decay_iters=45", *flags])
+    assert (tmp_path / "b/best.pt").exists() != ("sparse" in name) # a denser model is never the best
     code = [flag for flag in flags if "dice.py" in flag] # what runs a file's code is named again
     train(corpus, tmp_path / "b", "--max_iters=45", "--resume", *code)
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
@@ -283,11 +283,11 @@ def test_every_optimizer_and_every_rule_resumes_to_the_bit(flags, stop, corpus, 
 @pytest.mark.parametrize("knob, name", [("--n_ahead=2", "ahead"), ("--uncertainty", "uncertainty")])
 def test_what_learns_beside_the_model_leaves_it_as_it_is(knob, name, corpus, tmp_path):
     """With and without the knob the trunk ends in the same bits, dropout and clipping included; its cell or head learns."""
-    train(corpus, tmp_path / "with", "--max_iters=30", knob, "--grad_clip=0.5")
-    train(corpus, tmp_path / "without", "--max_iters=30", "--grad_clip=0.5")
-    with_, without = state(tmp_path / "with")["model"], state(tmp_path / "without")["model"]
+    flags = ["--max_iters=30", "--grad_clip=0.5"]
+    side_by_side(corpus, tmp_path, own=[*flags, knob], without=flags)
+    with_, without = state(tmp_path / "own")["model"], state(tmp_path / "without")["model"]
     assert same({k: v for k, v in with_.items() if not k.startswith("extras")}, without)
-    lines = [[line for line in metrics(tmp_path / out) if "train_loss" in line] for out in ("with", "without")]
+    lines = [[line for line in metrics(tmp_path / out) if "train_loss" in line] for out in ("own", "without")]
     assert [line["grad_norm"] for line in lines[0]] == [line["grad_norm"] for line in lines[1]]
     assert name in lines[0][0] and name not in lines[1][0]
     assert with_[f"extras.{name}.down.weight"].abs().mean() > 1e-3 # which starts at 0: it learns
@@ -323,31 +323,29 @@ def test_hooks_watch_without_a_trace_and_change_what_they_say(corpus, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def halve(step, params, by=2.0):\n    for p in params.values(): p.grad /= by\n    return {'step': step, 'by': by}\n"
         "def spoil(model):\n    return {model.blocks[0]: lambda i, o: {'max': o.mul_(0).max()}}\n", encoding="utf-8")
-    flags = ["--max_iters=10", "--grad_clip=0.0", "--optimizer=muon"] # dropout is on: a trace in the random states would show
+    flags = ["--max_iters=10", "--log_interval=1", "--grad_clip=0.0", "--optimizer=muon"] # dropout is on: a trace in the random states would show
     watching = f"--forward_hooks=activation_stats,{tmp_path / 'mine.py'}:spoil"
-    train(corpus, tmp_path / "plain", *flags)
-    train(corpus, tmp_path / "watched", *flags, watching)
-    assert same(state(tmp_path / "plain")["model"], state(tmp_path / "watched")["model"])
+    halving = f"{tmp_path / 'mine.py'}:halve=4"
+    side_by_side(corpus, tmp_path, plain=flags, watched=[*flags, watching], same=[*flags, "--update_hooks=identity", "--sample_tokens=0"],
+                 halved=[*flags, f"--update_hooks={halving}"])
+    plain = state(tmp_path / "plain")["model"]
+    assert same(plain, state(tmp_path / "watched")["model"]) and same(plain, state(tmp_path / "same")["model"])
     line = metrics(tmp_path / "watched")[-2]
     assert set(line["hooks"]) == {"activation_stats", f"{tmp_path / 'mine.py'}:spoil"}
-    assert set(line["hooks"]["activation_stats"]) == {f"blocks.{i}{k}" for i in (0, 1) for k in (".mean", ".std", ".mlp.down.dead")}
-    run = json.loads((tmp_path / "watched" / "run.json").read_text(encoding="utf-8"))
-    assert run["hook_list"] == {"forward": ["activation_stats", f"{tmp_path / 'mine.py'}:spoil"], "update": []}
-    train(corpus, tmp_path / "same", *flags, "--update_hooks=identity", "--sample_tokens=0")
-    assert same(state(tmp_path / "plain")["model"], state(tmp_path / "same")["model"])
-    train(corpus, tmp_path / "halved", *flags, f"--update_hooks={tmp_path / 'mine.py'}:halve=4")
+    stats = {f"blocks.{i}{k}" for i in (0, 1) for k in (".mean", ".std", ".mlp.down.dead")}
+    assert set(line["hooks"]["activation_stats"]) == stats
+    about = json.loads((tmp_path / "watched" / "run.json").read_text(encoding="utf-8"))
+    assert about["hook_list"] == {"forward": ["activation_stats", f"{tmp_path / 'mine.py'}:spoil"], "update": []}
     plain, halved = metrics(tmp_path / "plain"), metrics(tmp_path / "halved")
-    assert halved[1]["hooks"] == {f"{tmp_path / 'mine.py'}:halve=4": {"step": 4, "by": 4.0}}
-    first = train(corpus, tmp_path / "x", "--max_iters=1", "--log_interval=1", "--grad_clip=0.0"), metrics(tmp_path / "x")[1]["grad_norm"]
-    train(corpus, tmp_path / "y", "--max_iters=1", "--log_interval=1", "--grad_clip=0.0", f"--update_hooks={tmp_path / 'mine.py'}:halve=4")
-    assert metrics(tmp_path / "y")[1]["grad_norm"] == pytest.approx(first[1] / 4)
-    assert plain[1]["grad_norm"] != halved[1]["grad_norm"]
+    assert halved[5]["hooks"] == {halving: {"step": 4, "by": 4.0}}
+    assert halved[1]["grad_norm"] == pytest.approx(plain[1]["grad_norm"] / 4) # of the first step
+    assert halved[5]["grad_norm"] != plain[5]["grad_norm"]
 
 
 @pytest.mark.parametrize("damage", ("flip", "cut", "empty"))
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(damage, whole, corpus, tmp_path):
     out = tmp_path / "out"
-    subprocess.run(["cp", "-r", whole[0], out], check=True)
+    shutil.copytree(whole[0], out)
     raw = bytearray((out / "ckpt.pt").read_bytes())
     if damage == "flip":
         raw[len(raw) // 2] ^= 1
@@ -359,7 +357,8 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(damage, whol
     assert (out / "ckpt.pt.damaged").exists()
 
 
-def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.deep)])
+def test_every_flipped_byte_and_every_cut_is_noticed(every, tmp_path, monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda *a: done.append("on the disk") or fsync(*a))
     monkeypatch.setattr(os, "replace", lambda *a: done.append("renamed") or replace(*a))
@@ -367,13 +366,13 @@ def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path, monkeypatch):
     raw = (tmp_path / "c.pt").read_bytes()
     assert load_checkpoint(tmp_path / "c.pt")["step"] == 3
     assert done[0] == "on the disk" and done[-1] == "renamed"
-    for i in range(0, len(raw)):
+    for i in range(0, len(raw), every):
         damaged = bytearray(raw)
         damaged[i] ^= 1 << (i % 8)
         (tmp_path / "d.pt").write_bytes(damaged)
         with pytest.raises(ValueError, match="d.pt is"):
             load_checkpoint(tmp_path / "d.pt")
-    for n in range(0, len(raw), 13):
+    for n in range(0, len(raw), 13 * every):
         (tmp_path / "d.pt").write_bytes(raw[:n])
         with pytest.raises(ValueError, match="d.pt is"):
             load_checkpoint(tmp_path / "d.pt")
@@ -454,22 +453,19 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_best_model_that_was_not_written_is_not_the_best(corpus, tmp_path):
-    """
-    Else a later model that is better than what best.pt holds would not be kept. Where the last checkpoint is
-    lost as well, the exit code says so. By its clock an evaluation takes 1000 s: no time of training.
-    """
-    script = ("import sys, runpy, time\nsys.argv = sys.argv[1:]\n" f"sys.path.insert(0, {str(ROOT)!r})\n"
-              "import model\nwrite = model.save_checkpoint\n"
-              "def save(path, state, *rest, **named):\n"
-              "    if state['step']: raise OSError(28, 'full', str(state['best']))\n"
-              "    write(path, state, *rest, **named)\n"
-              "model.save_checkpoint = save\n"
-              "now, late, write_text = time.monotonic, [0], model.GPT.generate\n"
-              "time.monotonic = lambda: now() + 1000 * len(late)\n"
-              "model.GPT.generate = lambda *a, **k: late.append(0) or write_text(*a, **k)\n"
-              "runpy.run_path(sys.argv[0], run_name='__main__')")
-    line = [sys.executable, "-c", script, *command(corpus, tmp_path / "o", "--max_iters=10")[1:]]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    """Else a later model that is better than what best.pt holds would not be kept. Where the last checkpoint is
+    lost as well, the exit code says so. By its clock an evaluation takes 1000 s: no time of training."""
+    done = spoiled("""
+import model, time
+write = model.save_checkpoint
+def save(path, state, *rest, **named):
+    if state["step"]: raise OSError(28, "full", str(state["best"]))
+    write(path, state, *rest, **named)
+model.save_checkpoint = save
+now, late, write_text = time.monotonic, [0], model.GPT.generate
+time.monotonic = lambda: now() + 1000 * len(late)
+model.GPT.generate = lambda *a, **k: late.append(0) or write_text(*a, **k)
+""", corpus, tmp_path / "o", "--max_iters=10")
     first, last = (x["val_loss"] for x in metrics(tmp_path / "o") if "val_loss" in x)
     assert done.returncode == 1 and "NOT SAVED in" in done.stdout, done.stdout + done.stderr
     for name, best in (("best", last), ("ckpt", first)):
@@ -495,9 +491,7 @@ def test_a_second_run_in_the_folder_keeps_the_first(corpus, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_resume_goes_on(number, code, whole, corpus, tmp_path):
     out = tmp_path / "o"
-    process = subprocess.Popen(command(corpus, out, "--max_iters=60"), stdout=subprocess.PIPE, text=True)
-    while "step     15/" not in (line := process.stdout.readline()):
-        assert line, "ended before step 15"
+    process = started(corpus, out, "step     15/", "--max_iters=60")
     process.send_signal(number)
     log, _ = process.communicate(timeout=60)
     assert process.returncode == code and "finishing this step, then saving" in log
@@ -508,7 +502,7 @@ def test_a_signal_saves_and_resume_goes_on(number, code, whole, corpus, tmp_path
 
 def started(corpus, out, line, *flags):
     """A running train.py that has printed `line`."""
-    process = subprocess.Popen(command(corpus, out, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(command(corpus, out, *flags))
     wait_for(process, line)
     return process
 
@@ -576,44 +570,37 @@ def test_evaluation_is_bounded_shows_where_it_is_and_ends_at_a_signal(corpus, tm
 def test_a_second_signal_ends_the_run_at_once(corpus, tmp_path):
     slow = "import time\ndef slow(step, params): print('asleep', flush=True), time.sleep(60)\n"
     (tmp_path / "slow.py").write_text(slow, encoding="utf-8")
-    line = command(corpus, tmp_path / "o", "--eval_iters=1", f"--update_hooks={tmp_path / 'slow.py'}:slow")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
-    try:
-        for word in ("asleep", "SIGINT: finishing this step"):
-            while word not in (line := process.stdout.readline()):
-                assert line, f"ended before {word!r}"
-            process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == -signal.SIGINT and not (tmp_path / "o/ckpt.pt").exists()
-    finally:
-        process.kill()
-        process.stdout.close()
+    process = started(corpus, tmp_path / "o", "asleep", "--eval_iters=1", f"--update_hooks={tmp_path / 'slow.py'}:slow")
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "SIGINT: finishing this step")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == -signal.SIGINT and not (tmp_path / "o/ckpt.pt").exists()
 
 
-SABOTAGE = """
-import sys, runpy, torch
-sys.argv = sys.argv[1:]
-sys.path.insert(0, {root!r})
-import model, torch.nn.functional as F
+def spoiled(code, corpus, out, *flags):
+    """train.py run to its end after `code` has replaced a part of torch or of the project."""
+    before = f"import sys\nsys.argv = sys.argv[1:]\nsys.path.insert(0, {str(ROOT)!r})\n"
+    after = "\nimport runpy\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    return run(["-c", before + code + after, *command(corpus, out, *flags)])
+
+
+def poisoned_batches(corpus, out, bad, steps, *flags):
+    return spoiled(f"""
+import model, torch, torch.nn.functional as F
 real, calls = F.cross_entropy, [0]
 def cross_entropy(*a, **k):
     calls[0] += torch.is_grad_enabled()
     loss = real(*a, **k)
     return loss * float("{bad}") if torch.is_grad_enabled() and calls[0] in {steps} else loss
 F.cross_entropy = cross_entropy
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def sabotaged(corpus, out, bad, steps, *flags):
-    script = SABOTAGE.format(root=str(ROOT), bad=bad, steps=steps)
-    return subprocess.run([sys.executable, "-c", script, *command(corpus, out, *flags)[1:]], capture_output=True, text=True, timeout=60)
+""", corpus, out, *flags)
 
 
 @pytest.mark.parametrize("bad", ("nan", "inf"))
 def test_a_non_finite_batch_is_skipped(bad, corpus, tmp_path):
     """The 4th batch is poison: the weights after 4 steps are those after 3."""
     out = tmp_path / "o"
-    done = sabotaged(corpus, out, bad, {4}, "--max_iters=4", "--checkpoint_interval=3", "--log_interval=1")
+    done = poisoned_batches(corpus, out, bad, {4}, "--max_iters=4", "--checkpoint_interval=3", "--log_interval=1")
     assert [line["train_loss"] is None for line in metrics(out) if "lr" in line] == [False, False, False, True] # JSON has no NaN
     assert done.returncode == 0 and "BATCH SKIPPED (1 so far)" in done.stdout, done.stdout + done.stderr
     before, after = load_checkpoint(out / "ckpt.prev.pt"), load_checkpoint(out / "ckpt.pt")
@@ -622,17 +609,12 @@ def test_a_non_finite_batch_is_skipped(bad, corpus, tmp_path):
 
 
 def test_a_non_finite_batch_of_the_drafting_cell_costs_the_model_nothing(corpus, tmp_path):
-    script = f"""
-import sys, runpy
-sys.argv = sys.argv[1:]
-sys.path.insert(0, {str(ROOT)!r})
+    done = spoiled("""
 import model
 real, calls = model.Ahead.loss, []
 model.Ahead.loss = lambda *a: real(*a) * (float("nan") if calls.append(1) or len(calls) == 4 else 1)
-runpy.run_path(sys.argv[0], run_name="__main__")"""
-    done = subprocess.run([sys.executable, "-c", script, *command(corpus, tmp_path / "with", "--max_iters=10", "--n_ahead=2")[1:]],
-                          capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "beside the model has a gradient of norm nan" in done.stdout, done.stdout + done.stderr
+""", corpus, tmp_path / "with", "--max_iters=10", "--n_ahead=2")
+    assert "beside the model has a gradient of norm nan" in ended(done).stdout
     train(corpus, tmp_path / "without", "--max_iters=10")
     a, b = state(tmp_path / "with")["model"], state(tmp_path / "without")["model"]
     assert all(torch.equal(a[k], b[k]) for k in b) and all(v.isfinite().all() for v in a.values())
@@ -640,7 +622,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 def test_many_non_finite_batches_stop_the_run(corpus, tmp_path):
     bad = {1, 3, 5, *range(7, 99)} # the first three are not in a row
-    done = sabotaged(corpus, tmp_path / "o", "nan", bad, "--max_iters=60", "--checkpoint_interval=3")
+    done = poisoned_batches(corpus, tmp_path / "o", "nan", bad, "--max_iters=60", "--checkpoint_interval=3")
     assert done.returncode == 1 and "6 non-finite batches in a row" in done.stderr
     assert "SKIPPED (9 so far)" in done.stdout
     assert load_checkpoint(tmp_path / "o/ckpt.pt")["step"] <= 10 # and what was saved is finite
@@ -648,12 +630,9 @@ def test_many_non_finite_batches_stop_the_run(corpus, tmp_path):
 
 
 def test_a_failing_compiler_is_said_aloud(corpus, tmp_path):
-    script = ("import sys, runpy, torch\nsys.argv = sys.argv[1:]\n"
-              "def broken(model): raise RuntimeError('no compiler here')\ntorch.compile = broken\n"
-              f"sys.path.insert(0, {str(ROOT)!r})\nrunpy.run_path(sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", script, *command(corpus, tmp_path / "o", "--max_iters=3", "--compile=true")[1:]],
-                          capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "torch.compile FAILED, TRAINING IN EAGER MODE: RuntimeError: no compiler here" in done.stdout
+    broken = "import torch\ndef broken(model): raise RuntimeError('no compiler here')\ntorch.compile = broken"
+    done = ended(spoiled(broken, corpus, tmp_path / "o", "--max_iters=3", "--compile=true"))
+    assert "torch.compile FAILED, TRAINING IN EAGER MODE: RuntimeError: no compiler here" in done.stdout
 
 
 # --- sizes ---
@@ -662,16 +641,14 @@ def test_a_failing_compiler_is_said_aloud(corpus, tmp_path):
 def test_model_size_is_below_everything_given(corpus, tmp_path):
     """The data's vocabulary and every given field win; the rest is the preset's. A resumed run has its checkpoint's fields."""
     (tmp_path / "c.py").write_text("n_layer = 1\nmodel_size = 'tiny'")
-    line = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "c.py"), "--dataset=play", f"--data_dir={corpus / 'data'}", "--batch_size=2",
-            "--n_embd=64", "--n_head=2", "--eval_iters=1", "--sample_tokens=4", "--warmup_iters=1", f"--out_dir={tmp_path / 'o'}"]
-    done = subprocess.run([*line, "--model_size=nano", "--block_size=32", "--max_iters=2"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    folders = [f"--out_dir={tmp_path / 'o'}", f"--data_dir={corpus / 'data'}"]
+    first = ("--dataset=play --batch_size=2 --n_embd=64 --n_head=2 --eval_iters=1 --sample_tokens=4 --warmup_iters=1 "
+             "--model_size=nano --block_size=32 --max_iters=2").split()
+    ended(run([ROOT / "train.py", tmp_path / "c.py", *folders, *first]))
     config = load_checkpoint(tmp_path / "o/ckpt.pt")["config"]
     given = {"n_layer": 1, "n_embd": 64, "n_head": 2, "block_size": 32, "vocab_size": load("play", corpus / "data").vocab_size}
     assert config["model"] == asdict(GPTConfig(**{**PRESETS["nano"], **given})) and config["train"]["model_size"] == "nano"
-    again = [sys.executable, str(ROOT / "train.py"), f"--out_dir={tmp_path / 'o'}", "--resume", "--max_iters=4"]
-    done = subprocess.run([*again, f"--data_dir={corpus / 'data'}"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ended(run([ROOT / "train.py", *folders, "--resume", "--max_iters=4"]))
     last = load_checkpoint(tmp_path / "o/ckpt.pt")
     assert last["step"] == 4 and last["config"]["model"] == config["model"] and last["config"]["train"]["model_size"] == "nano"
 
@@ -706,10 +683,8 @@ def test_shards_and_tokenizer_of_hugging_face(tmp_path):
     for i, part in enumerate(np.split(ids.reshape(-1, 33), 3)):
         np.save(tmp_path / f"shards/shard_{i}.npy", part.astype(("uint16", "int32", "int64")[i]))
 
-    def call(*argv, code=0):
-        done = subprocess.run([sys.executable, str(ROOT / argv[0]), *argv[1:]], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
+    def call(script, *flags, code=0):
+        return ended(run([ROOT / script, *flags], cwd=tmp_path), code)
 
     small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--max_iters=2", "--warmup_iters=1"]
     call("train.py", "--dataset=shards", "--tokenizer=bpe.json", "--out_dir=o", "--model_size=micro", *small)
