@@ -1,21 +1,17 @@
-"""
-Ordinary slips, each through the real command: exit code 2, at most three lines on stderr, and among them the way out.
-All commands run once, two at a time (each imports torch), then every slip is judged by itself.
-"""
+"""Ordinary slips, each through the real command: exit code 2, at most three lines on stderr, and in them the way out."""
+import fcntl
 import json
-import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from conftest import ROOT
+from data import prepare
+from processes import ROOT, run
 
-SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=2 --sample_tokens=4".split()
-PLAY = ["--dataset=play", *SMALL]
+PLAY = ("--dataset=play --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=2 "
+        "--sample_tokens=4").split()
+NOTHING_THERE = {"DATA_MIRROR": None, "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9",
+                 "CUDA_VISIBLE_DEVICES": ""} # no network, no GPU
 
 # command line, what the message must hold. {d} is the folder that `world` fills.
 SLIPS = {
@@ -75,9 +71,9 @@ SLIPS = {
     "out_dir below a file": ("train.py --out_dir={d}/play.txt/out", "play.txt"),
     "out_dir is a file": ("train.py --out_dir={d}/play.txt", "play.txt"),
     "resume without a run": ("train.py --resume --out_dir={d}/nowhere", "drop --resume"),
-    "resume another model": ("train.py --resume --out_dir={d}/run4 --n_layer=3", "n_layer was 1, now 3"),
-    "resume another seed": ("train.py --resume --out_dir={d}/run2 --seed=5", "seed was 1337, now 5"),
-    "resume on other data": ("train.py --resume --out_dir={d}/run3 --dataset=other", "is not the data"),
+    "resume another model": ("train.py --resume --out_dir={d}/run --n_layer=3", "n_layer was 1, now 3"),
+    "resume another seed": ("train.py --resume --out_dir={d}/run --seed=5", "seed was 1337, now 5"),
+    "resume on other data": ("train.py --resume --out_dir={d}/run --dataset=other", "is not the data"),
     "resume from nothing whole": ("train.py --resume --out_dir={d}/broken", "start again without --resume"),
     "two runs in one folder": ("train.py --out_dir={d}/locked", "another train.py"),
     "sample before training": ("sample.py --out_dir={d}/nowhere", "train first"),
@@ -110,7 +106,7 @@ SLIPS = {
     "model without heads": ("model.py --n_head=0", "at least 1"),
     "unknown suite": ("bench.py speed", "train, decode, kv_cache"),
     "another tokenizer on resume": (
-        "train.py --resume --out_dir={d}/run2 --dataset={d}/data/play --tokenizer=byte --val_fraction=0.5",
+        "train.py --resume --out_dir={d}/run --dataset={d}/data/play --tokenizer=byte --val_fraction=0.5",
         "not --tokenizer=byte --val_fraction=0.5\ndrop that, or train anew"),
     "prepared folder by its path": (
         "train.py --dataset={d}/data/play/ --tokenizer=byte --data_dir={d}/new3", "with tokenizer=char"),
@@ -119,15 +115,18 @@ SLIPS = {
 }
 
 
+TEXTS = {"play.txt": "to be or not to be, that is the question\n" * 60, "cut.txt": "all the world is a stage\n" * 60,
+         "other.txt": "neither a borrower nor a lender be\n" * 60, "short.txt": "abcdefgh", "empty.txt": "",
+         "bad.jsonl": '{"text": "a"}\nno\n', "saved.json": '{"name": "char", "char_to_id": {"a": 0, "b": 1}}',
+         "typo.py": "learning_rat = 1e-3", "type.py": "n_layer = 'two'", "syntax.py": "n_layer = = 2",
+         "raises.py": "n_layer = 1 // 0"}
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with the things that slips are made of: texts, configs, a finished run, a damaged one, a locked one."""
+    """A folder with what slips are made of: texts, configs, a finished run, a damaged one, and one that is locked."""
     d = tmp_path_factory.mktemp("world")
-    files = {"play.txt": "to be or not to be, that is the question\n" * 60, "other.txt": "neither a borrower nor a lender be\n" * 60,
-             "cut.txt": "all the world is a stage\n" * 60, "short.txt": "abcdefgh", "empty.txt": "", "bad.jsonl": '{"text": "a"}\nno\n',
-             "saved.json": json.dumps({"name": "char", "char_to_id": {"a": 0, "b": 1}}),
-             "typo.py": "learning_rat = 1e-3", "type.py": "n_layer = 'two'", "syntax.py": "n_layer = = 2", "raises.py": "n_layer = 1 // 0"}
-    for name, text in files.items():
+    for name, text in TEXTS.items():
         (d / name).write_text(text, encoding="utf-8")
     (d / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 50)
     for folder in ("nothing", "foreign", "broken", "locked"):
@@ -135,49 +134,32 @@ def world(tmp_path_factory):
     torch.save({"model": {}, "iter_num": 5}, d / "foreign/ckpt.pt")
     (d / "broken/ckpt.pt").write_bytes(b"not a checkpoint at all")
     for name in ("play", "other", "cut"):
-        subprocess.run([sys.executable, ROOT / "data.py", "prepare", d / f"{name}.txt", f"--data_dir={d / 'data'}"], check=True, cwd=d)
+        prepare(d / f"{name}.txt", data_dir=d / "data")
     shard = d / "data/cut/train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    subprocess.run([sys.executable, ROOT / "train.py", *PLAY, f"--out_dir={d / 'run'}", f"--data_dir={d / 'data'}"], check=True, cwd=d)
-    for copy in ("run2", "run3", "run4"): # commands that run side by side must not wait for one another's lock
-        shutil.copytree(d / "run", d / copy)
-    return d
+    done = run([ROOT / "train.py", *PLAY, f"--out_dir={d / 'run'}", f"--data_dir={d / 'data'}"])
+    assert done.returncode == 0, done.stderr
+    with open(d / "locked/lock", "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield d
 
 
-def run_slip(line, d):
-    script, *args = line.format(d=d).split(" ")
-    if script in ("train.py", "data.py") and not any(a.startswith("--data_dir") for a in args) and args:
-        args = [*args, f"--data_dir={d / 'data'}"]
-    if script == "train.py":
-        given = {a.split("=")[0] for a in args}
-        defaults = [f"--out_dir={d / 'out' / str(abs(hash(line)))}", *PLAY] if "--resume" not in args else []
-        args += [a for a in defaults if a.split("=")[0] not in given]
-    env = {k: v for k, v in os.environ.items() if k != "DATA_MIRROR"}
-    env |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": ""} # no network, no GPU
-    return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True, cwd=ROOT, env=env, timeout=60, encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def outcomes(world):
-    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX);"
-                               "print('held', flush=True); time.sleep(600)", world / "locked/lock"], stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(SLIPS, pool.map(lambda slip: run_slip(slip[0], world), SLIPS.values())))
-    holder.kill()
-    return done
-
-
-@pytest.mark.parametrize("name", SLIPS)
-def test_a_slip_ends_with_the_way_out(name, outcomes):
-    done = outcomes[name]
+@pytest.mark.parametrize("line, way_out", SLIPS.values(), ids=SLIPS)
+def test_a_slip_ends_with_the_way_out(line, way_out, world, tmp_path):
+    script, *args = line.format(d=world).split(" ")
+    usual = {"train.py": [f"--data_dir={world / 'data'}"], "data.py": [f"--data_dir={world / 'data'}"] * bool(args)}.get(script, [])
+    if script == "train.py" and "--resume" not in args:
+        usual += [f"--out_dir={tmp_path / 'out'}", *PLAY]
+    given = {arg.split("=")[0] for arg in args}
+    args += [arg for arg in usual if arg.split("=")[0] not in given]
+    done = run([ROOT / script, *args], env=NOTHING_THERE)
     assert done.returncode == 2, done.stdout + done.stderr
-    message = [line for line in done.stderr.strip().splitlines() if "    (default " not in line] # no settings
+    message = [said for said in done.stderr.strip().splitlines() if "    (default " not in said] # no settings
     assert message[0].startswith("error: ") and len(message) <= 3, done.stderr
-    assert SLIPS[name][1] in done.stderr, done.stderr
+    assert way_out in done.stderr, done.stderr
 
 
-def test_nothing_is_lost(outcomes, world):
+def test_nothing_is_lost(world):
     """After all those slips the finished run is as it was."""
     assert json.loads((world / "run/run.json").read_text(encoding="utf-8"))["seed"] == 1337
     assert (world / "run/ckpt.pt").exists() and not (world / "run/previous_1").exists()

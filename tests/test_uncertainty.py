@@ -3,8 +3,6 @@ import json
 import math
 import os
 import pty
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import auroc, calibration_error, fit_temperature, reliability
-from conftest import ROOT
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from processes import ROOT, run, start
 
 SMALL = dict(vocab_size=29, block_size=16, n_layer=2, n_head=4, n_embd=32, uncertainty=True)
 
@@ -224,47 +222,47 @@ def test_no_tokens_and_no_head():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def trained(tmp_path_factory):
+    """A folder with a run of a few steps, "o"."""
     d = tmp_path_factory.mktemp("unsure")
     (d / "play.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
-    flags = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --max_iters=30 --learning_rate=1e-2 --warmup_iters=5".split()
-    subprocess.run([sys.executable, ROOT / "train.py", f"--dataset={d / 'play.txt'}", f"--out_dir={d / 'o'}", f"--data_dir={d / 'data'}",
-                    *flags, "--tokenizer=byte", "--uncertainty"], check=True)
+    flags = ("--dataset=play.txt --tokenizer=byte --uncertainty --out_dir=o --n_layer=1 --n_head=2 --n_embd=32 "
+             "--block_size=16 --max_iters=30 --learning_rate=1e-2 --warmup_iters=5").split()
+    done = run([ROOT / "train.py", *flags], cwd=d)
+    assert done.returncode == 0, done.stderr
     return d
 
 
-def sample(run, *flags, **env):
-    return subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={run / 'o'}", *flags], capture_output=True, text=True,
-                          timeout=120, env={**os.environ, **env})
+def sample(folder, *flags, code=0):
+    done = run([ROOT / "sample.py", f"--out_dir={folder / 'o'}", *flags])
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    return done
 
 
-def test_sample_prints_a_line_a_token(run):
+def test_sample_prints_a_line_a_token(trained):
     """The same text as without; each number the score of a full forward."""
     flags = "--start=to be", "--max_new_tokens=30", "--temperature=0.8"
-    plain, ours = sample(run, *flags), sample(run, *flags, "--uncertainty")
-    assert ours.returncode == 0, ours.stderr
+    plain, ours = sample(trained, *flags), sample(trained, *flags, "--uncertainty")
     rows = [line.split("  ", 1) for line in ours.stdout.split("\n") if line[:2] in ("0.", "1.")]
     text = "".join(eval(shown) for _, shown in rows)
     assert plain.stdout.endswith("to be" + text + "\n") and "to be\n0." in ours.stdout and "\033" not in ours.stdout
-    model, ids = GPT.from_checkpoint(run / "o/best.pt"), list(b"to be" + text.encode())
+    model, ids = GPT.from_checkpoint(trained / "o/best.pt"), list(b"to be" + text.encode())
     for i, (number, shown) in enumerate(rows[:11]):
         assert len(eval(shown)) == 1 # bytes of English: each is a character
         score = model.uncertainty(model.trunk(torch.tensor([ids[: 5 + i]])))[0, -1].item()
         assert float(number) == pytest.approx(score, abs=0.0051) # two digits
 
 
-def test_sample_prints_several_rows(run):
-    out = sample(run, "--start=to be", "--max_new_tokens=9", "--uncertainty", "--num_samples=2").stdout
+def test_sample_prints_several_rows(trained):
+    out = sample(trained, "--start=to be", "--max_new_tokens=9", "--uncertainty", "--num_samples=2").stdout
     parts = out[out.index("to be\n0.") :].split("---------------\n")
     assert len(parts) == 3 and parts[2] == "" and all(part.startswith("to be\n") and part.count("\n") == 10 for part in parts[:2])
 
 
-def on_a_terminal(run, *flags, **env):
+def on_a_terminal(folder, *flags, no_color=None):
     """stdout of sample.py where it is a terminal."""
     ours, theirs = pty.openpty()
-    env = {**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, **env}
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", f"--out_dir={run / 'o'}", *flags], stdout=theirs, env=env,
-                               stderr=subprocess.DEVNULL)
+    process = start([ROOT / "sample.py", f"--out_dir={folder / 'o'}", *flags], stdout=theirs, env={"NO_COLOR": no_color})
     os.close(theirs)
     out = b""
     try:
@@ -273,26 +271,26 @@ def on_a_terminal(run, *flags, **env):
     except OSError: # how Linux says that the other side has closed
         pass
     os.close(ours)
-    assert process.wait() == 0
+    assert process.wait(60) == 0
     return out.decode().replace("\r\n", "\n")
 
 
-def test_sample_colours_a_terminal(run):
+def test_sample_colours_a_terminal(trained):
     """Each token has the shade of its score; below 0.2, and at a line end, none."""
     flags = "--start=to be", "--max_new_tokens=30", "--temperature=1.5", "--uncertainty"
-    numbers, colours = sample(run, *flags).stdout, on_a_terminal(run, *flags)
+    numbers, colours = sample(trained, *flags).stdout, on_a_terminal(trained, *flags)
     want = "to be"
     for line in numbers[numbers.index("to be\n0.") + 6 :].splitlines():
         score, text = float(line[:4]), eval(line[6:])
         shade = [0, 230, 222, 215, 203][sum(score >= edge for edge in (0.2, 0.4, 0.6, 0.8))]
         want += f"\033[30;48;5;{shade}m{text}\033[0m" if shade and text not in ("", "\n") else text
     assert colours == want + "\n" and "\033[30;48" in want
-    assert "\033" not in on_a_terminal(run, *flags, NO_COLOR="1")
+    assert "\033" not in on_a_terminal(trained, *flags, no_color="1")
 
 
-def test_a_character_of_three_tokens_has_one_score(run, tmp_path):
+def test_a_character_of_three_tokens_has_one_score(trained, tmp_path):
     """The bytes of the euro sign, one after the other: a line a character, not a line a byte."""
-    state = load_checkpoint(run / "o/best.pt")
+    state = load_checkpoint(trained / "o/best.pt")
     model = GPT(GPTConfig(**{**state["config"]["model"], "tie_embeddings": False}))
     model.load_state_dict({**state["model"], "head.weight": state["model"]["embed.weight"].clone()})
     a, b, c = "\u20ac".encode()
@@ -312,33 +310,30 @@ def test_a_character_of_three_tokens_has_one_score(run, tmp_path):
 
 
 @pytest.mark.parametrize("flag, way_out", [("--speculative", "or --speculative"), ("--interactive", "or --interactive")])
-def test_sample_refuses_what_has_no_scores(run, flag, way_out):
-    done = sample(run, "--uncertainty", flag)
-    assert done.returncode == 2 and way_out in done.stderr and "Traceback" not in done.stderr
+def test_sample_refuses_what_has_no_scores(trained, flag, way_out):
+    assert way_out in sample(trained, "--uncertainty", flag, code=2).stderr
 
 
-def test_commands_without_the_head(run, tmp_path):
-    state = load_checkpoint(run / "o/best.pt")
+def test_commands_without_the_head(trained, tmp_path):
+    state = load_checkpoint(trained / "o/best.pt")
     state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("extras")}
     state["config"]["model"]["uncertainty"] = False
     (tmp_path / "o").mkdir()
     save_checkpoint(tmp_path / "o/best.pt", state)
-    bench = [sys.executable, ROOT / "bench.py", "uncertainty", "--save=false"]
-    benched = subprocess.run([*bench, f"--out_dir={tmp_path / 'o'}"], capture_output=True, text=True)
-    for done in (sample(tmp_path, "--uncertainty"), benched):
-        assert done.returncode == 2 and "train one with --uncertainty" in done.stderr and "Traceback" not in done.stderr
-    done = subprocess.run([*bench, f"--out_dir={tmp_path / 'none'}"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--uncertainty" in done.stderr
+    assert "train one with --uncertainty" in sample(tmp_path, "--uncertainty", code=2).stderr
+    for folder, words in (("o", "train one with --uncertainty"), ("none", "--uncertainty")):
+        done = run([ROOT / "bench.py", "uncertainty", "--save=false", f"--out_dir={tmp_path / folder}"])
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_bench_reports_all_of_the_split_but_the_slice(run):
+def test_bench_reports_all_of_the_split_but_the_slice(trained):
     """Each figure again from full forwards over the windows, without bench's loop."""
-    done = subprocess.run([sys.executable, ROOT / "bench.py", "uncertainty", f"--out_dir={run / 'o'}", "--save=false", "--batch_size=2"],
-                          capture_output=True, text=True, timeout=120)
+    flags = [f"--out_dir={trained / 'o'}", "--save=false", "--batch_size=2"]
+    done = run([ROOT / "bench.py", "uncertainty", *flags], cwd=trained)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.strip().splitlines()[-1])
     by_name = {r["name"]: r["value"] for r in last["results"]}
-    model = GPT.from_checkpoint(run / "o/best.pt")
+    model = GPT.from_checkpoint(trained / "o/best.pt")
     ids = torch.tensor(list(("to be or not to be, that is the question\n" * 60).encode()))[-246:] # the last tenth
     windows = [ids[i : i + 17] for i in range(0, 245, 16)] # the last one is shorter
     p, score, right, at_T, score_at_T, T = [], [], [], [], [], by_name["T"]
