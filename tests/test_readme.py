@@ -4,11 +4,10 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+import processes
 from conftest import ROOT
 from model import PRESETS
 
@@ -34,7 +33,8 @@ def copy(tmp_path_factory):
 
 
 def run(argv, cwd, env):
-    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    gone = {name: None for name in os.environ.keys() - env.keys()}
+    return processes.run(argv, cwd=cwd, env={**gone, **env}, timeout=300)
 
 
 def test_readme_commands(copy):

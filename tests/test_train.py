@@ -130,16 +130,19 @@ def test_validation_loss_is_the_whole_split(whole, corpus):
     assert metrics(out)[-1]["val_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule, expected", [
-    ("cosine", lambda f: 1e-3 + (1e-2 - 1e-3) * 0.5 * (1 + math.cos(math.pi * f))), ("linear", lambda f: 1e-2 + f * (1e-3 - 1e-2)),
-    ("wsd", lambda f: 1e-2 if f < 0.8 else 1e-3 + (1 - f) / 0.2 * (1e-2 - 1e-3)), ("constant", lambda f: 1e-2)])
-def test_learning_rate(schedule, expected, corpus, tmp_path):
-    train(corpus, tmp_path / "o", "--max_iters=25", "--log_interval=1", f"--schedule={schedule}", "--min_lr=1e-3", "--eval_interval=99",
-          "--sample_tokens=0", "--eval_iters=1")
-    for line in (x for x in metrics(tmp_path / "o") if "lr" in x):
-        update = line["step"] - 1 # counted from 0
-        want = 1e-2 * (update + 1) / 6 if update < 5 else expected((update - 5) / 20)
-        assert line["lr"] == pytest.approx(want), line
+def test_learning_rate(corpus, tmp_path):
+    flags = "--max_iters=25 --log_interval=1 --min_lr=1e-3 --eval_interval=99 --sample_tokens=0 --eval_iters=1".split()
+    schedules = {"cosine": lambda f: 1e-3 + (1e-2 - 1e-3) * 0.5 * (1 + math.cos(math.pi * f)),
+                 "linear": lambda f: 1e-2 + f * (1e-3 - 1e-2), "constant": lambda f: 1e-2,
+                 "wsd": lambda f: 1e-2 if f < 0.8 else 1e-3 + (1 - f) / 0.2 * (1e-2 - 1e-3)}
+    side_by_side(corpus, tmp_path, **{name: [*flags, f"--schedule={name}"] for name in schedules})
+    for name, expected in schedules.items():
+        lines = [line for line in metrics(tmp_path / name) if "lr" in line]
+        assert len(lines) == 25
+        for line in lines:
+            update = line["step"] - 1 # counted from 0
+            want = 1e-2 * (update + 1) / 6 if update < 5 else expected((update - 5) / 20)
+            assert line["lr"] == pytest.approx(want), (name, line)
 
 
 def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
@@ -260,18 +263,19 @@ def dice(step, params): return {"python": random.random(), "numpy": numpy.random
 CHANGES = {"fadam": ["--optimizer=fadam"], "adam_mini": ["--optimizer=adam_mini"], "sparse": SPARSE,
            "sparse muon": ["--optimizer=muon", *SPARSE],
            "hooks": ["--update_hooks=gradient_noise,clip_by_layer=0.1,dice.py:dice"]}
-EARLY = {"fadam", "sparse", "hooks"} # stopped at 22 in the short run of the tests, the others at 25; deep: the other way
+SHORT = [("fadam", 22), ("sparse muon", 25), ("adam_mini, hooks", 22)] # all that can be changed, in three runs
+LONG = [(name, stop) for name in CHANGES for stop in (22, 25) if (name, stop) not in SHORT]
 
 
-@pytest.mark.parametrize("name, stop", [pytest.param(name, stop, marks=[pytest.mark.deep] * ((name in EARLY) != (stop == 22)))
-                                        for name in CHANGES for stop in (22, 25)])
-def test_every_optimizer_and_every_rule_resumes_to_the_bit(name, stop, corpus, tmp_path):
+@pytest.mark.parametrize("names, stop", [*SHORT, *(pytest.param(*case, marks=pytest.mark.deep) for case in LONG)])
+def test_every_optimizer_and_every_rule_resumes_to_the_bit(names, stop, corpus, tmp_path):
     """Stopped in the middle of a sparse window (22), and right before weights are chosen (25). What a hook draws
     from Python's and numpy's generators goes on as well."""
     (tmp_path / "dice.py").write_text(DICE, encoding="utf-8")
-    flags = [flag.replace("dice.py", str(tmp_path / "dice.py")) for flag in CHANGES[name]]
+    flags = [flag for name in names.split(", ") for flag in CHANGES[name]]
+    flags = [flag.replace("dice.py", str(tmp_path / "dice.py")) for flag in flags]
     side_by_side(corpus, tmp_path, a=["--max_iters=45", *flags], b=[f"--max_iters={stop}", "--lr_decay_iters=45", *flags])
-    assert (tmp_path / "b/best.pt").exists() != ("sparse" in name) # a denser model is never the best
+    assert (tmp_path / "b/best.pt").exists() != ("sparse" in names) # a denser model is never the best
     code = [flag for flag in flags if "dice.py" in flag] # what runs a file's code is named again
     train(corpus, tmp_path / "b", "--max_iters=45", "--resume", *code)
     a, b = state(tmp_path / "a"), state(tmp_path / "b")
