@@ -1,8 +1,10 @@
 """Shared by all tests. On the CPU, unless `pytest -m gpu` asks for a GPU.
 
-`python -m pytest` touches every file, variant and command within three minutes on two cores. What takes longer and has
-a short sibling there, as all moments at which a run can be killed, is marked deep: `python -m pytest -m deep` runs it.
-Commands are run by processes.run, most of them in forks of a process that has imported torch."""
+`python -m pytest` touches every file, variant and command within three minutes on two cores. What takes
+longer and has a short sibling there, as all moments at which a run can be killed, is marked deep: `python -m
+pytest -m deep` runs it. Commands are run by processes.run, most of them in forks of a process that has
+imported torch.
+"""
 import os
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # however pytest is started
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1") # a second thread only slows models as small as these; torch reads it now
+# a second thread only slows models as small as these; torch reads it now
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch # noqa: E402
 
 

@@ -1,11 +1,15 @@
 """Runs the project's scripts for the tests: run() waits for the end, start() returns the living process.
 
-Importing torch takes seconds, and a test of a message needs no more than a moment after it. So one process, the
-server, imports torch once and then forks for every command. The fork gets the arguments, folder, environment and
-streams of the command and runs the script as an interpreter would. Python, torch and numpy are shared; the project's
-own modules are imported anew, because importing configurator has effects. A command starts in a real interpreter
-where fresh=True asks for it, where it changes a variable that is read before the fork, and on Windows."""
+Importing torch takes seconds, and a test of a message needs no more than a moment after it. So one process,
+the server, imports torch once and then forks for every command. The fork gets the arguments, folder,
+environment and streams of the command and runs the script as an interpreter would. Python, torch and numpy
+are shared; the project's own modules are imported anew, because importing configurator has effects. A command
+starts in a real interpreter where fresh=True asks for it, where it changes a variable that is read before the
+fork, and on Windows.
+"""
 import atexit
+import contextlib
+import gc
 import json
 import os
 import runpy
@@ -33,10 +37,11 @@ def run(argv, input=None, timeout=120, **how):
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-def start(argv, cwd=ROOT, env={}, fresh=False, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+def start(argv, cwd=ROOT, env={}, fresh=False, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE):
     """The running process. env: changes to this environment; None takes a variable away. Streams are text."""
     argv = [str(word) for word in argv]
-    changed = {"CC": remembering_compiler(), **env}
+    changed = {"CC": remembering_compiler(), "PYTHONUNBUFFERED": None, **env}
     early = [name for name in env if name.startswith(READ_EARLY) and env[name] != os.environ.get(name)]
     everything = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
     if not fresh and not early and hasattr(os, "fork"):
@@ -47,7 +52,7 @@ def start(argv, cwd=ROOT, env={}, fresh=False, stdin=subprocess.PIPE, stdout=sub
 
 @cache
 def remembering_compiler():
-    """A CC that copies the library if it has compiled these lines with these flags before: 0.2 s saved each time."""
+    """A CC that compiles each text once and copies the library after that, which saves 0.2 s a time."""
     compiler, made = os.environ.get("CC", "cc"), tempfile.mkdtemp(prefix="compiled")
     script = os.path.join(made, "cc")
     with open(script, "w", encoding="utf-8") as file:
@@ -105,7 +110,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, input=None, timeout=None):
-        """Writes input and returns what is left of stdout and stderr. What lasts longer than the timeout is killed."""
+        """Writes input; returns what is left of stdout and stderr. Kills what outlasts the timeout."""
         with ThreadPoolExecutor(3) as pool: # threads, because the process waits where a pipe is full
             out, err = (pool.submit(stream.read) if stream else None for stream in (self.stdout, self.stderr))
             if self.stdin:
@@ -122,47 +127,43 @@ class Forked:
 def server():
     """The socket of the server, which is started with the first command and ends when this process does."""
     ours, theirs = socket.socketpair()
-    subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True)
+    subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
+                     pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
     return ours
 
 
 def serve(connection):
-    """Forks once for each message. It returns in the forks alone, each of them ready to run: sys.argv is set."""
-    import gc
-    import json.encoder # noqa: F401
+    """Forks once for each message and returns in the forks alone, which are ready to run sys.argv."""
     import multiprocessing # noqa: F401
     import numpy # noqa: F401
     import requests # noqa: F401
     import torch._dynamo # noqa: F401  the first optimizer imports it
-    try:
+    with contextlib.suppress(ImportError): # no triton on this platform
         import triton.language # noqa: F401
-    except ImportError: # not on this platform
-        pass
-    gc.freeze() # no fork looks through these objects again
+    gc.freeze() # no fork's collector looks through these objects again
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN) # nobody waits for the guards
     while True:
-        _, fds, _, _ = socket.recv_fds(connection, 1, 4)
+        fds = socket.recv_fds(connection, 1, 4)[1]
         if not fds: # the tests have ended: nothing that they started lives on
             os.killpg(0, signal.SIGKILL)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN) # nobody waits for the guards
-        guard = os.fork()
-        for fd in fds * bool(guard):
-            os.close(fd)
-        if not guard:
+        if not os.fork():
             break
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd in fds:
+            os.close(fd)
     connection.close()
     control = socket.socket(fileno=fds.pop())
     command, folder, environment = json.load(control.makefile())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     process = os.fork()
-    if process: # the guard says how the process ends, whatever ends it
-        for fd in fds:
-            os.close(fd)
-        control.sendall(f"{process}\n".encode())
-        control.sendall(f"{os.waitpid(process, 0)[1]}\n".encode())
-        os._exit(0)
-    control.close()
-    become(command, folder, environment, fds)
+    if not process:
+        control.close()
+        return become(command, folder, environment, fds)
+    for fd in fds:
+        os.close(fd)
+    control.sendall(f"{process}\n".encode()) # the guard tells how the process ends, whatever ends it
+    control.sendall(f"{os.waitpid(process, 0)[1]}\n".encode())
+    os._exit(0)
 
 
 def become(command, folder, environment, fds):
@@ -170,11 +171,12 @@ def become(command, folder, environment, fds):
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
         os.close(fd)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        kind = getattr(sys, name)
+        stream = open(fd, mode, encoding=kind.encoding, errors=kind.errors, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     sys.stderr.reconfigure(line_buffering=True)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     signal.signal(signal.SIGINT, signal.default_int_handler) # a server in the background would ignore it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(folder)
@@ -184,7 +186,7 @@ def become(command, folder, environment, fds):
 
 
 def exit_code(script):
-    """Runs the script and returns the exit code that an interpreter would give it; Ctrl-C is left to the interpreter."""
+    """Runs the script and returns its exit code, as an interpreter finds it. Ctrl-C is left to the real one."""
     try:
         if script == "-c":
             exec(compile(sys.argv.pop(1), "<string>", "exec"), {"__name__": "__main__"})
@@ -204,7 +206,7 @@ def exit_code(script):
 
 
 def leave_at_once():
-    """Called after all other exit functions: to take the modules apart would cost 0.3 s, and nobody sees it."""
+    """The last exit function: taking the modules apart, as an interpreter does, would cost 0.3 s."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()

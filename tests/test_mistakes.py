@@ -1,4 +1,6 @@
-"""Ordinary slips, each through the real command: exit code 2, at most three lines on stderr, and in them the way out."""
+"""Ordinary slips, each through the real command: exit code 2, at most three lines on stderr, and in them the
+way out.
+"""
 import fcntl
 import json
 
@@ -34,10 +36,14 @@ SLIPS = {
     "text that is no UTF-8": ("train.py --dataset={d}/latin.txt", "iconv"),
     "folder without text": ("train.py --dataset={d}/nothing", "no text files"),
     "no network and no fallback": ("train.py --dataset=shakespeare --data_dir={d}/offline", "DATA_MIRROR"),
-    "unknown tokenizer": ("train.py --dataset={d}/play.txt --data_dir={d}/new --tokenizer=bert", "char, ascii, gpt2, byte"),
-    "another tokenizer than the data's": ("train.py --tokenizer=byte", "play.txt --tokenizer=byte --data_dir="),
-    "another tokenizer file than the data's": ("train.py --tokenizer={d}/saved.json", "was prepared with tokenizer=char"),
-    "another validation share than the data's": ("train.py --val_fraction=0.3", "--val_fraction=0.3 --data_dir="),
+    "unknown tokenizer": ("train.py --dataset={d}/play.txt --data_dir={d}/new --tokenizer=bert",
+                          "char, ascii, gpt2, byte"),
+    "another tokenizer than the data's": ("train.py --tokenizer=byte",
+                                          "play.txt --tokenizer=byte --data_dir="),
+    "another tokenizer file than the data's": ("train.py --tokenizer={d}/saved.json",
+                                               "was prepared with tokenizer=char"),
+    "another validation share than the data's": ("train.py --val_fraction=0.3",
+                                                 "--val_fraction=0.3 --data_dir="),
     "truncated shard": ("train.py --dataset=cut", "prepare the dataset again"),
     "more than any memory holds": ("train.py --attention=mla --kv_rank=10000000000", "Make the model"),
     "whole split misspelt": ("train.py --eval_iters=-2", "-1 for the whole validation split"),
@@ -58,7 +64,9 @@ SLIPS = {
     "unknown optimizer": ("train.py --optimizer=sgdd", "adamw"),
     "unknown sparse rule": ("train.py --sparse=random --schedule=wsd", "skeleton_flesh, magnitude"),
     "sparse without a constant phase": ("train.py --sparse=magnitude", "--schedule=wsd"),
-    "sparse without time for it": ("train.py --sparse=magnitude --schedule=wsd --max_iters=200 --warmup_iters=10", "--sparse_interval=15 or less"),
+    "sparse without time for it": (
+        "train.py --sparse=magnitude --schedule=wsd --max_iters=200 --warmup_iters=10",
+        "--sparse_interval=15 or less"),
     "sparse knob without its owner": ("train.py --sparse_density=0.5", "need --sparse=skeleton_flesh"),
     "unknown hook": ("train.py --update_hooks=identiti", "identity, clip_by_layer, gradient_noise"),
     "hook in no file": ("train.py --forward_hooks=mine.py:stats", "there is no file 'mine.py'"),
@@ -87,7 +95,9 @@ SLIPS = {
     "sample without the GPU": ("sample.py --out_dir={d}/run --device=cuda", "--device=auto"),
     "bench without the GPU": ("bench.py kv_cache --device=cuda", "--device=auto"),
     "nanoGPT not there": ("bench.py nanogpt --nanogpt={d}/nowhere", "karpathy/nanoGPT"),
-    "validation split too short for eval_iters": ("train.py --dataset={d}/cut.txt --data_dir={d}/new2 --val_fraction=0.005 --eval_iters=3", "raise --val_fraction"),
+    "validation split too short for eval_iters": (
+        "train.py --dataset={d}/cut.txt --data_dir={d}/new2 --val_fraction=0.005 --eval_iters=3",
+        "raise --val_fraction"),
     "no command": ("data.py", "prepare SOURCE"),
     "misspelt command": ("data.py prepar shakespeare", "prepare"),
     "verify what is not there": ("data.py verify nowhere", "prepare"),
@@ -95,7 +105,8 @@ SLIPS = {
     "line that is no JSON": ("data.py prepare {d}/bad.jsonl", "line 2 is not JSON"),
     "validation share of 2": ("data.py prepare {d}/play.txt --val_fraction=2", "val_fraction=2"),
     "no such size": ("train.py --model_size=meduim", "Nearest: medium"),
-    "another size on resume": ("train.py --out_dir={d}/run --resume --model_size=nano", "model_size was '', now 'nano'"),
+    "another size on resume": ("train.py --out_dir={d}/run --resume --model_size=nano",
+                               "model_size was '', now 'nano'"),
     "windows that nothing connects": ("train.py --windows=2", "--memory_slots=16"),
     "depths of another model": ("train.py --depths=2,5", "n_layer=1"),
     "drafts of nobody": ("sample.py --out_dir={d}/run --speculative --draft=early", "auto, ahead, ngram"),
@@ -115,7 +126,8 @@ SLIPS = {
 }
 
 
-TEXTS = {"play.txt": "to be or not to be, that is the question\n" * 60, "cut.txt": "all the world is a stage\n" * 60,
+TEXTS = {"play.txt": "to be or not to be, that is the question\n" * 60,
+         "cut.txt": "all the world is a stage\n" * 60,
          "other.txt": "neither a borrower nor a lender be\n" * 60, "short.txt": "abcdefgh", "empty.txt": "",
          "bad.jsonl": '{"text": "a"}\nno\n', "saved.json": '{"name": "char", "char_to_id": {"a": 0, "b": 1}}',
          "typo.py": "learning_rat = 1e-3", "type.py": "n_layer = 'two'", "syntax.py": "n_layer = = 2",
@@ -124,7 +136,9 @@ TEXTS = {"play.txt": "to be or not to be, that is the question\n" * 60, "cut.txt
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with what slips are made of: texts, configs, a finished run, a damaged one, and one that is locked."""
+    """A folder with what slips are made of: texts, configs, a finished run, a damaged one, and one that is
+    locked.
+    """
     d = tmp_path_factory.mktemp("world")
     for name, text in TEXTS.items():
         (d / name).write_text(text, encoding="utf-8")
@@ -147,7 +161,8 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize("line, way_out", SLIPS.values(), ids=SLIPS)
 def test_a_slip_ends_with_the_way_out(line, way_out, world, tmp_path):
     script, *args = line.format(d=world).split(" ")
-    usual = {"train.py": [f"--data_dir={world / 'data'}"], "data.py": [f"--data_dir={world / 'data'}"] * bool(args)}.get(script, [])
+    usual = {"train.py": [f"--data_dir={world / 'data'}"],
+             "data.py": [f"--data_dir={world / 'data'}"] * bool(args)}.get(script, [])
     if script == "train.py" and "--resume" not in args:
         usual += [f"--out_dir={tmp_path / 'out'}", *PLAY]
     given = {arg.split("=")[0] for arg in args}

@@ -20,8 +20,8 @@ def trained(tmp_path_factory):
     """A folder with two runs of a few steps: "char" and "byte", after their tokenizers."""
     d = tmp_path_factory.mktemp("sample")
     (d / "play.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
-    flags = ("--dataset=play.txt --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --attention=diff_mla --n_ahead=2 "
-             "--max_iters=30 --learning_rate=1e-2 --warmup_iters=5").split()
+    flags = ("--dataset=play.txt --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --attention=diff_mla "
+             "--n_ahead=2 --max_iters=30 --learning_rate=1e-2 --warmup_iters=5").split()
     for name in ("char", "byte"):
         own = [f"--tokenizer={name}", f"--out_dir={name}", f"--data_dir=data/{name}"]
         done = run([ROOT / "train.py", *flags, *own], cwd=d)
@@ -114,7 +114,8 @@ def test_what_cannot_be_sampled(trained, flag, words, monkeypatch, tmp_path):
 
 def test_half_characters_wait(trained):
     """Of text written byte by byte only whole characters are shown, and nothing steers the terminal."""
-    wild = sample(trained, "--max_new_tokens=200", "--temperature=3", out="byte").stdout # UTF-8, or run would fail
+    # UTF-8, or run would fail
+    wild = sample(trained, "--max_new_tokens=200", "--temperature=3", out="byte").stdout
     assert len(wild) > 100
     assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in wild)
 
@@ -126,10 +127,12 @@ def test_a_character_of_three_tokens(trained, tmp_path):
     model = GPT(config)
     model.load_state_dict(state["model"])
     block, (a, b, c) = model.blocks[0], "\u20ac".encode()
-    with torch.no_grad(): # the head looks up the embedding of the token just read, in one block that does nothing
+    # the head looks up the embedding of the token just read, in one block that does nothing
+    with torch.no_grad():
         for p in (block.attention.out.weight, block.mlp.down.weight, model.embed.weight, model.head.weight):
             p.zero_()
-        model.head.weight = torch.nn.Parameter(torch.zeros_like(model.embed.weight)) # apart from the embedding
+        # apart from the embedding
+        model.head.weight = torch.nn.Parameter(torch.zeros_like(model.embed.weight))
         for axis, (now, after) in enumerate([(10, a), (a, b), (b, c), (c, a)]):
             model.embed.weight[now, axis] = 1
             model.head.weight[after, axis] = 9
@@ -152,7 +155,8 @@ def test_speculative_text_is_the_same(trained, draft):
     flags = ["--start=to be", "--max_new_tokens=60", "--temperature=0"]
     plain, ours = (sample(trained, *flags, *more) for more in ([], ["--speculative", f"--draft={draft}"]))
     assert ours.stdout == plain.stdout and ours.stdout.startswith("to be")
-    assert all(words in ours.stderr for words in ("tokens per forward", "drafts kept", "plain cached decoding"))
+    assert all(words in ours.stderr
+               for words in ("tokens per forward", "drafts kept", "plain cached decoding"))
 
 
 def test_speculative_samples_of_several_rows(trained):
@@ -184,7 +188,9 @@ def test_drafts_of_a_cell_that_is_not_there(trained, tmp_path):
 
 
 def test_a_checkpoint_of_another_version_is_named(trained, tmp_path):
-    """A weight that this model.py does not have, or a setting: one clear line from sample.py and from from_checkpoint."""
+    """A weight that this model.py does not have, or a setting: one clear line from sample.py and from
+    from_checkpoint.
+    """
     for change, words in ((lambda s: s["model"].update(old=torch.zeros(1)), "another version"),
                           (lambda s: s["config"]["model"].update(old_knob=1), "old_knob")):
         state = load_checkpoint(trained / "char/best.pt")
@@ -200,7 +206,8 @@ def test_bench_ends_with_json():
     done = run(["bench.py", "kv_cache", "--save=false", "--rounds=1"], fresh=True)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.strip().splitlines()[-1])
-    assert last["suite"] == "kv_cache" and {"name", "value", "unit", "baseline", "ratio"} == set(last["results"][0])
+    assert last["suite"] == "kv_cache"
+    assert {"name", "value", "unit", "baseline", "ratio"} == set(last["results"][0])
     by_name = {r["name"]: r["value"] for r in last["results"]}
     assert by_name["mha"] == 6 * 768 * 4 and by_name["mha"] / by_name["diff_mla v2"] == 6.0
 

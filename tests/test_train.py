@@ -1,4 +1,6 @@
-"""train.py through its command line: what it writes, exact resume, damage, signals, numbers that are no numbers."""
+"""train.py through its command line: what it writes, exact resume, damage, signals, numbers that are no
+numbers.
+"""
 import ast
 import hashlib
 import json
@@ -23,8 +25,8 @@ from data import load, prepare
 from model import GPT, GPTConfig, PRESETS, load_checkpoint, save_checkpoint
 from processes import ROOT, run, start
 
-TINY = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --dropout=0.1 --attention=diff_mla --warmup_iters=5 "
-        "--log_interval=5 --eval_interval=10 --sample_tokens=8 --learning_rate=1e-2").split()
+TINY = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --attention=diff_mla --batch_size=4 "
+        "--dropout=0.1 --warmup_iters=5 --log_interval=5 --eval_interval=10 --sample_tokens=8 --learning_rate=1e-2").split()
 TIMES = ("time_s", "tokens_per_s")
 
 
@@ -39,7 +41,8 @@ def corpus(tmp_path_factory):
 
 
 def command(corpus, out, *flags):
-    return [ROOT / "train.py", "--dataset=play", f"--data_dir={corpus / 'data'}", f"--out_dir={out}", *TINY, *flags]
+    return [ROOT / "train.py", "--dataset=play", f"--data_dir={corpus / 'data'}", f"--out_dir={out}", *TINY,
+            *flags]
 
 
 def train(corpus, out, *flags, code=0, **how):
@@ -101,18 +104,23 @@ def whole(corpus, tmp_path_factory):
 def test_what_a_run_leaves_behind(whole, corpus):
     out, log = whole
     about = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    assert {"run_id", "git_commit", "config_hash", "hook_list", "command", "config", "versions", "device", "dataset", "data_sha256",
+    assert {"run_id", "git_commit", "config_hash", "hook_list", "command", "config", "versions", "device",
+            "dataset", "data_sha256",
             "seed", "n_params"} <= set(about)
     lines = metrics(out)
     training, evaluations = [x for x in lines if "train_loss" in x], [x for x in lines if "val_loss" in x]
-    assert [x["step"] for x in training] == list(range(5, 61, 5)) and [x["step"] for x in evaluations] == list(range(0, 61, 10))
-    assert all({"step", "tokens", "time_s", "train_loss", "lr", "grad_norm", "tokens_per_s"} == set(x) for x in training)
+    assert [x["step"] for x in training] == list(range(5, 61, 5))
+    assert [x["step"] for x in evaluations] == list(range(0, 61, 10))
+    assert all({"step", "tokens", "time_s", "train_loss", "lr", "grad_norm", "tokens_per_s"} == set(x)
+               for x in training)
     assert all({"step", "tokens", "time_s", "val_loss", "sample_text"} == set(x) for x in evaluations)
-    assert all(a["time_s"] <= b["time_s"] for a, b in zip(lines, lines[1:])) and lines[0]["tokens"] == 0 and lines[-1]["tokens"] == 60 * 4 * 32
+    assert all(a["time_s"] <= b["time_s"] for a, b in zip(lines, lines[1:])) and lines[0]["tokens"] == 0
+    assert lines[-1]["tokens"] == 60 * 4 * 32
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5 # it learns
     for file, step in (("ckpt.pt", 60), ("ckpt.prev.pt", 50), ("best.pt", None)):
         s = load_checkpoint(out / file)
-        assert step in (None, s["step"]) and {"model", "optimizer", "config", "tokenizer", "step", "random"} <= set(s)
+        assert step in (None, s["step"])
+        assert {"model", "optimizer", "config", "tokenizer", "step", "random"} <= set(s)
         assert torch.load(out / file, weights_only=True).keys() == s.keys() # an ordinary .pt file
     assert GPT.from_checkpoint(out / "ckpt.pt").num_params() == about["n_params"]
     assert "device cpu" in log and "dtype float32" in log and "compile off" in log and "MFU" not in log
@@ -122,7 +130,8 @@ def test_validation_loss_is_the_whole_split(whole, corpus):
     """Recomputed token by token from the shard's bytes."""
     out, _ = whole
     model = GPT.from_checkpoint(out / "ckpt.pt")
-    ids = torch.frombuffer(bytearray((corpus / "data/play/val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16).long()
+    ids = torch.frombuffer(bytearray((corpus / "data/play/val_000000.bin").read_bytes()[1024:]),
+                           dtype=torch.uint16).long()
     total = 0.0
     for i in range(0, len(ids) - 1, 32):
         x, y = ids[i : i + 32][: len(ids) - 1 - i], ids[i + 1 : i + 33]
@@ -131,7 +140,8 @@ def test_validation_loss_is_the_whole_split(whole, corpus):
 
 
 def test_learning_rate(corpus, tmp_path):
-    flags = "--max_iters=25 --log_interval=1 --min_lr=1e-3 --eval_interval=99 --sample_tokens=0 --eval_iters=1".split()
+    flags = ("--max_iters=25 --log_interval=1 --min_lr=1e-3 --eval_interval=99 --sample_tokens=0 "
+             "--eval_iters=1").split()
     schedules = {"cosine": lambda f: 1e-3 + (1e-2 - 1e-3) * 0.5 * (1 + math.cos(math.pi * f)),
                  "linear": lambda f: 1e-2 + f * (1e-3 - 1e-2), "constant": lambda f: 1e-2,
                  "wsd": lambda f: 1e-2 if f < 0.8 else 1e-3 + (1 - f) / 0.2 * (1e-2 - 1e-3)}
@@ -147,7 +157,8 @@ def test_learning_rate(corpus, tmp_path):
 
 def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
     flags = ["--max_iters=10", "--dropout=0.0", "--eval_iters=2"]
-    side_by_side(corpus, tmp_path, a=[*flags, "--batch_size=4"], b=[*flags, "--batch_size=2", "--gradient_accumulation_steps=2"])
+    side_by_side(corpus, tmp_path, a=[*flags, "--batch_size=4"],
+                 b=[*flags, "--batch_size=2", "--gradient_accumulation_steps=2"])
     a, b = (load_checkpoint(tmp_path / o / "ckpt.pt")["model"] for o in "ab")
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
     data, model = load("play", corpus / "data"), GPT.from_checkpoint(tmp_path / "a/ckpt.pt")
@@ -155,7 +166,8 @@ def test_accumulated_gradients_are_the_big_batch(corpus, tmp_path):
         losses = [model(*data.val.batch(i, 4, 32, 1337))[1]["ce"].item() for i in range(2)]
     assert metrics(tmp_path / "a")[-1]["val_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     one, two = ([(x["train_loss"], x["grad_norm"]) for x in metrics(tmp_path / o) if "lr" in x] for o in "ab")
-    assert one == [pytest.approx(x, rel=1e-3) for x in two] # clipping and Adam would hide a gradient of another size
+    # clipping and Adam would hide a gradient of another size
+    assert one == [pytest.approx(x, rel=1e-3) for x in two]
 
 
 def test_every_loss_counts_once_whatever_the_number_of_parts():
@@ -183,9 +195,12 @@ def test_every_loss_counts_once_whatever_the_number_of_parts():
 
 @pytest.mark.parametrize("wanted, steps", [(3, 60), pytest.param(20, 300, marks=pytest.mark.deep)])
 def test_resume_after_any_kill_is_bit_exact(wanted, steps, corpus, tmp_path):
-    """kill -9 at random moments, start-up, saving and evaluating included: weights, moments, random states and metrics
-    end as if nothing had happened. A run that ends before the last kill is compared, and another one is begun."""
-    flags, rng, kills, runs, resumed = [f"--max_iters={steps}", "--checkpoint_interval=3"], random.Random(7), 0, 0, 0
+    """kill -9 at random moments, start-up, saving and evaluating included: weights, moments, random states
+    and metrics end as if nothing had happened. A run that ends before the last kill is compared, and another
+    one is begun.
+    """
+    flags, rng = [f"--max_iters={steps}", "--checkpoint_interval=3"], random.Random(7)
+    kills = runs = resumed = 0
     began = time.monotonic()
     train(corpus, tmp_path / "calm", *flags)
     whole_run = time.monotonic() - began
@@ -221,14 +236,17 @@ def test_killed_before_the_first_checkpoint(corpus, tmp_path):
 
 
 def test_best_alone_is_gone_on_from(whole, corpus, tmp_path):
-    """It holds all that a checkpoint does. To begin anew would empty metrics.jsonl and overwrite a better best.pt."""
+    """It holds all that a checkpoint does. To begin anew would empty metrics.jsonl and overwrite a better
+    best.pt.
+    """
     out = tmp_path / "o"
     shutil.copytree(whole[0], out)
     (out / "ckpt.pt").unlink(), (out / "ckpt.prev.pt").unlink()
     kept = (out / "best.pt").read_bytes()
     done = train(corpus, out, "--max_iters=60", "--resume")
     assert f"RESUMING from {out / 'best.pt'}, step {load_checkpoint(out / 'best.pt')['step']}" in done.stdout
-    assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out) and (out / "best.pt").read_bytes() == kept
+    assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
+    assert (out / "best.pt").read_bytes() == kept
 
 
 def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
@@ -236,7 +254,8 @@ def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
     train(corpus, out, "--max_iters=10")
     (out / "metrics.jsonl").write_text("", encoding="utf-8")
     done = train(corpus, out, "--max_iters=5", "--resume")
-    assert "is shorter than when the checkpoint was saved" in done.stdout and load_checkpoint(out / "ckpt.pt")["step"] == 10
+    assert "is shorter than when the checkpoint was saved" in done.stdout
+    assert load_checkpoint(out / "ckpt.pt")["step"] == 10
     assert "NOTHING TO TRAIN: the run is at step 10 and max_iters=5" in done.stdout
     assert b"\0" not in (out / "metrics.jsonl").read_bytes()
 
@@ -263,18 +282,22 @@ def dice(step, params): return {"python": random.random(), "numpy": numpy.random
 CHANGES = {"fadam": ["--optimizer=fadam"], "adam_mini": ["--optimizer=adam_mini"], "sparse": SPARSE,
            "sparse muon": ["--optimizer=muon", *SPARSE],
            "hooks": ["--update_hooks=gradient_noise,clip_by_layer=0.1,dice.py:dice"]}
-SHORT = [("fadam", 22), ("sparse muon", 25), ("adam_mini, hooks", 22)] # all that can be changed, in three runs
+# all that can be changed, in three runs
+SHORT = [("fadam", 22), ("sparse muon", 25), ("adam_mini, hooks", 22)]
 LONG = [(name, stop) for name in CHANGES for stop in (22, 25) if (name, stop) not in SHORT]
 
 
-@pytest.mark.parametrize("names, stop", [*SHORT, *(pytest.param(*case, marks=pytest.mark.deep) for case in LONG)])
+@pytest.mark.parametrize("names, stop",
+                         [*SHORT, *(pytest.param(*case, marks=pytest.mark.deep) for case in LONG)])
 def test_every_optimizer_and_every_rule_resumes_to_the_bit(names, stop, corpus, tmp_path):
-    """Stopped in the middle of a sparse window (22), and right before weights are chosen (25). What a hook draws
-    from Python's and numpy's generators goes on as well."""
+    """Stopped in the middle of a sparse window (22), and right before weights are chosen (25). What a hook
+    draws from Python's and numpy's generators goes on as well.
+    """
     (tmp_path / "dice.py").write_text(DICE, encoding="utf-8")
     flags = [flag for name in names.split(", ") for flag in CHANGES[name]]
     flags = [flag.replace("dice.py", str(tmp_path / "dice.py")) for flag in flags]
-    side_by_side(corpus, tmp_path, a=["--max_iters=45", *flags], b=[f"--max_iters={stop}", "--lr_decay_iters=45", *flags])
+    side_by_side(corpus, tmp_path, a=["--max_iters=45", *flags],
+                 b=[f"--max_iters={stop}", "--lr_decay_iters=45", *flags])
     assert (tmp_path / "b/best.pt").exists() != ("sparse" in names) # a denser model is never the best
     code = [flag for flag in flags if "dice.py" in flag] # what runs a file's code is named again
     train(corpus, tmp_path / "b", "--max_iters=45", "--resume", *code)
@@ -286,7 +309,9 @@ def test_every_optimizer_and_every_rule_resumes_to_the_bit(names, stop, corpus, 
 
 @pytest.mark.parametrize("knob, name", [("--n_ahead=2", "ahead"), ("--uncertainty", "uncertainty")])
 def test_what_learns_beside_the_model_leaves_it_as_it_is(knob, name, corpus, tmp_path):
-    """With and without the knob the trunk ends in the same bits, dropout and clipping included; its cell or head learns."""
+    """With and without the knob the trunk ends in the same bits, dropout and clipping included; its cell or
+    head learns.
+    """
     flags = ["--max_iters=30", "--grad_clip=0.5"]
     side_by_side(corpus, tmp_path, own=[*flags, knob], without=flags)
     with_, without = state(tmp_path / "own")["model"], state(tmp_path / "without")["model"]
@@ -313,11 +338,13 @@ def test_a_sparse_run_says_its_density(corpus, tmp_path):
     assert lines[0]["density"] == 1.0 and all("density" in x for x in lines)
     s = load_checkpoint(tmp_path / "o" / "ckpt.pt")
     total, active = (sum(f(m) for m in s["sparse"]["masks"]) for f in (torch.Tensor.numel, torch.Tensor.sum))
-    assert active == round(0.4 * total) and lines[-1]["density"] == pytest.approx(active.item() / total, abs=1e-6)
+    assert active == round(0.4 * total)
+    assert lines[-1]["density"] == pytest.approx(active.item() / total, abs=1e-6)
     zeros = sum(int((w == 0).sum()) for k, w in s["model"].items() if k.startswith("blocks") and w.dim() == 2)
     assert zeros == total - active and f"of {total:,} weights kept" in done.stdout
     best = load_checkpoint(tmp_path / "o" / "best.pt")
-    assert sum(m.sum() for m in best["sparse"]["masks"]) == active # a denser model of lower loss is not the best
+    # a denser model of lower loss is not the best
+    assert sum(m.sum() for m in best["sparse"]["masks"]) == active
 
 
 # --- hooks ---
@@ -325,21 +352,27 @@ def test_a_sparse_run_says_its_density(corpus, tmp_path):
 
 def test_hooks_watch_without_a_trace_and_change_what_they_say(corpus, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def halve(step, params, by=2.0):\n    for p in params.values(): p.grad /= by\n    return {'step': step, 'by': by}\n"
-        "def spoil(model):\n    return {model.blocks[0]: lambda i, o: {'max': o.mul_(0).max()}}\n", encoding="utf-8")
-    flags = ["--max_iters=10", "--log_interval=1", "--grad_clip=0.0", "--optimizer=muon"] # dropout is on: a trace in the random states would show
+        "def halve(step, params, by=2.0):\n    for p in params.values(): p.grad /= by\n"
+        "    return {'step': step, 'by': by}\n"
+        "def spoil(model):\n    return {model.blocks[0]: lambda i, o: {'max': o.mul_(0).max()}}\n",
+        encoding="utf-8")
+    # dropout is on: a trace in the random states would show
+    flags = ["--max_iters=10", "--log_interval=1", "--grad_clip=0.0", "--optimizer=muon"]
     watching = f"--forward_hooks=activation_stats,{tmp_path / 'mine.py'}:spoil"
     halving = f"{tmp_path / 'mine.py'}:halve=4"
-    side_by_side(corpus, tmp_path, plain=flags, watched=[*flags, watching], same=[*flags, "--update_hooks=identity", "--sample_tokens=0"],
+    side_by_side(corpus, tmp_path, plain=flags, watched=[*flags, watching],
+                 same=[*flags, "--update_hooks=identity", "--sample_tokens=0"],
                  halved=[*flags, f"--update_hooks={halving}"])
     plain = state(tmp_path / "plain")["model"]
-    assert same(plain, state(tmp_path / "watched")["model"]) and same(plain, state(tmp_path / "same")["model"])
+    assert same(plain, state(tmp_path / "watched")["model"])
+    assert same(plain, state(tmp_path / "same")["model"])
     line = metrics(tmp_path / "watched")[-2]
     assert set(line["hooks"]) == {"activation_stats", f"{tmp_path / 'mine.py'}:spoil"}
     stats = {f"blocks.{i}{k}" for i in (0, 1) for k in (".mean", ".std", ".mlp.down.dead")}
     assert set(line["hooks"]["activation_stats"]) == stats
     about = json.loads((tmp_path / "watched" / "run.json").read_text(encoding="utf-8"))
-    assert about["hook_list"] == {"forward": ["activation_stats", f"{tmp_path / 'mine.py'}:spoil"], "update": []}
+    assert about["hook_list"] == {"forward": ["activation_stats", f"{tmp_path / 'mine.py'}:spoil"],
+                                  "update": []}
     plain, halved = metrics(tmp_path / "plain"), metrics(tmp_path / "halved")
     assert halved[5]["hooks"] == {halving: {"step": 4, "by": 4.0}}
     assert halved[1]["grad_norm"] == pytest.approx(plain[1]["grad_norm"] / 4) # of the first step
@@ -355,9 +388,11 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(damage, whol
         raw[len(raw) // 2] ^= 1
     (out / "ckpt.pt").write_bytes({"flip": raw, "cut": raw[:-100], "empty": b""}[damage])
     done = train(corpus, out, "--max_iters=60", "--resume")
-    assert f"WARNING: {out / 'ckpt.pt'} is" in done.stdout and "RESUMING from" in done.stdout and "ckpt.prev.pt, step 50" in done.stdout
+    assert f"WARNING: {out / 'ckpt.pt'} is" in done.stdout and "RESUMING from" in done.stdout
+    assert "ckpt.prev.pt, step 50" in done.stdout
     assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
-    assert load_checkpoint(out / "ckpt.prev.pt")["step"] == 50 # no save puts the damaged file in the place of the whole one
+    # no save puts the damaged file in the place of the whole one
+    assert load_checkpoint(out / "ckpt.prev.pt")["step"] == 50
     assert (out / "ckpt.pt.damaged").exists()
 
 
@@ -387,7 +422,8 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
-    save_checkpoint(tmp_path / "bomb.pt", {"model": Bomb()}) # with a good seal: what a malicious author would send
+    # with a good seal: what a malicious author would send
+    save_checkpoint(tmp_path / "bomb.pt", {"model": Bomb()})
     with pytest.raises(ValueError, match="bomb.pt holds more than weights"):
         load_checkpoint(tmp_path / "bomb.pt")
     assert not (tmp_path / "ran").exists()
@@ -402,7 +438,8 @@ CRAFTED = { # what a checkpoint has in place of a setting -> what is said
     "a global": ({"math": 5}, "settings that this train.py does not know: math"),
     "another type": ({"learning_rate": "1e-3"}, "settings that this train.py does not know: learning_rate"),
     "code": ({"update_hooks": "{d}/mine.py:f"}, "if you trust it, name it again: --update_hooks="),
-    "code that watches": ({"forward_hooks": "{d}/mine.py:f"}, "if you trust it, name it again: --forward_hooks="),
+    "code that watches": ({"forward_hooks": "{d}/mine.py:f"},
+                          "if you trust it, name it again: --forward_hooks="),
 }
 
 
@@ -412,7 +449,8 @@ def test_a_crafted_checkpoint_changes_settings_only(change, said, whole, corpus,
     shutil.copytree(whole[0], out)
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(*a): pass")
     saved = load_checkpoint(out / "ckpt.pt")
-    saved["config"]["train"].update({k: v.format(d=tmp_path) if isinstance(v, str) else v for k, v in change.items()})
+    saved["config"]["train"].update({k: v.format(d=tmp_path) if isinstance(v, str) else v
+                                     for k, v in change.items()})
     save_checkpoint(str(out / "ckpt.pt"), saved)
     done = train(corpus, out, "--max_iters=62", "--resume", code=2)
     assert said in done.stderr and not (tmp_path / "ran").exists() and len(unsettled(done.stderr)) <= 3
@@ -457,8 +495,9 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_best_model_that_was_not_written_is_not_the_best(corpus, tmp_path):
-    """Else a later model that is better than what best.pt holds would not be kept. Where the last checkpoint is
-    lost as well, the exit code says so. By its clock an evaluation takes 1000 s: no time of training."""
+    """Else a later model that is better than what best.pt holds would not be kept. Where the last checkpoint
+    is lost as well, the exit code says so. By its clock an evaluation takes 1000 s: no time of training.
+    """
     done = spoiled("""
 import model, time
 write = model.save_checkpoint
@@ -518,14 +557,17 @@ def wait_for(process, *lines):
 
 
 def test_nobody_listens(whole, corpus, tmp_path):
-    """The pipe behind stdout closes, as when `| tee log` ends first at Ctrl-C: a signal still saves, and without one the run goes on."""
+    """The pipe behind stdout closes, as when `| tee log` ends first at Ctrl-C: a signal still saves, and
+    without one the run goes on.
+    """
     process = started(corpus, tmp_path / "stopped", "step     15/", "--max_iters=100000")
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and load_checkpoint(tmp_path / "stopped/ckpt.pt")["step"] >= 15
     process = started(corpus, tmp_path / "on", "step     15/", "--max_iters=60")
     process.stdout.close()
-    assert process.wait(60) == 0 and same(state(whole[0]), state(tmp_path / "on")) and timeless(whole[0]) == timeless(tmp_path / "on")
+    assert process.wait(60) == 0 and same(state(whole[0]), state(tmp_path / "on"))
+    assert timeless(whole[0]) == timeless(tmp_path / "on")
     assert "the run goes on" in process.stderr.read()
 
 
@@ -540,13 +582,15 @@ def test_a_full_disk_costs_no_line_and_no_run(corpus, tmp_path):
     """No file may grow for a while, then they may again: the log has every step."""
     out = tmp_path / "o"
     process = started(corpus, out, "step     10/", "--max_iters=100000", "--log_interval=1")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (os.path.getsize(out / "metrics.jsonl") + 100, resource.RLIM_INFINITY))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE,
+                     (os.path.getsize(out / "metrics.jsonl") + 100, resource.RLIM_INFINITY))
     wait_for(process, "metrics.jsonl CANNOT BE WRITTEN", "ckpt.pt WAS NOT WRITTEN", "step ")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     last = load_checkpoint(out / "ckpt.pt")
-    assert process.returncode == 143 and not last["unwritten"] and last["metrics_bytes"] == os.path.getsize(out / "metrics.jsonl")
+    assert process.returncode == 143 and not last["unwritten"]
+    assert last["metrics_bytes"] == os.path.getsize(out / "metrics.jsonl")
     assert [line["step"] for line in metrics(out) if "train_loss" in line] == list(range(1, last["step"] + 1))
 
 
@@ -554,18 +598,21 @@ def test_a_folder_that_is_gone_ends_the_run_in_a_line(corpus, tmp_path):
     process = started(corpus, tmp_path / "o", "step     10/", "--max_iters=100000")
     shutil.rmtree(tmp_path / "o")
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and f"the folder {tmp_path / 'o'} is gone" in said and len(unsettled(said)) == 1
+    assert process.returncode == 1 and f"the folder {tmp_path / 'o'} is gone" in said
+    assert len(unsettled(said)) == 1
 
 
 def test_evaluation_is_bounded_shows_where_it_is_and_ends_at_a_signal(corpus, tmp_path):
     long = tmp_path / "long.txt"
     long.write_text("to be or not to be, that is the question\n" * 80_000)
-    flags = [f"--dataset={long}", f"--data_dir={tmp_path / 'data'}", "--val_fraction=0.9", "--max_iters=1", "--batch_size=1"]
+    flags = [f"--dataset={long}", f"--data_dir={tmp_path / 'data'}", "--val_fraction=0.9", "--max_iters=1",
+             "--batch_size=1"]
     process = started(corpus, tmp_path / "o", "evaluating: ", *flags, "--eval_iters=-1")
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     process.communicate(timeout=60)
-    assert process.returncode == 143 and time.monotonic() - began < 5 and load_checkpoint(tmp_path / "o/ckpt.pt")["evaluated"] == -1
+    assert process.returncode == 143 and time.monotonic() - began < 5
+    assert load_checkpoint(tmp_path / "o/ckpt.pt")["evaluated"] == -1
     said = train(corpus, tmp_path / "p", *flags, "--batch_size=64").stdout
     taken, there = re.search(r"each evaluation takes ([\d,]+) of ([\d,]+) validation tokens", said).groups()
     assert there == "2,952,000" and 100_000 < int(taken.replace(",", "")) < 140_000
@@ -574,7 +621,8 @@ def test_evaluation_is_bounded_shows_where_it_is_and_ends_at_a_signal(corpus, tm
 def test_a_second_signal_ends_the_run_at_once(corpus, tmp_path):
     slow = "import time\ndef slow(step, params): print('asleep', flush=True), time.sleep(60)\n"
     (tmp_path / "slow.py").write_text(slow, encoding="utf-8")
-    process = started(corpus, tmp_path / "o", "asleep", "--eval_iters=1", f"--update_hooks={tmp_path / 'slow.py'}:slow")
+    process = started(corpus, tmp_path / "o", "asleep", "--eval_iters=1",
+                      f"--update_hooks={tmp_path / 'slow.py'}:slow")
     process.send_signal(signal.SIGINT)
     wait_for(process, "SIGINT: finishing this step")
     process.send_signal(signal.SIGINT)
@@ -604,12 +652,15 @@ F.cross_entropy = cross_entropy
 def test_a_non_finite_batch_is_skipped(bad, corpus, tmp_path):
     """The 4th batch is poison: the weights after 4 steps are those after 3."""
     out = tmp_path / "o"
-    done = poisoned_batches(corpus, out, bad, {4}, "--max_iters=4", "--checkpoint_interval=3", "--log_interval=1")
-    assert [line["train_loss"] is None for line in metrics(out) if "lr" in line] == [False, False, False, True] # JSON has no NaN
+    done = poisoned_batches(corpus, out, bad, {4}, "--max_iters=4", "--checkpoint_interval=3",
+                            "--log_interval=1")
+    losses = [line["train_loss"] for line in metrics(out) if "lr" in line]
+    assert [loss is None for loss in losses] == [False, False, False, True] # JSON has no NaN
     assert done.returncode == 0 and "BATCH SKIPPED (1 so far)" in done.stdout, done.stdout + done.stderr
     before, after = load_checkpoint(out / "ckpt.prev.pt"), load_checkpoint(out / "ckpt.pt")
     assert (before["step"], after["step"], after["skipped"]) == (3, 4, 1)
-    assert same(before["model"], after["model"]) and same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert same(before["model"], after["model"])
+    assert same(before["optimizer"]["state"], after["optimizer"]["state"])
 
 
 def test_a_non_finite_batch_of_the_drafting_cell_costs_the_model_nothing(corpus, tmp_path):
@@ -643,27 +694,36 @@ def test_a_failing_compiler_is_said_aloud(corpus, tmp_path):
 
 
 def test_model_size_is_below_everything_given(corpus, tmp_path):
-    """The data's vocabulary and every given field win; the rest is the preset's. A resumed run has its checkpoint's fields."""
+    """The data's vocabulary and every given field win; the rest is the preset's. A resumed run has its
+    checkpoint's fields.
+    """
     (tmp_path / "c.py").write_text("n_layer = 1\nmodel_size = 'tiny'")
     folders = [f"--out_dir={tmp_path / 'o'}", f"--data_dir={corpus / 'data'}"]
-    first = ("--dataset=play --batch_size=2 --n_embd=64 --n_head=2 --eval_iters=1 --sample_tokens=4 --warmup_iters=1 "
-             "--model_size=nano --block_size=32 --max_iters=2").split()
+    first = ("--dataset=play --batch_size=2 --n_embd=64 --n_head=2 --eval_iters=1 --sample_tokens=4 "
+             "--warmup_iters=1 --model_size=nano --block_size=32 --max_iters=2").split()
     ended(run([ROOT / "train.py", tmp_path / "c.py", *folders, *first]))
     config = load_checkpoint(tmp_path / "o/ckpt.pt")["config"]
-    given = {"n_layer": 1, "n_embd": 64, "n_head": 2, "block_size": 32, "vocab_size": load("play", corpus / "data").vocab_size}
-    assert config["model"] == asdict(GPTConfig(**{**PRESETS["nano"], **given})) and config["train"]["model_size"] == "nano"
+    given = {"n_layer": 1, "n_embd": 64, "n_head": 2, "block_size": 32,
+             "vocab_size": load("play", corpus / "data").vocab_size}
+    assert config["model"] == asdict(GPTConfig(**{**PRESETS["nano"], **given}))
+    assert config["train"]["model_size"] == "nano"
     ended(run([ROOT / "train.py", *folders, "--resume", "--max_iters=4"]))
     last = load_checkpoint(tmp_path / "o/ckpt.pt")
-    assert last["step"] == 4 and last["config"]["model"] == config["model"] and last["config"]["train"]["model_size"] == "nano"
+    assert last["step"] == 4 and last["config"]["model"] == config["model"]
+    assert last["config"]["train"]["model_size"] == "nano"
 
 
 def test_what_a_file_gave_goes_when_the_command_line_has_no_use_for_it(corpus, tmp_path):
-    (tmp_path / "c.py").write_text("kv_rank, rope_dim, attention = 8, 4, 'diff_mla'\nsparse_density, windows, memory_slots = 0.3, 2, 4\nmin_lr = 1e-3")
-    said = train(corpus, tmp_path / "o", str(tmp_path / "c.py"), "--attention=mha", "--memory_slots=0", "--learning_rate=3e-5", "--max_iters=2").stdout
-    for words in ("kv_rank=8 of the config file is dropped", "rope_dim=4 of", "sparse_density=0.3 of", "windows=2 of", "lowered to 3e-06"):
+    (tmp_path / "c.py").write_text("kv_rank, rope_dim, attention = 8, 4, 'diff_mla'\nmin_lr = 1e-3\n"
+                                   "sparse_density, windows, memory_slots = 0.3, 2, 4")
+    said = train(corpus, tmp_path / "o", str(tmp_path / "c.py"), "--attention=mha", "--memory_slots=0",
+                 "--learning_rate=3e-5", "--max_iters=2").stdout
+    for words in ("kv_rank=8 of the config file is dropped", "rope_dim=4 of", "sparse_density=0.3 of",
+                  "windows=2 of", "lowered to 3e-06"):
         assert words in said, said
     last = load_checkpoint(tmp_path / "o/ckpt.pt")["config"]
-    assert (last["model"]["kv_rank"], last["train"]["windows"]) == (0, 1) and last["train"]["min_lr"] == pytest.approx(3e-6)
+    assert (last["model"]["kv_rank"], last["train"]["windows"]) == (0, 1)
+    assert last["train"]["min_lr"] == pytest.approx(3e-6)
     (tmp_path / "d.py").write_text("learning_rate = 3e-5") # min_lr's default was nobody's wish
     assert "lowered to" in train(corpus, tmp_path / "p", "--max_iters=0", str(tmp_path / "d.py")).stdout
     train(corpus, tmp_path / "q", "--max_iters=0", "--learning_rate=3e-5", "--min_lr=1e-4", code=2)
@@ -671,14 +731,17 @@ def test_what_a_file_gave_goes_when_the_command_line_has_no_use_for_it(corpus, t
 
 def test_several_processes_are_refused_in_plain_words(corpus, tmp_path):
     """What torchrun sets. They would wait for each other's folder."""
-    assert "without torchrun" in train(corpus, tmp_path / "o", code=2, env={"WORLD_SIZE": "2", "RANK": "1"}).stderr
+    assert "without torchrun" in train(corpus, tmp_path / "o", code=2,
+                                       env={"WORLD_SIZE": "2", "RANK": "1"}).stderr
 
 
 # --- shards and tokenizers of other programs ---
 
 
 def test_shards_and_tokenizer_of_hugging_face(tmp_path):
-    """prepare, two steps, sample.py, all from files that other programs wrote and that are gone when the model writes."""
+    """prepare, two steps, sample.py, all from files that other programs wrote and that are gone when the
+    model writes.
+    """
     tokenizers = pytest.importorskip("tokenizers")
     codec = bpe(tokenizers)
     codec.save(str(tmp_path / "bpe.json"))
@@ -690,10 +753,12 @@ def test_shards_and_tokenizer_of_hugging_face(tmp_path):
     def call(script, *flags, code=0):
         return ended(run([ROOT / script, *flags], cwd=tmp_path), code)
 
-    small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--max_iters=2", "--warmup_iters=1"]
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--max_iters=2",
+             "--warmup_iters=1"]
     call("train.py", "--dataset=shards", "--tokenizer=bpe.json", "--out_dir=o", "--model_size=micro", *small)
     prepare(tmp_path / "shards", data_dir=tmp_path / "other")
-    refused = call("train.py", "--dataset=shards", "--tokenizer=bpe.json", "--data_dir=other", "--out_dir=p", *small, code=2)
+    refused = call("train.py", "--dataset=shards", "--tokenizer=bpe.json", "--data_dir=other", "--out_dir=p",
+                   *small, code=2)
     assert "tokenizer=none" in refused.stderr and "shards --tokenizer=bpe.json" in refused.stderr
     (tmp_path / "speech.txt").write_text(SPEECH, encoding="utf-8")
     prepare(tmp_path / "speech.txt", str(tmp_path / "bpe.json"), tmp_path / "data")
@@ -707,7 +772,8 @@ def test_shards_and_tokenizer_of_hugging_face(tmp_path):
     for gone in ("shards", "data"):
         shutil.rmtree(tmp_path / gone)
     assert load_checkpoint(tmp_path / "o/ckpt.pt")["config"]["model"]["vocab_size"] == codec.get_vocab_size()
-    said = call("sample.py", "--out_dir=o", "--start=thou art: ", "--max_new_tokens=12", "--temperature=0").stdout
+    said = call("sample.py", "--out_dir=o", "--start=thou art: ", "--max_new_tokens=12",
+                "--temperature=0").stdout
     model, prompt = GPT.from_checkpoint(tmp_path / "o/best.pt"), codec.encode("thou art: ").ids
     wanted = model.generate(torch.tensor([prompt]), 12, temperature=0)[0].tolist()
     shown = codec.decode(wanted, skip_special_tokens=False)
@@ -720,8 +786,10 @@ SPEECH = "to be, or not to be: that is the question. thou art more lovely and mo
 def bpe(tokenizers):
     """A byte-level BPE as LEPTON's, trained here, with end of text 0 and padding 1."""
     codec = tokenizers.Tokenizer(tokenizers.models.BPE())
-    codec.pre_tokenizer, codec.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>", "<|pad|>"],
+                                             show_progress=False,
                                              initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     codec.train_from_iterator([SPEECH.replace("question", str(i)) for i in range(5)], trainer)
     return codec

@@ -44,7 +44,8 @@ def ece_loop(p, right, bins, equal_mass):
     p, right, total = p.numpy(), right.numpy(), 0.0
     order = np.argsort(p, kind="stable")
     for i in range(bins):
-        inside = np.isin(np.arange(len(p)), np.array_split(order, bins)[i]) if equal_mass else np.floor(p * bins).clip(max=bins - 1) == i
+        inside = np.isin(np.arange(len(p)),
+                np.array_split(order, bins)[i]) if equal_mass else np.floor(p * bins).clip(max=bins - 1) == i
         if inside.any():
             total += inside.sum() / len(p) * abs(right[inside].mean() - p[inside].mean())
     return total
@@ -55,25 +56,31 @@ def ece_loop(p, right, bins, equal_mass):
 def test_calibration_error_is_its_definition(n, bins, equal_mass):
     p, right = calibrated(n)
     p = p**2 # over-confident below, and bins of very different size
-    assert calibration_error(p, right, equal_mass, bins) == pytest.approx(ece_loop(p, right, bins, equal_mass), abs=1e-12)
+    assert calibration_error(p, right, equal_mass,
+                             bins) == pytest.approx(ece_loop(p, right, bins, equal_mass), abs=1e-12)
     table = reliability(p, right, equal_mass, bins)
     means = [mean for _, mean, _ in table]
     assert sum(count for count, *_ in table) == n and means == sorted(means)
 
 
 def test_certainty_falls_into_the_last_bin():
-    assert reliability(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, False])) == [(1, 0.0, 0.0), (2, 1.0, 0.5)]
+    assert reliability(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, False])) == [(1, 0.0, 0.0),
+                                                                                              (2, 1.0, 0.5)]
 
 
 @pytest.mark.parametrize("equal_mass", (False, True))
 def test_calibrated_guesses_have_a_small_error_and_not_none(equal_mass):
-    """|share right - mean p| of a bin of n_b is about sqrt(2 p (1 - p) / (pi n_b)), which over the bins adds up to 0.31 sqrt(bins / n)."""
+    """|share right - mean p| of a bin of n_b is about sqrt(2 p (1 - p) / (pi n_b)), which over the bins adds
+    up to 0.31 sqrt(bins / n).
+    """
     for n in (2_000, 50_000):
         errors = [calibration_error(*calibrated(n, seed), equal_mass) for seed in range(20)]
         expected = 0.8 * (15 / n) ** 0.5 * 0.39 # sqrt(2 / pi), and the mean of sqrt(p (1 - p)) over uniform p
-        assert sum(errors) / 20 == pytest.approx(expected, rel=0.15) # 300 bins with a spread of 0.75: 4% is one deviation of their mean
+        # 300 bins with a spread of 0.75: 4% is one deviation of their mean
+        assert sum(errors) / 20 == pytest.approx(expected, rel=0.15)
     p, right = calibrated(50_000)
-    assert calibration_error((p + 1) / 2, right, equal_mass) == pytest.approx(0.25, abs=0.01) # over-confident by (1 - p) / 2
+    # over-confident by (1 - p) / 2
+    assert calibration_error((p + 1) / 2, right, equal_mass) == pytest.approx(0.25, abs=0.01)
 
 
 def test_auroc_counts_pairs():
@@ -95,7 +102,8 @@ def drawn(n=40_000, V=5):
 def test_the_temperature_is_found():
     logits, targets = drawn()
     T = fit_temperature(logits, targets)
-    # the curvature of the loss in 1/T is the variance of z under softmax(z): above 1 here, so T is sure to 1 / sqrt(n) = 0.005
+    # The curvature of the loss in 1/T is the variance of z under softmax(z), above 1 here: T is sure to
+    # 1 / sqrt(n) = 0.005.
     assert T == pytest.approx(1, abs=0.02)
     for k in (0.1, 3.0, 20.0):
         assert fit_temperature(k * logits, targets) == pytest.approx(k * T, rel=1e-9)
@@ -103,7 +111,8 @@ def test_the_temperature_is_found():
     def nll(T):
         return F.cross_entropy(logits / T, targets).item()
 
-    assert nll(T) <= min(nll(1.0), nll(0.99 * T), nll(1.01 * T)) and nll(1.0) - nll(T) < 1e-4 # T = 1 was right already
+    # T = 1 was right already
+    assert nll(T) <= min(nll(1.0), nll(0.99 * T), nll(1.01 * T)) and nll(1.0) - nll(T) < 1e-4
 
 
 # --- the head ---
@@ -122,18 +131,22 @@ def test_it_starts_as_one_minus_the_largest_probability():
 
 @pytest.mark.parametrize("rows", (1, 3, 4, 8, 11))
 def test_the_loss_is_the_cross_entropy_of_being_wrong(rows):
-    """By hand over the first quarter of the rows, of all where there are fewer than four; ignored targets count nowhere."""
+    """By hand over the first quarter of the rows, of all where there are fewer than four; ignored targets
+    count nowhere.
+    """
     model, idx, targets = build(), tokens(rows, 9), tokens(rows, 9)
     targets[0, 2:5] = -1
     logits, losses = model(idx, targets)
     few = rows // 4 if rows >= 4 else rows
     score, terms = model.uncertainty(model.trunk(idx)), []
-    correction = score.logit() - (1 - logits.softmax(-1).amax(-1)).logit() # what the head adds to the odds of 1 - p
+    # what the head adds to the odds of 1 - p
+    correction = score.logit() - (1 - logits.softmax(-1).amax(-1)).logit()
     for b in range(few):
         for t in range(9):
             if targets[b, t] >= 0:
                 wrong = logits[b, t].argmax() != targets[b, t]
-                terms.append(-(score[b, t] if wrong else 1 - score[b, t]).log().item() + 0.1 * correction[b, t].item() ** 2)
+                terms.append(-(score[b, t] if wrong else 1 - score[b, t]).log().item() + 0.1 * correction[b,
+                        t].item() ** 2)
     assert losses["uncertainty"].item() == pytest.approx(sum(terms) / len(terms), rel=1e-7)
     assert list(model.eval()(idx, targets)[1]) == ["ce"]
 
@@ -153,11 +166,14 @@ def test_its_gradient_stays_in_the_head(tie):
     assert all(p.grad.abs().sum() > 0 for p in model.extras.parameters())
     h = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
     logits = torch.randn(3, 29, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.grad(sum(model.extras["uncertainty"](h, logits)).sum(), (h, logits), allow_unused=True) == (None, None)
+    assert torch.autograd.grad(sum(model.extras["uncertainty"](h, logits)).sum(), (h, logits),
+                               allow_unused=True) == (None, None)
 
 
 def test_it_learns_where_the_model_is_wrong():
-    """A model that always says 0 at 0.9 and is wrong after half of the tokens: the score of each token is what the loss asks for."""
+    """A model that always says 0 at 0.9 and is wrong after half of the tokens: the score of each token is
+    what the loss asks for.
+    """
     model = GPT(GPTConfig(**SMALL))
     with torch.no_grad(): # h is the embedding alone
         for block in model.blocks:
@@ -172,7 +188,8 @@ def test_it_learns_where_the_model_is_wrong():
         opt.step()
     score = model.uncertainty(model.trunk(torch.arange(29)[:, None])).squeeze(1)
 
-    def best(wrong): # of one place: where the slope sigmoid(z) - wrong + 2 * 0.1 k of the loss is 0, by halving
+    # of one place: where the slope sigmoid(z) - wrong + 2 * 0.1 k of the loss is 0, by halving
+    def best(wrong):
         low, high = -20.0, 20.0
         for _ in range(60):
             k = (low + high) / 2
@@ -181,19 +198,25 @@ def test_it_learns_where_the_model_is_wrong():
         return said
 
     assert best(1) > 5 * (1 - p) > best(0) * 5
-    torch.testing.assert_close(score, torch.tensor([best(0)] * 14 + [best(1)] * 15), atol=0.03, rtol=0) # as far as 300 steps get
+    # as far as 300 steps get
+    torch.testing.assert_close(score, torch.tensor([best(0)] * 14 + [best(1)] * 15), atol=0.03, rtol=0)
 
 
 # --- writing ---
 
 
 @pytest.mark.parametrize("stop", ((), (3, 4)))
-@pytest.mark.parametrize("sampling", [dict(), dict(temperature=0), dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01)], ids=str)
+@pytest.mark.parametrize("sampling",
+        [dict(), dict(temperature=0), dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01)], ids=str)
 def test_the_text_is_generates_and_the_scores_are_the_heads(sampling, stop):
-    """Past block_size, three rows; each score from a full forward over the window that the token was drawn from."""
+    """Past block_size, three rows; each score from a full forward over the window that the token was drawn
+    from.
+    """
     model, idx = build(attention="diff_mla"), tokens(3, 5)
-    ids, scores = model.generate_with_uncertainty(idx, 40, **sampling, generator=torch.Generator().manual_seed(7), stop=iter(stop))
-    assert torch.equal(ids, model.generate(idx, 40, **sampling, generator=torch.Generator().manual_seed(7), stop=stop))
+    ids, scores = model.generate_with_uncertainty(idx, 40, **sampling,
+                                                  generator=torch.Generator().manual_seed(7), stop=iter(stop))
+    assert torch.equal(ids,
+            model.generate(idx, 40, **sampling, generator=torch.Generator().manual_seed(7), stop=stop))
     assert scores.shape == (3, ids.size(1) - 5) and ids.size(1) > 20 - 10 * bool(stop) and model.training
     model.eval()
     for b, row in enumerate(ids):
@@ -211,7 +234,8 @@ def test_no_tokens_and_no_head():
     ids, scores = model.generate_with_uncertainty(idx, 0)
     assert torch.equal(ids, idx) and scores.shape == (2, 0)
     plain = GPT(GPTConfig(**{**SMALL, "uncertainty": False}))
-    for call in (lambda: plain.generate_with_uncertainty(idx, 3), lambda: plain.uncertainty(torch.zeros(1, 32))):
+    for call in (lambda: plain.generate_with_uncertainty(idx, 3),
+                 lambda: plain.uncertainty(torch.zeros(1, 32))):
         with pytest.raises(ValueError, match="train one with --uncertainty"):
             call()
     with pytest.raises(ValueError, match="drop use_cache=False and watch"):
@@ -226,8 +250,8 @@ def trained(tmp_path_factory):
     """A folder with a run of a few steps, "o"."""
     d = tmp_path_factory.mktemp("unsure")
     (d / "play.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
-    flags = ("--dataset=play.txt --tokenizer=byte --uncertainty --out_dir=o --n_layer=1 --n_head=2 --n_embd=32 "
-             "--block_size=16 --max_iters=30 --learning_rate=1e-2 --warmup_iters=5").split()
+    flags = ("--dataset=play.txt --tokenizer=byte --uncertainty --out_dir=o --n_layer=1 --n_head=2 "
+             "--n_embd=32 --block_size=16 --max_iters=30 --learning_rate=1e-2 --warmup_iters=5").split()
     done = run([ROOT / "train.py", *flags], cwd=d)
     assert done.returncode == 0, done.stderr
     return d
@@ -245,7 +269,8 @@ def test_sample_prints_a_line_a_token(trained):
     plain, ours = sample(trained, *flags), sample(trained, *flags, "--uncertainty")
     rows = [line.split("  ", 1) for line in ours.stdout.split("\n") if line[:2] in ("0.", "1.")]
     text = "".join(eval(shown) for _, shown in rows)
-    assert plain.stdout.endswith("to be" + text + "\n") and "to be\n0." in ours.stdout and "\033" not in ours.stdout
+    assert plain.stdout.endswith("to be" + text + "\n") and "to be\n0." in ours.stdout
+    assert "\033" not in ours.stdout
     model, ids = GPT.from_checkpoint(trained / "o/best.pt"), list(b"to be" + text.encode())
     for i, (number, shown) in enumerate(rows[:11]):
         assert len(eval(shown)) == 1 # bytes of English: each is a character
@@ -256,13 +281,15 @@ def test_sample_prints_a_line_a_token(trained):
 def test_sample_prints_several_rows(trained):
     out = sample(trained, "--start=to be", "--max_new_tokens=9", "--uncertainty", "--num_samples=2").stdout
     parts = out[out.index("to be\n0.") :].split("---------------\n")
-    assert len(parts) == 3 and parts[2] == "" and all(part.startswith("to be\n") and part.count("\n") == 10 for part in parts[:2])
+    assert len(parts) == 3 and parts[2] == ""
+    assert all(part.startswith("to be\n") and part.count("\n") == 10 for part in parts[:2])
 
 
 def on_a_terminal(folder, *flags, no_color=None):
     """stdout of sample.py where it is a terminal."""
     ours, theirs = pty.openpty()
-    process = start([ROOT / "sample.py", f"--out_dir={folder / 'o'}", *flags], stdout=theirs, env={"NO_COLOR": no_color})
+    process = start([ROOT / "sample.py", f"--out_dir={folder / 'o'}", *flags], stdout=theirs,
+                    env={"NO_COLOR": no_color})
     os.close(theirs)
     out = b""
     try:
@@ -294,10 +321,13 @@ def test_a_character_of_three_tokens_has_one_score(trained, tmp_path):
     model = GPT(GPTConfig(**{**state["config"]["model"], "tie_embeddings": False}))
     model.load_state_dict({**state["model"], "head.weight": state["model"]["embed.weight"].clone()})
     a, b, c = "\u20ac".encode()
-    with torch.no_grad(): # the head looks up the embedding of the token just read, in one block that does nothing
-        for p in (model.blocks[0].attention.out.weight, model.blocks[0].mlp.down.weight, model.embed.weight, model.head.weight):
+    # the head looks up the embedding of the token just read, in one block that does nothing
+    with torch.no_grad():
+        for p in (model.blocks[0].attention.out.weight, model.blocks[0].mlp.down.weight, model.embed.weight,
+                  model.head.weight):
             p.zero_()
-        for axis, (now, after, sure) in enumerate([(10, a, 0.9), (a, b, 0.6), (b, c, 0.8), (c, a, 0.9)]): # of the second least
+        # of the second least
+        for axis, (now, after, sure) in enumerate([(10, a, 0.9), (a, b, 0.6), (b, c, 0.8), (c, a, 0.9)]):
             model.embed.weight[now, axis], model.head.weight[after, axis] = 1, sure
     state["model"], state["config"]["model"]["tie_embeddings"] = model.state_dict(), False
     (tmp_path / "o").mkdir()
@@ -309,7 +339,8 @@ def test_a_character_of_three_tokens_has_one_score(trained, tmp_path):
     assert scores[:3].argmax() == 1 and len(lines) == 3 and lines[0].startswith(f"{scores[:3].max():.2f}  ")
 
 
-@pytest.mark.parametrize("flag, way_out", [("--speculative", "or --speculative"), ("--interactive", "or --interactive")])
+@pytest.mark.parametrize("flag, way_out",
+                         [("--speculative", "or --speculative"), ("--interactive", "or --interactive")])
 def test_sample_refuses_what_has_no_scores(trained, flag, way_out):
     assert way_out in sample(trained, "--uncertainty", flag, code=2).stderr
 
@@ -334,11 +365,13 @@ def test_bench_reports_all_of_the_split_but_the_slice(trained):
     last = json.loads(done.stdout.strip().splitlines()[-1])
     by_name = {r["name"]: r["value"] for r in last["results"]}
     model = GPT.from_checkpoint(trained / "o/best.pt")
-    ids = torch.tensor(list(("to be or not to be, that is the question\n" * 60).encode()))[-246:] # the last tenth
+    # the last tenth
+    ids = torch.tensor(list(("to be or not to be, that is the question\n" * 60).encode()))[-246:]
     windows = [ids[i : i + 17] for i in range(0, 245, 16)] # the last one is shorter
     p, score, right, at_T, score_at_T, T = [], [], [], [], [], by_name["T"]
     with torch.no_grad():
-        for window in (w for i, w in enumerate(windows) if i // 2 % 10): # batches of two, the last window alone in its own
+        # batches of two, the last window alone in its own
+        for window in (w for i, w in enumerate(windows) if i // 2 % 10):
             logits, _ = model(window[None, :-1], window[None, 1:])
             p.append(logits[0].double().softmax(-1).amax(-1))
             score.append(1 - model.uncertainty(model.trunk(window[None, :-1]))[0].double())
@@ -351,9 +384,12 @@ def test_bench_reports_all_of_the_split_but_the_slice(trained):
     assert by_name["accuracy"] == pytest.approx(right.double().mean().item(), abs=1e-9)
     for name, confidence in (("max p", p), ("max p at T", at_T), ("head", score), ("head at T", score_at_T)):
         assert by_name[f"{name}, ECE"] == pytest.approx(ece_loop(confidence, right, 15, False), abs=1e-6)
-        assert by_name[f"{name}, ECE, equal mass"] == pytest.approx(ece_loop(confidence, right, 15, True), abs=1e-6)
-        assert by_name[f"{name}, Brier"] == pytest.approx((confidence - right.double()).square().mean().item(), abs=1e-6)
+        assert by_name[f"{name}, ECE, equal mass"] == pytest.approx(ece_loop(confidence, right, 15, True),
+                                                                    abs=1e-6)
+        brier = (confidence - right.double()).square().mean().item()
+        assert by_name[f"{name}, Brier"] == pytest.approx(brier, abs=1e-6)
         assert by_name[f"{name}, AUROC"] == pytest.approx(auroc(confidence, right), abs=1e-4)
-        table = [n.split(" ")[-3] for n in by_name if n.startswith(f"{name}, ") and " said " in n] # "head, 1,234 said 0.567"
+        # "head, 1,234 said 0.567"
+        table = [n.split(" ")[-3] for n in by_name if n.startswith(f"{name}, ") and " said " in n]
         assert sum(int(count.replace(",", "")) for count in table) == 213
     assert by_name["T"] != 1 and by_name["head, Brier"] != by_name["max p, Brier"]
