@@ -52,13 +52,13 @@ def start(argv, cwd=ROOT, env={}, fresh=False, stdin=subprocess.PIPE, stdout=sub
 
 @cache
 def remembering_compiler():
-    """A CC that compiles each text once and copies the library after that, which saves 0.2 s a time."""
+    """A CC that compiles each text once and copies the library after that, which saves 1 to 3 s a time."""
     compiler, made = os.environ.get("CC", "cc"), tempfile.mkdtemp(prefix="compiled")
     script = os.path.join(made, "cc")
     with open(script, "w", encoding="utf-8") as file:
         file.write(f"""#!/bin/sh
 for word; do case $word in *.c) text=$word;; *.so) library=$word;; esac; done
-key=$(echo "$*" | sed "s|$(dirname "$text")||g" | cat - "$text" | cksum | tr " " -)
+key=$(echo "$*" | sed "s|$(dirname "$library")||" | cat - "$text" | cksum | tr " " -)
 [ -f "{made}/$key" ] && exec cp "{made}/$key" "$library"
 {compiler} "$@" && cp "$library" "{made}/$key.$$" && mv "{made}/$key.$$" "{made}/$key"
 """)

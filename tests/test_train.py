@@ -223,14 +223,14 @@ def test_resume_after_any_kill_is_bit_exact(wanted, steps, corpus, tmp_path):
     assert resumed >= max(1, wanted // 4)
 
 
-def test_killed_before_the_first_checkpoint(corpus, tmp_path):
+def test_killed_before_the_first_checkpoint(whole, tmp_path):
     """`--resume --out_dir=...` alone: the settings are those of run.json, not the defaults."""
     out = tmp_path / "o"
-    side_by_side(corpus, tmp_path, calm=["--max_iters=10"], o=["--max_iters=10"])
-    for f in ("ckpt.pt", "ckpt.prev.pt", "best.pt"):
-        (out / f).unlink(missing_ok=True)
+    shutil.copytree(whole[0], out)
+    for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt"):
+        (out / name).unlink()
     assert "NOTHING TO RESUME" in ended(run([ROOT / "train.py", f"--out_dir={out}", "--resume"])).stdout
-    assert same(state(tmp_path / "calm"), state(out)) and timeless(tmp_path / "calm") == timeless(out)
+    assert same(state(whole[0]), state(out)) and timeless(whole[0]) == timeless(out)
     assert len(json.loads((out / "run.json").read_text(encoding="utf-8"))["resumed"]) == 1
     assert (out / "previous_1/metrics.jsonl").exists() # what it had measured is kept
 
