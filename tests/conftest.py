@@ -1,9 +1,8 @@
 """Shared by all tests. On the CPU, unless `pytest -m gpu` asks for a GPU.
 
-`python -m pytest` touches every file, variant and command within three minutes on two cores. What takes
-longer and has a short sibling there, as all moments at which a run can be killed, is marked deep: `python -m
-pytest -m deep` runs it. Commands are run by processes.run, most of them in forks of a process that has
-imported torch.
+`python -m pytest` touches every file, variant and command, within three minutes on two cores. A test that
+takes longer and has a short sibling, for instance the run that is killed 20 times beside the one that is
+killed 3 times, is marked deep and runs with `python -m pytest -m deep`. processes.py runs the commands.
 """
 import os
 import sys
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from processes import ROOT
+
 sys.path.insert(0, str(ROOT)) # however pytest is started
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # a second thread only slows models as small as these; torch reads it now

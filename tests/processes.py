@@ -186,7 +186,7 @@ def become(command, folder, environment, fds):
 
 
 def exit_code(script):
-    """Runs the script and returns its exit code, as an interpreter finds it. Ctrl-C is left to the real one."""
+    """Runs the script; returns the exit code that it has in an interpreter, which gets Ctrl-C itself."""
     try:
         if script == "-c":
             exec(compile(sys.argv.pop(1), "<string>", "exec"), {"__name__": "__main__"})

@@ -1173,15 +1173,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         plan, asked = self.server.plan, self.headers.get("Range")
         act = plan[min(len(self.server.asked), len(plan) - 1)]
         self.server.asked.append(asked)
-        first, last, size = int(asked[6:-1]) if asked else 0, len(BODY) - 1, len(BODY)
+        first, end = int(asked[6:-1]) if asked else 0, f"{len(BODY) - 1}/{len(BODY)}"
         if act == "ok" and first >= len(BODY): self.reply(416)
-        elif act == "ok" and asked: self.reply(206, BODY[first:], Content_Range=f"bytes {first}-{last}/{size}")
+        elif act == "ok" and asked: self.reply(206, BODY[first:], Content_Range=f"bytes {first}-{end}")
         elif act in ("ok", "no range"): self.reply(200, BODY)
         elif act == "cut": self.reply(200, BODY[:20_000], length=len(BODY))
         elif act == "more than there is": self.reply(200, BODY, length=len(BODY) + 999)
         elif act == "less than there is": self.reply(200, BODY, length=30_000)
         elif act == "wrong": self.reply(200, BODY[::-1])
-        elif act == "other range": self.reply(206, BODY[5:], Content_Range=f"bytes 5-{last}/{size}")
+        elif act == "other range": self.reply(206, BODY[5:], Content_Range=f"bytes 5-{end}")
         elif act == "redirect": self.reply(302, Location="/elsewhere")
         elif act == "stall": self.reply(200, BODY[:100], length=len(BODY)), self.server.over.wait(20)
         elif act == "trickle": self.reply(200, length=len(BODY)), self.trickle()

@@ -25,8 +25,9 @@ from data import load, prepare
 from model import GPT, GPTConfig, PRESETS, load_checkpoint, save_checkpoint
 from processes import ROOT, run, start
 
-TINY = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --attention=diff_mla --batch_size=4 "
-        "--dropout=0.1 --warmup_iters=5 --log_interval=5 --eval_interval=10 --sample_tokens=8 --learning_rate=1e-2").split()
+TINY = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --attention=diff_mla --dropout=0.1 "
+        "--batch_size=4 --learning_rate=1e-2 --warmup_iters=5 --log_interval=5 --eval_interval=10 "
+        "--sample_tokens=8").split()
 TIMES = ("time_s", "tokens_per_s")
 
 
