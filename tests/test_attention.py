@@ -1,4 +1,4 @@
-"""Every attention choice against the definition written as loops, and the identities that tie the choices together."""
+"""Every attention choice against its definition in loops; the identities that tie the choices together."""
 import math
 
 import pytest
@@ -7,16 +7,20 @@ import torch
 import model as M
 from model import GPTConfig
 
-CASES = [("mha", "v2", {}), ("mha", "v2", {"n_kv_head": 2}), ("mha", "v2", {"n_kv_head": 1}), ("diff", "v1", {}), ("diff", "v1", {"n_kv_head": 2}),
-         ("diff", "v2", {}), ("diff", "v2", {"n_kv_head": 2}), ("mla", "v2", {}), ("mla", "v2", {"q_rank": 10}),
+CASES = [("mha", "v2", {}), ("mha", "v2", {"n_kv_head": 2}), ("mha", "v2", {"n_kv_head": 1}),
+         ("diff", "v1", {}), ("diff", "v1", {"n_kv_head": 2}),
+         ("diff", "v2", {}), ("diff", "v2", {"n_kv_head": 2}),
+         ("mla", "v2", {}), ("mla", "v2", {"q_rank": 10}),
          ("diff_mla", "v1", {}), ("diff_mla", "v2", {}), ("diff_mla", "v2", {"q_rank": 10})]
 cases = pytest.mark.parametrize("attention, form, knobs", CASES, ids=str)
 
 
 def make(attention, form, layer=3, scale=0.4, **knobs):
-    knobs = {"kv_rank": 6, "rope_dim": 4, **knobs} if "mla" in attention and knobs.get("position") != "none" else knobs
-    config = GPTConfig(**{"vocab_size": 11, "block_size": 32, "n_head": 4, "n_embd": 32, "attention": attention,
-                          "diff_form": form if "diff" in attention else "v2", **knobs})
+    if "mla" in attention and knobs.get("position") != "none":
+        knobs = {"kv_rank": 6, "rope_dim": 4, **knobs}
+    shape = dict(vocab_size=11, block_size=32, n_head=4, n_embd=32)
+    form = form if "diff" in attention else "v2"
+    config = GPTConfig(**{**shape, "attention": attention, "diff_form": form, **knobs})
     heads, maps = M.ATTENTION[attention]
     module = heads(config, layer, maps(config, layer)).double()
     for p in module.parameters():
@@ -41,7 +45,8 @@ def turned(v, m, base=10000.0):
     out = []
     for i in range(0, len(v), 2):
         angle = m * base ** (-i / len(v))
-        out += [v[i] * math.cos(angle) - v[i + 1] * math.sin(angle), v[i] * math.sin(angle) + v[i + 1] * math.cos(angle)]
+        cos, sin = math.cos(angle), math.sin(angle)
+        out += [v[i] * cos - v[i + 1] * sin, v[i] * sin + v[i + 1] * cos]
     return out
 
 
@@ -65,7 +70,10 @@ def heads_by_loop(c, a, x):
         q, k, v = (rows(x, w, D) for w in (q, k, v))
         q, k = ([[turned(h, t) for h in heads] for t, heads in enumerate(z)] for z in (q, k))
     else:
-        low = torch.tensor([rms(r, a.q_latent_norm.weight) for r in (x @ a.q_down.weight.T).tolist()], dtype=x.dtype) if c.q_rank else x
+        low = x
+        if c.q_rank:
+            low = [rms(r, a.q_latent_norm.weight) for r in (x @ a.q_down.weight.T).tolist()]
+            low = torch.tensor(low, dtype=x.dtype)
         N, P, R = a.U, a.P, a.R
         q = [[h[:N] + turned(h[N:], t) for h in heads] for t, heads in enumerate(rows(low, a.q_up.weight, D))]
         down = (x @ a.kv_down.weight.T).tolist()
@@ -172,7 +180,8 @@ def test_absorbed_is_expanded(attention, form, knobs, chunks, monkeypatch):
         calls = []
         a.absorbing_pays = lambda T, S: absorb
         for name in ("absorbed", "expanded"):
-            monkeypatch.setattr(a, name, lambda *args, f=getattr(type(a), name), n=name: calls.append(n) or f(a, *args))
+            form = getattr(a, name)
+            monkeypatch.setattr(a, name, lambda *args, n=name, form=form: calls.append(n) or form(*args))
         cache, out = M.Cache([()] * 3 + [a.cache_layout], 2, 8, torch.float64, "cpu"), []
         for piece in x.split(chunks, dim=1):
             out.append(run(c, a, piece, cache.length, cache))
@@ -185,8 +194,9 @@ def test_absorbed_is_expanded(attention, form, knobs, chunks, monkeypatch):
 
 def test_the_cheaper_form_is_taken():
     _, a = make("diff_mla", "v2", n_embd=384, n_head=6, head_dim=64, kv_rank=96, rope_dim=32)
-    assert a.absorbing_pays(1, 256) and a.absorbing_pays(4, 256) # decoding, and verifying a draft of a few tokens
-    assert not a.absorbing_pays(256, 256) and not a.absorbing_pays(200, 256) # training, a long prompt behind a short cache
+    assert a.absorbing_pays(1, 256) and a.absorbing_pays(4, 256) # decoding, and judging a short draft
+    assert not a.absorbing_pays(256, 256) # training
+    assert not a.absorbing_pays(200, 256) # a long prompt behind a short cache
 
 
 # --- identities (algorithms of sections 1 to 3) ---
@@ -216,13 +226,19 @@ def test_equal_maps_leave_one_minus_lambda(form):
     if form == "v1":
         w[2:4], w[6:8] = w[:2], w[4:6] # second queries and keys
         q1, k1, q2, k2 = a.maps.vectors.detach()
-        lam = (math.exp(q1 @ k1) - math.exp(q2 @ k2) + a.maps.lambda_init) * torch.ones(1, 1, 2, dtype=torch.float64)
+        lam = (q1 @ k1).exp() - (q2 @ k2).exp() + a.maps.lambda_init
+        lam = lam.expand(1, 1, 2)
     else:
         w[1:8:2] = w[0:8:2]
         lam = a.maps.gate(x).sigmoid()
     full = run(c, a, x)
     a.maps.combine = lambda o, x: o.chunk(2, 1)[0] if form == "v1" else o[:, ::2]
-    a.out.register_forward_pre_hook(lambda m, i: ((i[0].unflatten(-1, (lam.size(-1), -1)) * (1 - lam).unsqueeze(-1)).flatten(2),))
+
+    def scaled(out, args):
+        heads = args[0].unflatten(-1, (lam.size(-1), -1)) # (B, T, output heads, E)
+        return ((1 - lam).unsqueeze(-1) * heads).flatten(2)
+
+    a.out.register_forward_pre_hook(scaled)
     torch.testing.assert_close(full, run(c, a, x), atol=1e-12, rtol=1e-9)
 
 
@@ -254,9 +270,10 @@ def test_v2_pairs_share_a_key_head():
     assert changed.tolist() == [False, False, True, True]
 
 
-@pytest.mark.parametrize("latent, dense, form", [("mla", "mha", "v2"), ("diff_mla", "diff", "v1"), ("diff_mla", "diff", "v2")])
+@pytest.mark.parametrize("latent, dense, form", [
+    ("mla", "mha", "v2"), ("diff_mla", "diff", "v1"), ("diff_mla", "diff", "v2")])
 def test_full_rank_latent_without_rotation_is_dense(latent, dense, form):
-    """R = C, W_down the identity, no norm, no rotary part: keys and values are W_up x, which is what DenseHeads does."""
+    """R = C, W_down the identity, no norm, no rotary part: keys and values are W_up x, as in DenseHeads."""
     c, a = make(latent, form, position="none", kv_rank=32)
     dense_c, b = make(dense, form, position="none")
     a.kv_norm = torch.nn.Identity()
@@ -292,14 +309,12 @@ def test_lambda_init_by_depth():
 
 @pytest.mark.parametrize("T, S, K", [(5, 5, 4), (3, 7, 4), (3, 7, 2), (6, 6, 1), (1, 9, 2), (1, 1, 4)])
 def test_attend_is_the_naive_formula(T, S, K):
-    q, k, v = torch.randn(2, 4, T, 8).double(), torch.randn(2, K, S, 8).double(), torch.randn(2, K, S, 8).double()
-    torch.testing.assert_close(M.attend(q, k, v), M.naive_attention(q, k, v), atol=1e-12, rtol=1e-9)
-
-
-def test_attend_with_unequal_lengths_is_bottom_right():
-    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    """Also query by query: the T queries are the last of the S positions."""
+    q, (k, v) = torch.randn(2, 4, T, 8).double(), torch.randn(2, 2, K, S, 8).double()
     got = M.attend(q, k, v)
+    torch.testing.assert_close(got, M.naive_attention(q, k, v), atol=1e-12, rtol=1e-9)
     for h in range(4):
-        for t in range(3):
-            p = (q[0, h, t] @ k[0, h // 2, : 5 + t].T / math.sqrt(8)).softmax(-1)
-            torch.testing.assert_close(got[0, h, t], p @ v[0, h // 2, : 5 + t])
+        for t in range(T):
+            seen = slice(S - T + t + 1)
+            p = (q[0, h, t] @ k[0, h * K // 4, seen].T / math.sqrt(8)).softmax(-1)
+            torch.testing.assert_close(got[0, h, t], p @ v[0, h * K // 4, seen])

@@ -480,7 +480,8 @@ def test_bf16_autocast_is_near(row):
         for part in mixing: # what the tolerance must be able to see: tokens that know nothing of each other
             part.out.weight.zero_()
         apart = model(idx, idx)[0]
-    off, blind = ((other - exact).norm() / exact.norm() for other in (near, apart))
+    # The middle one of all tokens: with depths, a rounding may let another token go on.
+    off, blind = (((other - exact).norm(dim=-1) / exact.norm(dim=-1)).median() for other in (near, apart))
     assert off < 0.04 < blind # bf16 keeps 8 bits: 0.4% at each of a dozen roundings
 
 
@@ -534,7 +535,7 @@ def test_half_precision_is_near_and_finite(change, whole):
 
 
 @pytest.mark.parametrize("attention", [
-    pytest.param(attention, marks=() if attention == "diff_mla" else deep) for attention in CHOICES["attention"]])
+    pytest.param(name, marks=() if name == "diff_mla" else deep) for name in CHOICES["attention"]])
 def test_the_model_compiles_without_a_break(attention):
     """The graph that torch.compile sees, real rotations included, computes what the eager model does."""
     model = build({"attention": attention, "qk_norm": True}, 0.3)
@@ -554,7 +555,7 @@ def test_the_model_compiles_without_a_break(attention):
 
 @pytest.mark.parametrize("attention", CHOICES["attention"])
 def test_cached_decoding_under_autocast(attention):
-    """Weights fp32, activations and cache bf16: no kernel meets two dtypes, logits differ by bf16's rounding."""
+    """Weights fp32, activations and cache bf16: no kernel meets two dtypes, logits are off by roundings."""
     model = build({"attention": attention, "qk_norm": True}, 0.15).eval()
     idx = tokens(model, 2, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -1029,7 +1030,7 @@ def test_an_unknown_preset_names_the_nearest(wrong, near):
 def door(*argv, code=0):
     """What `python model.py` with these arguments prints."""
     command = [sys.executable, ROOT / "model.py", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

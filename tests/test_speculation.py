@@ -22,7 +22,7 @@ deep = pytest.mark.deep
 
 
 def build(scale=0.3, **change):
-    """Weights so large that every part has a say; also the cell's, so that it guesses badly in a definite way."""
+    """Weights so large that every part counts. Also the cell's, so that it guesses badly in a definite way."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**SMALL, **change})).double().eval()
     for name, p in model.named_parameters():
@@ -34,7 +34,7 @@ def build(scale=0.3, **change):
 
 
 def test_the_naive_rule_is_the_rule_and_leaves_p():
-    """For one draft the outcomes of judge; over all drafts and random numbers the model's own distribution."""
+    """For one draft the outcomes of judge; over all drafts and random numbers the model's distribution."""
     p, q = (torch.tensor(t).double() for t in ([0.5, 0.3, 0.2, 0.0], [0.1, 0.6, 0.1, 0.2]))
     total = torch.zeros(4, dtype=torch.float64)
     for draft in range(4):
@@ -144,7 +144,8 @@ def test_greedy_text_is_the_same(choice, draft, rows, length):
 OTHER = [dict(memory_slots=2, depths=(1, 2), future_peek=2, uncertainty=True), dict(residual="mhc"),
          dict(block_size=2, n_ahead=1), dict(thought_tokens=2, position="learned", logit_softcap=5.0)]
 ALONE = [dict(residual="hyper"), dict(position="learned"), dict(position="none"),
-         dict(norm="layernorm", bias=True), dict(logit_softcap=5.0), dict(tie_embeddings=False), dict(block_size=4), dict(thought_tokens=2)]
+         dict(norm="layernorm", bias=True), dict(logit_softcap=5.0), dict(tie_embeddings=False),
+         dict(block_size=4), dict(thought_tokens=2)]
 
 
 @pytest.mark.parametrize("change", [*OTHER, *(pytest.param(change, marks=deep) for change in ALONE)], ids=str)
