@@ -470,6 +470,9 @@ def test_shapes_and_dtypes():
 @every_row
 def test_bf16_autocast_is_near(row):
     model = build(row, 0.15, dropout=0.0, gradient_checkpointing=False)
+    for router in model.routers: # all tokens go on: a rounding must not decide it
+        router.gate.weight.data.zero_()
+        router.gate.bias.data.fill_(1.0)
     idx = tokens(model, 2, 16)
     exact = model(idx, idx)[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -480,8 +483,7 @@ def test_bf16_autocast_is_near(row):
         for part in mixing: # what the tolerance must be able to see: tokens that know nothing of each other
             part.out.weight.zero_()
         apart = model(idx, idx)[0]
-    # The middle one of all tokens: with depths, a rounding may let another token go on.
-    off, blind = (((other - exact).norm(dim=-1) / exact.norm(dim=-1)).median() for other in (near, apart))
+    off, blind = ((other - exact).norm() / exact.norm() for other in (near, apart))
     assert off < 0.04 < blind # bf16 keeps 8 bits: 0.4% at each of a dozen roundings
 
 

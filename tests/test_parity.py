@@ -1,15 +1,15 @@
 """
 The same weights in transformers' models give the same logits: GPT-2, Llama, DiffLlama, DeepSeek-V3.
 
-Its rotary embedding turns halves (i, i + D/2) where ours turns neighbours (2i, 2i + 1), so rows of queries and
-keys are reordered on the way.
+Its rotary embedding turns halves (i, i + D/2) where ours turns neighbours (2i, 2i + 1), so rows of queries
+and keys are reordered on the way.
 """
 import pytest
 import torch
 
 from model import GPT, GPTConfig, LayerNorm, RMSNorm
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed; only these tests use it")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed; only tests use it")
 
 
 def halves_first(weight, heads):
@@ -38,13 +38,15 @@ def ours(eps=None, **config):
 
 def llama_state(model):
     """Names of Llama-like models for embeddings, norms, MLP and head."""
-    state = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight, "lm_head": model.head.weight}
+    parts = {"model.embed_tokens": model.embed, "model.norm": model.norm, "lm_head": model.head}
+    state = {name: part.weight for name, part in parts.items()}
     for i, block in enumerate(model.blocks):
         p = f"model.layers.{i}."
         gate, up = block.mlp.gate_up.weight.chunk(2)
-        state |= {p + "input_layernorm": block.norm1.weight, p + "post_attention_layernorm": block.norm2.weight,
-                  p + "mlp.gate_proj": gate, p + "mlp.up_proj": up, p + "mlp.down_proj": block.mlp.down.weight,
-                  p + "self_attn.o_proj": block.attention.out.weight}
+        state |= {p + "input_layernorm": block.norm1.weight,
+                  p + "post_attention_layernorm": block.norm2.weight,
+                  p + "self_attn.o_proj": block.attention.out.weight, p + "mlp.gate_proj": gate,
+                  p + "mlp.up_proj": up, p + "mlp.down_proj": block.mlp.down.weight}
     return {name + ".weight": weight for name, weight in state.items()}
 
 
@@ -66,12 +68,13 @@ def test_gpt2():
     model = ours(n_embd=64, n_head=4, norm="layernorm", position="learned", activation="gelu", bias=True)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=53, n_positions=64, n_embd=64, n_layer=4, n_head=4, activation_function="gelu"))
-    state = {"transformer.wte.weight": model.embed.weight, "transformer.wpe.weight": model.position.table.weight,
+    state = {"transformer.wte.weight": model.embed.weight,
+             "transformer.wpe.weight": model.position.table.weight,
              "transformer.ln_f.weight": model.norm.weight, "transformer.ln_f.bias": model.norm.bias,
              "lm_head.weight": model.head.weight}
     for i, b in enumerate(model.blocks):
-        parts = {"ln_1": b.norm1, "ln_2": b.norm2, "attn.c_attn": b.attention.qkv, "attn.c_proj": b.attention.out,
-                 "mlp.c_fc": b.mlp.up, "mlp.c_proj": b.mlp.down}
+        parts = {"ln_1": b.norm1, "ln_2": b.norm2, "attn.c_attn": b.attention.qkv,
+                 "attn.c_proj": b.attention.out, "mlp.c_fc": b.mlp.up, "mlp.c_proj": b.mlp.down}
         for name, m in parts.items():
             weight = m.weight.T if m.weight.dim() > 1 else m.weight # its Conv1D is transposed
             state[f"transformer.h.{i}.{name}.weight"] = weight

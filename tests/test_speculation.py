@@ -22,7 +22,7 @@ deep = pytest.mark.deep
 
 
 def build(scale=0.3, **change):
-    """Weights so large that every part counts. Also the cell's, so that it guesses badly in a definite way."""
+    """Weights so large that every part counts. The cell's too, so that it guesses badly in a definite way."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**SMALL, **change})).double().eval()
     for name, p in model.named_parameters():
