@@ -1,4 +1,5 @@
 """Every command of README.md runs as it stands, made small; every config trains two steps. In a copy, without a network."""
+import ast
 import os
 import re
 import runpy
@@ -12,7 +13,14 @@ from conftest import ROOT
 from model import PRESETS
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.strip().splitlines()]
+RESULTS = (ROOT / "bench_results/README.md").read_text(encoding="utf-8")
+
+
+def blocks(kind, text=TEXT):
+    return re.findall(rf"```{kind}\n(.*?)```", text, re.S)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.strip().splitlines()]
 SMALLER = {"train.py": "--max_iters=2 --batch_size=2 --eval_iters=1 --sample_tokens=4", "bench.py": "--rounds=1 --batch_size=1 --steps=1 --compiled=false --save=false",
            "sample.py": "--max_new_tokens=8"}
 ROOM_FOR_CHOICES = ["--sparse_interval=1", "--warmup_iters=1", "--max_iters=16"]
@@ -37,10 +45,10 @@ def run(argv, cwd, env):
     return processes.run(argv, cwd=cwd, env={**gone, **env}, timeout=300)
 
 
-def test_readme_commands(copy):
+def run_all(commands, copy):
     """In the order of the text, because a later one uses what an earlier one left behind."""
     said = []
-    for line in COMMANDS:
+    for line in commands:
         words = shlex.split(line.split("&&")[-1].strip())
         assert words[0] == "python", line
         if words[1:3] == ["-m", "pytest"]:
@@ -53,9 +61,77 @@ def test_readme_commands(copy):
         done = run([*words[1:], *more], copy, offline())
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         said.append(done.stdout)
+    return said
+
+
+def test_readme_commands(copy):
+    said = run_all(COMMANDS, copy)
     assert "SHAKESPEARE CANNOT BE DOWNLOADED: TRAINING ON PYSTDLIB INSTEAD" in said[0]
     assert "ROMEO:" in said[1] and any("RESUMING from" in s for s in said)
     assert {"train.py", "sample.py", "model.py", "data.py", "bench.py"} <= {shlex.split(c.split("&&")[-1])[1] for c in COMMANDS}
+    (copy / "use.py").write_text(blocks("python")[0], encoding="utf-8") # it reads the checkpoint of the first command
+    done = run(["use.py"], copy, offline())
+    assert done.returncode == 0 and "To be" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.deep
+def test_commands_of_the_results(copy):
+    run_all([line for block in blocks("sh", RESULTS) for line in block.strip().splitlines()], copy)
+
+
+RULES = """
+import sys
+import torch
+from model import GPT, GPTConfig
+
+torch.manual_seed(0)
+small = dict(vocab_size=29, block_size=16, n_layer=2, n_head=4, n_embd=32)
+model = GPT(GPTConfig(**small, **eval(sys.argv[1]))).double().eval()
+for p in model.parameters():
+    p.data.normal_(std=0.3)
+idx = torch.randint(29, (2, 16))
+other = idx.clone()
+other[:, 9:] = (other[:, 9:] + 1) % 29
+full, changed = model(idx, idx)[0], model(other, idx)[0]
+assert torch.equal(full[:, :9], changed[:, :9]) and not torch.allclose(full[:, 9:], changed[:, 9:])
+cache = model.new_cache(2)
+pieces = [model(piece, cache=cache)[0] for piece in idx.split([7, 1, 8], dim=1)]
+torch.testing.assert_close(torch.cat(pieces, 1), full, atol=1e-9, rtol=1e-9)
+"""
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory):
+    """A copy of the repository with README's diff applied, and the choice that it adds: {name: value}."""
+    target = tmp_path_factory.mktemp("variant") / "nanoslm"
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".git", "data", "out*", "__pycache__", ".pytest_cache", ".venv", "venv"))
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.parent)} # apply to this folder, whatever lies around it
+    done = subprocess.run(["git", "apply", "-"], input=blocks("diff")[0], cwd=target, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = re.search(r"`python train.py (--\S+=.*?)` then trains it", TEXT).group(1).split()
+    pairs = (word.removeprefix("--").split("=") for word in words)
+    return target, {name: ast.literal_eval(value) if value.isdigit() else value for name, value in pairs}
+
+
+def test_readmes_variant_trains_and_is_causal_with_and_without_a_cache(variant):
+    folder, choice = variant
+    assert len(blocks("diff")[0].splitlines()) <= 30
+    (folder / "rules.py").write_text(RULES, encoding="utf-8")
+    done = run(["rules.py", repr(choice)], folder, offline())
+    assert done.returncode == 0, done.stderr
+    small = "--dataset=pystdlib --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --warmup_iters=1 --out_dir=out/variant"
+    flags = [f"--{name}={value}" for name, value in choice.items()]
+    done = run(["train.py", *flags, *small.split(), *SMALLER["train.py"].split()], folder, offline())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.deep
+def test_readmes_variant_obeys_all_rules(variant):
+    folder, choice = variant
+    value = next(iter(choice.values()))
+    argv = [sys.executable, "-m", "pytest", "-q", "tests/test_model.py", "-k", value]
+    done = subprocess.run(argv, cwd=folder, env=offline(), capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"\d\d passed", done.stdout), done.stdout[-3000:]
 
 
 def test_readmes_own_hook_runs(copy):
@@ -68,8 +144,14 @@ def test_readmes_own_hook_runs(copy):
 
 
 def test_readme_names_what_exists():
-    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+    assert len(TEXT.splitlines()) <= 220
+    for folder, text in ((ROOT, TEXT), (ROOT / "bench_results", RESULTS)):
+        headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)}
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            assert link[1:] in headings if link[0] == "#" else link.startswith("http") or (folder / link).exists(), link
+    for file, symbols in re.findall(r"^\| \[(\w+\.py)\]\(\S+\) \| (`.*?`) \|", TEXT, re.M): # the reading path
+        for symbol in re.findall(r"`(?:\w+\.)?(\w+)`", symbols):
+            assert re.search(rf"^\s*(def|class) {symbol}\b", (ROOT / file).read_text(encoding="utf-8"), re.M), (file, symbol)
     assert "pip install -r requirements.txt && python -m pytest" in COMMANDS
     assert "python -m pytest" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
