@@ -5,6 +5,8 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 
