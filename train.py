@@ -352,7 +352,7 @@ with user_errors():
 # apart, so that the model takes the same steps with and without them.
 declared = declarations(model)
 own, beside = ([p for p in declared if declared[p].detached == detached] for detached in (False, True))
-losses_beside = {name for name, m in model.modules_with_loss().items() if getattr(m, "detached", False)}
+losses_beside = {m.loss_name for m in model.modules() if getattr(m, "detached", False)}
 
 tokens_per_step = batch_size * gradient_accumulation_steps * sequence
 flops_per_step = model.flops_per_token() * tokens_per_step
