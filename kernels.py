@@ -850,8 +850,9 @@ class WriteStreams(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         tally("write_streams backward", ctx.path)
-        gradients = [empty_as(t) for t in ctx.saved_tensors]
-        streams(ctx.path, "write_backward", *ctx.saved_tensors, g.contiguous(), *gradients)
+        inputs = ctx.saved_tensors # asked for once: gradient checkpointing computes them at that moment
+        gradients = [empty_as(t) for t in inputs]
+        streams(ctx.path, "write_backward", *inputs, g.contiguous(), *gradients)
         return *gradients, None
 
 
