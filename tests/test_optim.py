@@ -434,7 +434,7 @@ def test_muon_against_torch(shape):
 
 
 def test_muon_splits_what_is_fused():
-    """A fused matrix is updated as its parts would be, each with its own scale: a small one beside a huge one."""
+    """A fused matrix is updated as its parts would be, each with its own scale, be one huge and one small."""
     torch.manual_seed(0)
     g = torch.cat([1000 * torch.randn(8, 16), torch.randn(24, 16)])
     whole = torch.nn.Parameter(torch.zeros(32, 16))
