@@ -353,7 +353,8 @@ def test_commands_without_the_head(trained, tmp_path):
     save_checkpoint(tmp_path / "o/best.pt", state)
     assert "train one with --uncertainty" in sample(tmp_path, "--uncertainty", code=2).stderr
     for folder, words in (("o", "train one with --uncertainty"), ("none", "--uncertainty")):
-        done = run([ROOT / "bench.py", "uncertainty", "--save=false", f"--out_dir={tmp_path / folder}"])
+        flags = ["--save=false", f"--out_dir={tmp_path / folder}"]
+        done = run([ROOT / "bench.py", "uncertainty", *flags], cwd=trained) # beside the run's data
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
