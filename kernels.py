@@ -6,7 +6,7 @@ rotary embedding, activations, the loss of a linear head, residual streams, Sink
 and last what C does for a CPU (kernels.c).
 
 Which code runs: on a CUDA tensor Triton, on a CPU C where kernels.c has the operation, else plain PyTorch.
-A Function saves its inputs alone; its backward computes the rest again, which costs less than memory traffic.
+Most Functions save their inputs alone and compute the rest again in backward: memory traffic costs more.
 
 i_ index   p_ pointer   g_ gradient of the loss with respect to the name that follows   eps a small number
 """
@@ -63,7 +63,9 @@ def choose_device(name: str) -> tuple[str, str]:
 
 
 def use_kernel(name: str) -> None:
-    """auto: Triton on CUDA, C on a CPU where there is C, else PyTorch. torch, triton: that or an error."""
+    """auto: Triton on CUDA, C on a CPU where there is C, else PyTorch. torch: PyTorch. triton: Triton where
+    there is a kernel for these shapes, an error for a device or dtype that cannot run it.
+    """
     global KERNEL
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"kernel={name!r} is none of auto, triton, torch")
@@ -78,7 +80,7 @@ def use_kernel(name: str) -> None:
 def path_for(tensor: torch.Tensor, in_c: bool = False) -> str:
     """The code that an operation on this tensor runs: "triton", "torch", or "c" if the operation is in_c.
 
-    The choice is made before anything runs. Whatever fails afterwards raises; nothing falls back in silence.
+    The choice is made before anything runs, from device, dtype and shapes. What fails afterwards raises.
     """
     fits_triton = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if KERNEL == "triton":
@@ -151,8 +153,8 @@ def rmsnorm_reference(x, weight=None, eps=1e-6):
     return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.type_as(x), eps)
 
 
-# A Triton program handles one row: `tl.program_id(0)` says which. It works on a vector of BLOCK numbers, the
-# row's C rounded up to a power of two. A mask keeps the lanes beyond C from touching memory.
+# A program of this kernel handles one row: `tl.program_id(0)` says which. It works on a vector of BLOCK
+# numbers, the row's C rounded up to a power of two. A mask keeps the lanes beyond C from touching memory.
 @jit
 def rmsnorm_forward_kernel(p_x, p_w, p_y, C, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) # 64 bits: row * C may pass 2^31
@@ -172,14 +174,14 @@ def rmsnorm_backward_kernel(p_x, p_w, p_g, p_gx, p_sums, rows, C, eps, ROWS: tl.
                             BLOCK: tl.constexpr):
     block, i_c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), tl.float32) # this program's part of g_w
-    for k in range(ROWS): # a loop in time, not over threads
+    for k in range(ROWS): # one row after the other
         row = block * ROWS + k
         inside = (i_c < C) & (row < rows)
         x = tl.load(p_x + row * C + i_c, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(p_g + row * C + i_c, mask=inside, other=0.0).to(tl.float32)
         r = 1 / tl.sqrt(tl.sum(x * x, axis=0) / C + eps)
         sums += g * x * r
-        if p_w is not None:
+        if p_w is not None: # from here on g is w g
             g = g * tl.load(p_w + i_c, mask=i_c < C, other=0.0).to(tl.float32)
         g_x = r * (g - x * (r * r * tl.sum(g * x, axis=0) / C))
         tl.store(p_gx + row * C + i_c, g_x.to(p_gx.dtype.element_ty), mask=inside)
@@ -273,7 +275,7 @@ def rotate_reference(x, table):
     if torch.compiler.is_compiling(): # the compiler fuses real numbers, and has no code for complex ones
         (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), table.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    # A pair can be read as a complex number only if no pair lies across two of them.
+    # view_as_complex wants the numbers of a pair side by side, and every other stride and the offset even.
     apart = wide.stride(-1) != 1 or any(n % 2 for n in wide.stride()[:-1])
     if wide.storage_offset() % 2 or not wide.is_contiguous() and apart:
         wide = wide.clone(memory_format=torch.contiguous_format)
@@ -281,7 +283,8 @@ def rotate_reference(x, table):
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-# x (A, B, T, P) is read where it lies, with the strides a, b and t. sign -1 rotates back: the gradient.
+# x (A, B, T, P) is read where it lies, with the strides a, b and t. A rotation's transpose is
+# its inverse, so the gradient of x is g rotated by minus the angle: sign -1.
 @jit
 def rotate_kernel(p_x, p_table, p_y, n, B, T, a, b, t, sign, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # pairs of y

@@ -9,6 +9,7 @@ the rules, checkpoints and sizes. All choices are made in __init__; no forward r
 B batch   T new tokens   S tokens attended to, cached and new   C channels (n_embd)   V vocabulary
 H heads (n_head)   K key/value heads (n_kv_head)   D head width (head_dim)   R latent rank (kv_rank)
 P rotary width (rope_dim)   N residual streams (n_stream)   M memory slots   G tokens of a memory segment
+Q query heads: H, or 2 H with diff_form=v2   U = D - P   E width of a map's output: D, 2 D, or R while latent
 
 To add a variant: write one small class, add one row to the table of its slot, add its knobs to GPTConfig and
 to the class's `knobs`, and add its values to CHOICES in tests/test_model.py. Nothing else changes.
@@ -50,7 +51,7 @@ class GPTConfig:
     n_embd: int = 384 # channels C
     norm: str = "rmsnorm" # layernorm | rmsnorm
     position: str = "rope" # learned | rope | none
-    rope_base: float = 10000.0 # slowest rotary wavelength is about 2 pi rope_base tokens
+    rope_base: float = 10000.0 # slowest rotary wavelength: 2 pi base^(1 - 2/P) tokens
     attention: str = "mha" # mha | mla | diff | diff_mla
     n_head: int = 6 # heads H; with diff_form=v1 it counts the maps, two of which make one differential head
     n_kv_head: int = 0 # key/value heads of mha and diff: 0 = n_head, 1 = multi-query
@@ -209,7 +210,7 @@ class GPT(nn.Module):
             raise ValueError(f"idx {tuple(idx.shape)} must be (B, T) with at least one token")
         T, windows = idx.size(1), 1
         start, length, room, front = 0, T, self.block_size, self.n_thought
-        if cache is not None: # its length: an int, or (B,) where rows differ; it holds the thoughts
+        if cache is not None: # it holds the thoughts already, so none are put in front
             start, length, room, front = cache.length, cache.longest() + T, cache.capacity, 0
         if length > room:
             if cache is not None or self.memory is None:
@@ -434,7 +435,7 @@ class Cache:
         return view
 
     def reserve(self, start, T):
-        """Places of T tokens from position `start`, the end of all places, and which places each token sees.
+        """-> places, end, mask: where T new tokens are stored, how many places count then, which ones each sees.
         places: an int, the first of a run, or (B, T). mask (1 or B, 1, T, S), or None where none is needed:
         a single token sees all before it, and a run from place 0 is plain causal attention.
         """
@@ -445,7 +446,7 @@ class Cache:
             mask = torch.arange(end, device=self.device) <= places[:, None, :, None]
         elif first > 0 and T > 1:
             mask = causal_mask(T, end, self.device)
-        if len(self.alive): # forget which stages drafts that were rolled back had reached at these places
+        if len(self.alive): # drafts that were rolled back may have marked these places as alive
             table = self.place_table(places, end)
             self.alive.scatter_(2, table.expand(len(self.alive), -1, -1), False)
         return places, end, mask
@@ -605,7 +606,8 @@ NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 # ------------------------------------------------------------------------------------------------------------
 # position: forward(h, start, front) -> (h, table). h (B, T, C) are the token embeddings, start is the first
 # token's position. `front` thoughts stand before the text at positions -1, -2, ..., so they shift no token.
-# Where `rotates` is true, Pass.rotate turns queries and keys by `table`, which holds cosines and sines.
+# `table` holds the cosines and sines by which Pass.rotate turns queries and keys; None turns nothing.
+# `rotates` tells the heads whether they have a rotary width.
 
 
 def positions(start, T, device):
@@ -672,7 +674,8 @@ POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
 #   where do queries, keys and values come from?   DenseHeads: straight from x. LatentHeads: through a latent.
 #   how do softmax maps become an output head?     OneMap: one map each. DiffV1, DiffV2: two maps' difference.
 # All heads have keys and values of the same width D, which fused attention kernels ask for. The causal mask
-# is in attend; for tokens that follow cached ones Cache.reserve makes it, once for all layers.
+# is in attend for a whole text; after cached tokens Cache.reserve makes it, once for all layers; with depths
+# Cache.enter_stage; and Memory.recall has its own, by segments.
 
 
 def naive_attention(q, k, v):
@@ -688,8 +691,9 @@ def naive_attention(q, k, v):
 def attend(q, k, v, mask=None, scale=None):
     """naive_attention by PyTorch's fused kernels. q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
     mask (1 or B, 1, T, S): True where a query sees a key; None: causal. scale: 1/sqrt(D) if None.
-    ALiBi would go here, with NoPosition in POSITION: SDPA adds a mask of numbers to the scores, so for H = K
-    the mask would be -slope_h (t - s) where query t sees key s, and -inf elsewhere.
+    For ALiBi, give it a mask of numbers, which SDPA adds to the scores: (1 or B, H, T, S) with -slope_h (t - s)
+    where query t sees key s and -inf elsewhere, built in Pass and Cache where the masks of booleans are now,
+    and a class in POSITION that rotates nothing. Flash attention takes no such mask.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if mask is None and T == S and T > 1: # training and whole prompts: is_causal is the causal mask
@@ -699,7 +703,7 @@ def attend(q, k, v, mask=None, scale=None):
         if H != K and q.is_cuda and not (half and torch.cuda.get_device_capability(q.device) >= (8, 0)):
             k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != k.size(1))
-    # New tokens after cached ones. is_causal would align the mask at the top left, as if nothing were cached.
+    # SDPA's is_causal aligns at the top left, as if nothing were cached: T < S needs a mask.
     if mask is None and T > 1:
         mask = causal_mask(T, S, q.device)
     # The H/K heads that share a key head become H/K times as many queries: no cached key is copied.
@@ -764,8 +768,9 @@ class DiffV1(OneMap):
             yield f"n_head={c.n_head} and n_kv_head={c.kv_heads} must be even with diff_form=v1; or use v2"
 
     def attend(self, q, k, v, mask=None):
-        # One call for each half of the value keeps all widths at D. That is 8 D multiplications per pair of
-        # tokens instead of 6 D, and still faster than the unfused path that a value of 2 D would take.
+        # One call for each half of the value keeps all widths at D. Per output head and pair of tokens that is
+        # 2 maps x 2 calls x 2 D multiplications instead of 2 x (D + 2 D), and still faster than the unfused
+        # path that a value of 2 D would take.
         halves = [attend(q, k, torch.cat([half, half], dim=1), mask) for half in v.chunk(2, dim=1)]
         return torch.cat(halves, dim=-1) # (B, H, T, 2 D)
 
@@ -785,7 +790,7 @@ def naive_diff_v2(q, k, v, lam):
 
 
 class DiffV2(OneMap):
-    """naive_diff_v2, with lambda = sigmoid(W x), one per token and head. Keys and values are those of mha."""
+    """naive_diff_v2, with lambda = sigmoid(W x), one per token and head. Only queries are doubled."""
     query_heads = 2
 
     def __init__(self, c, layer):
@@ -806,7 +811,7 @@ def difference(c, layer): # DiffV1 or DiffV2
     return DIFF_FORM[c.diff_form](c, layer)
 
 
-difference.knobs = ("diff_form",)
+difference.knobs = ("diff_form",) # as a class of the table would declare them
 
 
 class DenseHeads(nn.Module):
@@ -819,8 +824,8 @@ class DenseHeads(nn.Module):
         self.layer, self.maps = layer, maps
         self.D, self.K, self.Q = c.head_width, c.kv_heads, c.n_head * maps.query_heads # Q query heads
         q, k = self.Q * self.D, self.K * self.D # rows of queries; rows of keys, and of values
-        per_head = (self.D,) * (self.Q + self.K) + (1,) * k # queries and keys by head, values by row
-        self.qkv = linear(c, c.n_embd, q + 2 * k, c.bias, fused=(q, k, k), blocks=per_head)
+        shared = (self.D,) * (self.Q + self.K) + (1,) * k # Adam-mini: queries and keys by head, values by row
+        self.qkv = linear(c, c.n_embd, q + 2 * k, c.bias, fused=(q, k, k), blocks=shared)
         self.norm = HeadNorm((self.Q, self.K), self.D) if c.qk_norm else nn.Identity()
         self.out = residual_out(c, c.n_head * self.D)
         self.cache_layout = ((self.K, self.D), (self.K, self.D)) # heads and width of each cached tensor
@@ -901,7 +906,7 @@ class LatentHeads(nn.Module):
         return self.out(self.maps.finish(o).flatten(2)) # (B, T, C)
 
     def absorbing_pays(self, T, S):
-        """Counts multiplications for T new tokens among S. A whole sequence (T = S) is left to flash."""
+        """Whether absorbed takes fewer multiplications for T new tokens among S. T = S is left to flash."""
         expanded = S * self.R * self.H * (self.U + self.D) + T * S * self.Q * 2 * self.D
         absorbed = T * self.R * (self.Q * self.U + self.H * self.D) + T * S * self.Q * 2 * (self.R + self.P)
         return (T == 1 or T < S) and absorbed < expanded
@@ -934,7 +939,7 @@ ATTENTION = {
     "mla": (LatentHeads, OneMap),
     "diff": (DenseHeads, difference),
     # Both maps of a difference attend to the latent that mla caches, so the cache is as small as mla's: R + P
-    # numbers per token and layer. Only queries are doubled, and queries are not cached.
+    # numbers per token and layer. What v2 doubles is queries, and queries are not cached.
     "diff_mla": (LatentHeads, difference),
 }
 

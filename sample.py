@@ -197,6 +197,8 @@ def naive_judge(p, q, draft, u, draw):
     Proof: token t is drafted and kept with probability q_t min(1, p_t / q_t) = min(p_t, q_t). A rejection has
     the probability that is left, sum_t max(p_t - q_t, 0), and draws t with its share of that sum. So t is
     returned with probability min(p_t, q_t) + max(p_t - q_t, 0) = p_t.
+    With n drafts the same holds for each in turn, given that those before it were kept. What follows the
+    first rejection is dropped.
     """
     if u < p[draft] / q[draft]:
         return draft
@@ -221,13 +223,14 @@ def draw(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 class Speculation:
-    """A text that a model writes, in B rows, each at its own pace. step() is one forward for all rows.
+    """A text that a model writes, in B rows, each at its own pace. step() is one forward for all rows; where
+    windows have moved, one for each row that moved.
 
     Drafts come from the model's Ahead cell ("ahead"), or from what followed the last tokens where they
     occurred earlier in the text ("ngram"). "auto" takes the cell if there is one, and ngram while the text
     repeats itself. Drafting pauses where too few drafts are kept to pay for themselves.
     """
-    TRIAL, PAUSE = 32, 512 # forwards with drafts between two decisions; tokens of each row without drafts
+    TRIAL, PAUSE = 32, 512 # steps with drafts between two decisions; tokens of each row without drafts
     # Cost of drafting and judging one token, in plain forwards. Measured on a CPU with the model of
     # train_shakespeare_diffmla.py: judging eight tokens takes 0.35 more than one, seven drafts take 0.35.
     # A constant, not a timing: the same seed must write the same text on every machine.
@@ -248,7 +251,7 @@ class Speculation:
         self.source = self.repeated_or_best if draft == "auto" and has_cell else self.best
         self.n = min(model.config.n_ahead or 7, model.block_size - 1) # most drafts of a step
         self.starts = [-1] * len(self.rows) # position of each row's window; -1: nothing has been computed
-        # A row at the end of its window still gets drafts, though none is kept there: spare places.
+        # Drafts are a rectangle (B, n). A row with less room is padded, and padding needs places as well.
         self.cache = model.new_cache(len(self.rows), spare=self.n)
         self.h = None # (B, C) the trunk's output at the last token in the cache
         # For ngram, of each row: {last tokens: the index that followed them}, and how far that is complete.
@@ -324,7 +327,7 @@ class Speculation:
         p = self.distribution(h) # (B, n+1, V)
         keep, rest = judge(p, q, drafts)
         for b, limit in enumerate(limits):
-            if limit < n: # no draft there, so nothing is rejected: the next token is drawn from p itself
+            if limit < n: # padding: keep = 0 ends the row here, and its next token is drawn from p itself
                 keep[b, limit:], rest[b, limit] = 0, p[b, limit]
         u = self.uniform(B, n + 1)
         kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): drafts before the first rejection
@@ -359,7 +362,7 @@ class Speculation:
     def ahead(self, room):
         """From the model's Ahead cell and its head."""
         if not any(room):
-            return self.ngram(room) # no drafts
+            return self.ngram(room) # which drafts nothing either, in the right shapes
         model, s, x = self.model, self.h, self.tensor([row[-1] for row in self.rows])
         cell, drafts, q = model.extras["ahead"], [], []
         # The winner of a race of exponential times, divided by q, is distributed as q: less work than draw().
@@ -371,14 +374,14 @@ class Speculation:
         return torch.stack(drafts, dim=1), torch.stack(q, dim=1), room
 
     def ngram(self, room, lengths=(6, 4, 3, 2)):
-        """From the text: what followed the longest of the last 6 to 2 tokens that occurred before."""
+        """From the text: looks up its last 6 tokens, else 4, 3 or 2, and drafts what followed them before."""
         drafts = []
         for b, (row, followed, limit) in enumerate(zip(self.rows, self.followed, room)):
             for end in range(self.noted[b], len(row)): # each index once, when a token stands there
                 followed.update({tuple(row[end - m : end]): end for m in lengths if m <= end})
             self.noted[b] = len(row)
             start = next((followed[key] for m in lengths if (key := tuple(row[-m:])) in followed), len(row))
-            period = len(row) - start # 0: no earlier occurrence. Where the text ends, its loop begins again.
+            period = len(row) - start # 0: no earlier occurrence; beyond the text these tokens repeat
             drafts.append([row[start + i % period] for i in range(limit if period else 0)])
         limits = [len(d) for d in drafts]
         drafts = self.tensor([d + [0] * (max(limits) - len(d)) for d in drafts])

@@ -94,7 +94,7 @@ NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("mem
 FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "dtype",
          "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
 LOCAL = {"out_dir", "resume", "device"} # a resumed run takes these from its own command line
-MAX_SKIPPED = 5 # non-finite batches in a row before the run stops; 4 times as many in fp16
+MAX_SKIPPED = 5 # steps skipped in a row that are tolerated; 4 times as many in fp16
 
 # --- resume -------------------------------------------------------------------------------------------------
 # All of it stands here, but for get_data, which refuses data that has changed:
@@ -490,8 +490,8 @@ def gradient(micro_batches: list) -> dict:
     return means
 
 
-# Tokens of an evaluation. With eval_iters=0 it takes about a sixth of the time of training, because a forward
-# costs a third of a step; and at least 2^17 tokens, so that the split of TinyShakespeare is always whole.
+# Tokens of an evaluation. With eval_iters=0 it takes at most a sixth of the time of training, because a
+# forward costs a third of a step; or 2^17 tokens, so that the split of TinyShakespeare is always whole.
 eval_limit = max(2**17, eval_interval * tokens_per_step // 2) if eval_iters == 0 else 0 # 0: no limit
 eval_tokens = max(0, eval_iters) * batch_size * sequence or corpus.val.targets(sequence, eval_limit)
 
@@ -610,7 +610,8 @@ while True:
     losses = {name: loss.item() for name, loss in losses.items()}
 
     # the update. A batch whose loss or gradient is NaN or infinite is skipped: neither the weights nor the
-    # optimizer's moments ever see it. What learns beside the model skips its own bad batches alone.
+    # optimizer's moments ever see it. What learns beside the model skips its own bad batches alone (in fp16
+    # the loss scaler sees those too, and the model then skips as well).
     if not math.isfinite(norm_beside):
         say(f"step {step}: what learns beside the model has a gradient of norm {norm_beside} AND SKIPS IT")
         for p in beside:
