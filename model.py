@@ -435,7 +435,7 @@ class Cache:
         return view
 
     def reserve(self, start, T):
-        """-> places, end, mask: where T new tokens are stored, how many places count then, which ones each sees.
+        """-> places, end, mask: where T tokens are stored, how many places count, which ones each sees.
         places: an int, the first of a run, or (B, T). mask (1 or B, 1, T, S), or None where none is needed:
         a single token sees all before it, and a run from place 0 is plain causal attention.
         """
@@ -691,9 +691,9 @@ def naive_attention(q, k, v):
 def attend(q, k, v, mask=None, scale=None):
     """naive_attention by PyTorch's fused kernels. q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
     mask (1 or B, 1, T, S): True where a query sees a key; None: causal. scale: 1/sqrt(D) if None.
-    For ALiBi, give it a mask of numbers, which SDPA adds to the scores: (1 or B, H, T, S) with -slope_h (t - s)
-    where query t sees key s and -inf elsewhere, built in Pass and Cache where the masks of booleans are now,
-    and a class in POSITION that rotates nothing. Flash attention takes no such mask.
+    For ALiBi, give it a mask of numbers, which SDPA adds to the scores: (1 or B, H, T, S), -slope (t - s)
+    where query t sees key s, -inf elsewhere, built in Pass and Cache where boolean masks are built now, and a
+    class in POSITION that rotates nothing. Flash attention takes no such mask.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if mask is None and T == S and T > 1: # training and whole prompts: is_causal is the causal mask
@@ -768,7 +768,7 @@ class DiffV1(OneMap):
             yield f"n_head={c.n_head} and n_kv_head={c.kv_heads} must be even with diff_form=v1; or use v2"
 
     def attend(self, q, k, v, mask=None):
-        # One call for each half of the value keeps all widths at D. Per output head and pair of tokens that is
+        # One call for each half of the value keeps all widths at D. Per output head and token pair it takes
         # 2 maps x 2 calls x 2 D multiplications instead of 2 x (D + 2 D), and still faster than the unfused
         # path that a value of 2 D would take.
         halves = [attend(q, k, torch.cat([half, half], dim=1), mask) for half in v.chunk(2, dim=1)]
