@@ -64,7 +64,7 @@ ARMS = {"mha": {}, "mla": {"attention": "mla"},
         "diff_mla v1": {"attention": "diff_mla", "diff_form": "v1"}, "diff_mla v2": {"attention": "diff_mla"}}
 CHAR_ARMS = {name: {**CHAR, **choice, **(dict(kv_rank=96, rope_dim=32) if "mla" in name else {})}
              for name, choice in ARMS.items()}
-# Learning rate and weight decay of each optimizer, tuned: README, Results.
+# Learning rate and weight decay of each optimizer, tuned: bench_results/README.md.
 RATES = {"adamw": (1e-3, 0.1), "fadam": (1e-3, 0.001), "adam_mini": (1e-3, 0.1), "muon": (4e-3, 0.1)}
 LABELS = {"shakespeare_nanogpt": "nanoGPT's recipe", "shakespeare_mha": "mha",
           "shakespeare_diffmla": "diff_mla"} # curves: another run is named by its folder

@@ -320,7 +320,7 @@ def has_hash(path: Path, sha256: str) -> bool:
 @contextmanager
 def alone(path: Path):
     """One process or thread at a time makes path, the others wait. A full disk or the like is a UserError."""
-    lock, file = path.with_name(f".{path.name}.lock"), None
+    lock, file, held = path.with_name(f".{path.name}.lock"), None, False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while fcntl:
@@ -335,6 +335,7 @@ def alone(path: Path):
             # The process before may have deleted the file locked here: another one is the lock now.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                    held = True
                     break
             file.close()
         yield
@@ -342,8 +343,9 @@ def alone(path: Path):
         raise UserError(f"cannot write {path}: {error.strerror or error}\n"
                         "free some space, or choose another --data_dir") from error
     finally:
-        if file:
+        if held: # not where Ctrl-C ended the waiting: the lock is another process's
             lock.unlink(missing_ok=True)
+        if file:
             file.close()
 
 
@@ -405,7 +407,7 @@ def receive(url, part, deadline):
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
             status, asked = response.status_code, response.headers.get("Retry-After", "")
             if status == 416: # nothing comes after our bytes, so they are not the start of this file
-                part.unlink()
+                part.unlink(missing_ok=True)
             if status not in (200, 206):
                 wait = int(asked) if asked.isdigit() else 0 # a date, its other form, is rare
                 passes = wait <= 30 and (status in (416, 429) or status >= 500) # what is 404 now stays 404

@@ -42,8 +42,7 @@ def jit(function):
     return function if triton is None else triton.jit(function)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# which code runs where
+# --- which code runs where ----------------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> tuple[str, str]:
@@ -77,8 +76,10 @@ def use_kernel(name: str) -> None:
     KERNEL = name
 
 
-def path_for(tensor: torch.Tensor, in_c: bool = False) -> str:
-    """The code that an operation on this tensor runs: "triton", "torch", or "c" if the operation is in_c.
+def path_for(tensor: torch.Tensor, in_c: int | None = None) -> str:
+    """The code that an operation on this tensor runs: "triton", "torch" or "c".
+
+    in_c: None if the operation has no C, else the n_stream of the c_library that holds it.
 
     The choice is made before anything runs, from device, dtype and shapes. What fails afterwards raises.
     """
@@ -94,8 +95,8 @@ def path_for(tensor: torch.Tensor, in_c: bool = False) -> str:
         return "torch"
     if tensor.is_cuda:
         return "triton" if triton is not None and fits_triton else "torch"
-    in_c = in_c and tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
-    return "c" if in_c and c_library() is not None else "torch"
+    fits_c = tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    return "c" if in_c is not None and fits_c and c_library(in_c) is not None else "torch"
 
 
 def compiler_takes() -> bool:
@@ -123,13 +124,12 @@ def empty_as(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def widened(x: torch.Tensor) -> torch.Tensor:
+def widen(x: torch.Tensor) -> torch.Tensor:
     """At least fp32. fp64 stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# RMSNorm, the worked example
+# --- RMSNorm, the worked example ----------------------------------------------------------------------------
 
 
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
@@ -140,7 +140,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e
     """
     if x.is_cpu and not compiler_takes(): # one copy of scattered heads costs less than PyTorch's own walks
         x = x.contiguous()
-    path = path_for(x, in_c=True) if x.numel() and not compiler_takes() else "torch"
+    path = path_for(x, in_c=0) if x.numel() and not compiler_takes() else "torch"
     fits = weight is None or (weight.shape == x.shape[-1:] and weight.dtype == x.dtype
                               and weight.device == x.device and weight.is_contiguous())
     if path == "torch" or not fits: # PyTorch says what is wrong with a shape
@@ -201,7 +201,7 @@ class RMSNormFunction(torch.autograd.Function):
         y, C = empty_as(x), x.size(-1)
         rows = x.numel() // C
         if path == "c":
-            c_library().rmsnorm_forward(threads(x.numel()), rows, C, eps, *addresses(x, weight, y))
+            c_library(0).rmsnorm_forward(threads(x.numel()), rows, C, eps, *addresses(x, weight, y))
         else:
             with torch.cuda.device_of(x):
                 rmsnorm_forward_kernel[(rows,)](x, weight, y, C, eps, triton.next_power_of_2(C))
@@ -219,7 +219,7 @@ class RMSNormFunction(torch.autograd.Function):
             sums = torch.empty(blocks, C, dtype=torch.float32, device=x.device)
         if ctx.path == "c":
             sizes = threads(x.numel()), rows, C, ctx.eps
-            c_library().rmsnorm_backward(*sizes, *addresses(x, weight, g, g_x, sums))
+            c_library(0).rmsnorm_backward(*sizes, *addresses(x, weight, g, g_x, sums))
         else:
             with torch.cuda.device_of(x):
                 rmsnorm_backward_kernel[(blocks,)](x, weight, g, g_x, sums, rows, C, ctx.eps, ROWS,
@@ -227,8 +227,7 @@ class RMSNormFunction(torch.autograd.Function):
         return g_x, None if sums is None else sums.sum(0).to(weight.dtype), None, None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# rotary embedding
+# --- rotary embedding ---------------------------------------------------------------------------------------
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, base: float = 10000.0) -> torch.Tensor:
@@ -248,7 +247,7 @@ def rope_table(positions: torch.Tensor, width: int, base: float = 10000.0) -> to
     """
     if width % 2:
         raise ValueError(f"a rotary width of {width} leaves a number without its pair; make it even")
-    m = widened(positions) # (..., T)
+    m = widen(positions) # (..., T)
     frequency = base ** (-torch.arange(0, width, 2, device=m.device, dtype=m.dtype) / width)
     angle = m.unsqueeze(-1) * frequency # (..., T, width/2)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -323,8 +322,8 @@ class Rotate(torch.autograd.Function):
         return rotate_triton(g, *ctx.saved_tensors, -1.0), None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# activations. A new one is a row of ACTIVATIONS; it then runs as that formula everywhere. Once `act` knows
+# --- activations --------------------------------------------------------------------------------------------
+# A new one is a row of ACTIVATIONS; it then runs as that formula everywhere. Once `act` knows
 # its derivative too, a GPU runs it as one fused kernel forward and one backward.
 
 
@@ -410,8 +409,8 @@ def activation(x, up, name, eps, paired):
 
 
 def activation_reference(x, up, name, eps):
-    y = ACTIVATIONS[name](widened(x), eps)
-    return (y if up is None else y * widened(up)).to(x.dtype)
+    y = ACTIVATIONS[name](widen(x), eps)
+    return (y if up is None else y * widen(up)).to(x.dtype)
 
 
 @functools.cache # once for each name
@@ -525,8 +524,7 @@ class Activation(torch.autograd.Function):
         return g_x, g_up, None if eps is None else sums.double().sum().to(eps.dtype), None, None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the loss of a linear head, without all its logits in memory
+# --- the loss of a linear head, without all its logits in memory --------------------------------------------
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -563,7 +561,7 @@ CROSS_ENTROPY_CHUNK = 12 * 2**20 # logits at a time, 48 MB: with 16 MB matrix pr
 
 
 def linear_cross_entropy_reference(x, weight, targets, cap=0.0):
-    z = widened(F.linear(x, weight))
+    z = widen(F.linear(x, weight))
     z = cap * torch.tanh(z / cap) if cap else z
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), ignore_index=-1)
 
@@ -680,8 +678,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return None if g_x is None else g_x.view(shape), g_w, None, None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# residual streams: reading a sublayer's input from N of them, and writing its output back
+# --- residual streams: reading a sublayer's input from N of them, and writing its output back ---------------
 
 
 # torch.compile stops at these operations and runs the kernels as they are. Inductor 2.13 on a CPU, given the
@@ -699,7 +696,7 @@ def read_streams(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     if path == "torch":
         tally("read_streams", path)
         return read_streams_reference(x, pre)
-    return run(ReadStreams, x, pre, path)
+    return run(Streams, "read", path, x, pre)
 
 
 def read_streams_reference(x, pre):
@@ -721,7 +718,7 @@ def write_streams(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: tor
     if path == "torch":
         tally("write_streams", path)
         return write_streams_reference(x, y, post, res)
-    return run(WriteStreams, x, y, post, res, path)
+    return run(Streams, "write", path, x, y, post, res)
 
 
 def write_streams_reference(x, y, post, res):
@@ -732,7 +729,7 @@ def streams_path(x, *others):
     """The path for x (..., N, C). The other tensors are small or fresh: a copy puts them in order."""
     if x.size(-2) not in (2, 4, 8) or not x.numel():
         return "torch"
-    path = path_for(x, in_c=True)
+    path = path_for(x, in_c=x.size(-2))
     return path if path != "c" or all(t.dtype == torch.float32 for t in others) else "torch"
 
 
@@ -819,48 +816,31 @@ def streams(path, function, x, *tensors):
             STREAMS_KERNELS[function][(tokens,)](x, *tensors, C, N, min(512, triton.next_power_of_2(C)))
 
 
-class ReadStreams(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, pre, path):
-        tally("read_streams", path)
-        x, pre, ctx.path = x.contiguous(), pre.contiguous(), path
-        ctx.save_for_backward(x, pre)
-        u = torch.empty((*x.shape[:-2], x.shape[-1]), dtype=x.dtype, device=x.device) # (..., C)
-        streams(path, "read_forward", x, pre, u)
-        return u
+class Streams(torch.autograd.Function):
+    """name "read": inputs x, pre -> (..., C). name "write": inputs x, y, post, res -> (..., N, C)."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        tally("read_streams backward", ctx.path)
-        x, pre = ctx.saved_tensors
-        g_x, g_pre = empty_as(x), empty_as(pre)
-        streams(ctx.path, "read_backward", x, pre, g.contiguous(), g_x, g_pre)
-        return g_x, g_pre, None
-
-
-class WriteStreams(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, post, res, path):
-        tally("write_streams", path)
-        inputs, ctx.path = [t.contiguous() for t in (x, y, post, res)], path
+    def forward(ctx, name, path, *inputs):
+        tally(f"{name}_streams", path)
+        inputs, ctx.name, ctx.path = [t.contiguous() for t in inputs], name, path
         ctx.save_for_backward(*inputs)
-        out = empty_as(inputs[0]) # (..., N, C)
-        streams(path, "write_forward", *inputs, out)
+        x = inputs[0]
+        shape = x.shape if name == "write" else (*x.shape[:-2], x.shape[-1])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        streams(path, f"{name}_forward", *inputs, out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        tally("write_streams backward", ctx.path)
+        tally(f"{ctx.name}_streams backward", ctx.path)
         inputs = ctx.saved_tensors # asked for once: gradient checkpointing computes them at that moment
         gradients = [empty_as(t) for t in inputs]
-        streams(ctx.path, "write_backward", *inputs, g.contiguous(), *gradients)
-        return *gradients, None
+        streams(ctx.path, f"{ctx.name}_backward", *inputs, g.contiguous(), *gradients)
+        return None, None, *gradients
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sinkhorn: logits -> a doubly stochastic matrix, the mixing of mHC's streams
+# --- Sinkhorn: logits -> a doubly stochastic matrix, the mixing of mHC's streams ----------------------------
 
 SINKHORN_EPS = 1e-6 # DeepSeek's: it keeps every entry above 0 and every division finite
 
@@ -882,7 +862,7 @@ def sinkhorn(logits: torch.Tensor, iters: int = 20) -> torch.Tensor:
     if iters < 1:
         raise ValueError(f"sinkhorn needs iters >= 1, not {iters}")
     known = logits.shape[-1] in (2, 4, 8) and logits.numel()
-    path = path_for(logits, in_c=True) if known else "torch"
+    path = path_for(logits, in_c=logits.shape[-1]) if known else "torch"
     if path == "torch":
         tally("sinkhorn", path)
         return sinkhorn_reference(logits, iters)
@@ -890,7 +870,7 @@ def sinkhorn(logits: torch.Tensor, iters: int = 20) -> torch.Tensor:
 
 
 def sinkhorn_reference(logits, iters=20):
-    m = widened(logits).softmax(-2) + SINKHORN_EPS # (..., out, in)
+    m = widen(logits).softmax(-2) + SINKHORN_EPS # (..., out, in)
     m = m / (m.sum(-1, keepdim=True) + SINKHORN_EPS)
     for _ in range(iters - 1):
         m = m / (m.sum(-2, keepdim=True) + SINKHORN_EPS)
@@ -1020,8 +1000,7 @@ class Sinkhorn(torch.autograd.Function):
         return g_x, None, None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# mHC's coefficients
+# --- mHC's coefficients -------------------------------------------------------------------------------------
 
 
 @torch._disable_dynamo # as at read_streams
@@ -1059,7 +1038,7 @@ def mhc_coefficients_reference(h, phi, alpha, b, iters=20, eps=1e-6):
 
 def mhc_gates(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, b: torch.Tensor, eps: float = 1e-6):
     """pre, post (..., N), and logits (..., L) of any mixing, in PyTorch. phi (2 N + L, N C), b (2 N + L,)."""
-    N, x = h.size(-2), widened(h).flatten(-2) # (..., N C)
+    N, x = h.size(-2), widen(h).flatten(-2) # (..., N C)
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.size(-1)
     z = F.linear(x, phi.type_as(x)) * torch.rsqrt(square + eps) # the norm is one number per token
     widths = [N, N, len(b) - 2 * N]
@@ -1153,7 +1132,7 @@ class Coefficients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, phi, alpha, b, iters, eps, path):
         tally("mhc_coefficients", path)
-        N, x = h.size(-2), h.contiguous().flatten(-2).flatten(0, -2) # (tokens, N C)
+        N, x = h.size(-2), h.contiguous().view(-1, h.size(-2) * h.size(-1)) # (tokens, N C)
         phi, alpha, b = phi.contiguous(), alpha.contiguous(), b.contiguous()
         tokens, width = x.shape
         pre, post, res = (torch.empty(tokens, k, dtype=x.dtype, device=x.device) for k in (N, N, N * N))
@@ -1202,8 +1181,7 @@ class Coefficients(torch.autograd.Function):
         return g_x, g_phi, g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None, None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# a few rows times a large matrix: decoding
+# --- a few rows times a large matrix: decoding --------------------------------------------------------------
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -1217,26 +1195,25 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     if weight.numel() <= 2**17 or x.numel() > 16 * x.size(-1) or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     fits = x.size(-1) == weight.size(1) and x.dtype == weight.dtype and x.device == weight.device
-    if not fits or path_for(weight, in_c=True) != "c" or torch.is_autocast_enabled("cpu"):
+    if not fits or path_for(weight, in_c=0) != "c" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias) # it says what is wrong with a shape
     tally("few_rows", "c")
     x, y = x.contiguous(), torch.empty((*x.shape[:-1], weight.size(0)), dtype=x.dtype, device=x.device)
-    c_library().few_rows(threads(), x.numel() // x.size(-1), *weight.shape, *addresses(weight, x, y))
+    c_library(0).few_rows(threads(), x.numel() // x.size(-1), *weight.shape, *addresses(weight, x, y))
     return y if bias is None else y + bias
 
 
-# ------------------------------------------------------------------------------------------------------------
-# calling kernels.c
+# --- calling kernels.c --------------------------------------------------------------------------------------
 
 LANES = 16 # matrices or tokens that C handles side by side: the width of an AVX-512 register in fp32
 
 
 @functools.cache
-def c_library(n_stream: int = 0) -> ctypes.CDLL | None:
+def c_library(n_stream: int) -> ctypes.CDLL | None:
     """kernels.c as a ctypes library, compiled at first use, in 1 to 3 s. None, said once, without a compiler.
 
-    n_stream 2, 4 or 8 compiles the second half too, for that many residual streams. The compiler is CC, else
-    cc. RuntimeError if a compiler works but refuses kernels.c.
+    n_stream 0 compiles the first half of the file; 2, 4 or 8 all of it, for that many residual streams. The
+    compiler is CC, else cc. RuntimeError if a compiler works but refuses kernels.c.
     """
     compiler = os.environ.get("CC", "cc")
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels.c")

@@ -34,11 +34,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (ACTIVATIONS, activate, few_rows, gated_pair, linear_cross_entropy, mhc_coefficients,
-                     mhc_gates, read_streams, rmsnorm, rope_table, rotate, write_streams)
+                     mhc_gates, read_streams, rmsnorm, rope_table, rotate, widen, write_streams)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the configuration
+# --- the configuration --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -109,8 +108,7 @@ class GPTConfig:
         return heads.rotary_width(self) if POSITION[self.position].rotates else 0
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the model
+# --- the model ----------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -353,8 +351,7 @@ def softcap(cap, logits):
     return cap * torch.tanh(logits / cap) # Gemma 2, arXiv:2408.00118
 
 
-# ------------------------------------------------------------------------------------------------------------
-# what one forward hands down, and what attention keeps of earlier ones
+# --- what one forward hands down, and what attention keeps of earlier ones ----------------------------------
 
 
 class Pass:
@@ -498,8 +495,8 @@ class Cache:
         return sum(store.nbytes for layer in self.layers for store in layer) + self.alive.nbytes + memory
 
 
-# ------------------------------------------------------------------------------------------------------------
-# parameters: a few leaf classes own every weight. Each gives its initial values, its forward FLOPs per token,
+# --- parameters ---------------------------------------------------------------------------------------------
+# A few leaf classes own every weight. Each gives its initial values, its forward FLOPs per token,
 # and what optim.py needs to know, so that nothing is decided by a name:
 #   role     matrix | embedding | head | gate | vector
 #   fused    rows of the matrices that are stacked in this one (Muon orthogonalises each by itself)
@@ -554,13 +551,7 @@ def residual_out(c, n_in):
     return Linear(n_in, c.n_embd, c.bias, std=0.0 if c.zero_init else std)
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
-    """At least fp32, where half precision would lose what matters. fp64 stays fp64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# norm: (..., width) -> (..., width)
+# --- norm: (..., width) -> (..., width) ---------------------------------------------------------------------
 
 
 class LayerNorm(nn.LayerNorm):
@@ -603,8 +594,8 @@ class HeadNorm(nn.Module):
 NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# position: forward(h, start, front) -> (h, table). h (B, T, C) are the token embeddings, start is the first
+# --- position -----------------------------------------------------------------------------------------------
+# forward(h, start, front) -> (h, table). h (B, T, C) are the token embeddings, start is the first
 # token's position. `front` thoughts stand before the text at positions -1, -2, ..., so they shift no token.
 # `table` holds the cosines and sines by which Pass.rotate turns queries and keys; None turns nothing.
 # `rotates` tells the heads whether they have a rotary width.
@@ -669,8 +660,8 @@ class NoPosition(nn.Module):
 POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# attention: forward(x, pass_) -> (B, T, C). A row of the table answers two questions, one class each:
+# --- attention ----------------------------------------------------------------------------------------------
+# forward(x, pass_) -> (B, T, C). A row of the table answers two questions, one class each:
 #   where do queries, keys and values come from?   DenseHeads: straight from x. LatentHeads: through a latent.
 #   how do softmax maps become an output head?     OneMap: one map each. DiffV1, DiffV2: two maps' difference.
 # All heads have keys and values of the same width D, which fused attention kernels ask for. The causal mask
@@ -944,8 +935,7 @@ ATTENTION = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# activation and MLP: (B, T, C) -> (B, T, C)
+# --- activation and MLP: (B, T, C) -> (B, T, C) -------------------------------------------------------------
 
 
 class Activation(nn.Module):
@@ -989,8 +979,8 @@ class GatedMLP(nn.Module):
 GLU = {False: MLP, True: GatedMLP}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# residual: what carries h from sublayer to sublayer. read(h) returns a sublayer's input, and `mix`, which
+# --- residual -----------------------------------------------------------------------------------------------
+# What carries h from sublayer to sublayer. read(h) returns a sublayer's input, and `mix`, which
 # write needs. Plain carries h (B, T, C); the others N streams (B, T, N, C), mixed anew around each sublayer.
 # All streams start equal, which makes the model the plain one. Each sublayer mostly reads one of them, in
 # turn, and writes to all: if all were read alike, their gradients would be equal and they would stay copies.
@@ -1138,8 +1128,8 @@ class Manifold(Streams):
 RESIDUAL = {"plain": Plain, "hyper": Hyper, "mhc": Manifold}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# extras: parts around and inside the trunk. Each declares
+# --- extras -------------------------------------------------------------------------------------------------
+# Parts around and inside the trunk. Each declares
 #   place      where GPT puts it: in front of the text | between two blocks | above a stage | beside the trunk
 #   loss_name  if it has a loss of its own: loss(model, h, idx, targets, notes), given beside ce in train mode
 #   detached   if it learns from detached numbers: optim.py and train.py keep its parameters apart
@@ -1500,8 +1490,7 @@ EXTRAS = {"thought_tokens": Thoughts, "memory_slots": Memory, "future_peek": Pee
           "n_ahead": Ahead, "uncertainty": Uncertainty}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# rules: which configs are refused. What concerns one class alone stands in its own complaints(c).
+# --- rules: which configs are refused. What concerns one class alone stands in its own complaints(c). -------
 
 SLOTS = {"norm": NORM, "position": POSITION, "attention": ATTENTION, "activation": ACTIVATIONS, "glu": GLU,
          "residual": RESIDUAL, "diff_form": DIFF_FORM, "h_res": H_RES}
@@ -1602,8 +1591,8 @@ def saved_fields(chosen: dict, path: str) -> dict:
     return chosen
 
 
-# ------------------------------------------------------------------------------------------------------------
-# checkpoints: one file, which torch.load reads as it is. torch.load does not notice damaged tensor bytes, so
+# --- checkpoints --------------------------------------------------------------------------------------------
+# One file, which torch.load reads as it is. torch.load does not notice damaged tensor bytes, so
 # the sha256 of all other bytes is kept in the comment field that the zip format has at its very end.
 
 _SEAL = 7 + 64 # b"sha256:" and 64 hex digits
@@ -1662,8 +1651,8 @@ def load_checkpoint(path: str) -> dict:
                          "it is not what train.py writes and may run code; use another checkpoint") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# presets: fields of GPTConfig for eight sizes. A field that is given as well takes precedence; train.py takes
+# --- presets ------------------------------------------------------------------------------------------------
+# Fields of GPTConfig for eight sizes. A field that is given as well takes precedence; train.py takes
 # vocab_size from the data. Parameters are counted with a vocabulary of 50,000, up to a multiple of 64, and
 # with the tied embedding once. Heads are 32, then 64, from large on 128 wide.
 
@@ -1689,8 +1678,8 @@ def preset(name: str) -> dict:
     return PRESETS.get(name, {})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# python model.py: the learner's door. Models are built on the meta device: shapes and counts, but no memory.
+# --- python model.py: the learner's door --------------------------------------------------------------------
+# Models are built on the meta device: shapes and counts, but no memory.
 
 
 def describe(config: GPTConfig, T: int, batch_size: int = 1) -> None:

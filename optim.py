@@ -110,7 +110,7 @@ class Base(torch.optim.Optimizer):
         if self.form in ("loop", "compile"):
             return self.form
         fits_c = all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in params)
-        if fits_c and c_library() is not None:
+        if fits_c and c_library(0) is not None:
             return "c"
         if self.form == "c":
             raise RuntimeError("form='c' needs contiguous fp32 parameters on a CPU, and a C compiler; "
@@ -187,7 +187,7 @@ class FAdam(Base):
     @staticmethod
     def in_c(params, grads, ms, fs, scalars, beta1, eps, eps2, p, clip):
         lr, weight_decay, *beta2s = scalars
-        c_library().fadam( # kernels.c says why it takes 1 - beta
+        c_library(0).fadam( # kernels.c says why it takes 1 - beta
             threads(), len(params), pointers(params), pointers(grads), pointers(ms), pointers(fs),
             integers([theta.numel() for theta in params]), floats([1 - beta2 for beta2 in beta2s]),
             floats([1 - beta1, lr, weight_decay, eps, eps2, clip]))
@@ -250,7 +250,7 @@ class AdamMini(Base):
     def in_c(params, grads, ms, vs, places, scalars, beta1, beta2, eps):
         keep, *rates = scalars
         starts, firsts, counts, sizes = zip(*places) # offsets, because a view for each run would cost more
-        c_library().adam_mini(
+        c_library(0).adam_mini(
             threads(), len(places), *(pointers(x, starts) for x in (params, grads, ms)), pointers(vs, firsts),
             integers(counts), integers(sizes), floats(rates), floats([1 - beta1, 1 - beta2, eps, keep]))
 

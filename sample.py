@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from data import tokenizer_from_dict
-from kernels import choose_device, few_rows
-from model import GPT, load_checkpoint, previous_checkpoint, widen
+from kernels import choose_device, few_rows, widen
+from model import GPT, load_checkpoint, previous_checkpoint
 
 out_dir = "" # folder of the run; empty: the newest below out
 start = "\n" # the prompt; FILE:prompt.txt reads it from a file
@@ -50,8 +50,7 @@ interactive = False # ask for prompts until `quit`
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 
 
-# ------------------------------------------------------------------------------------------------------------
-# sampling: what a token is drawn from
+# --- sampling: what a token is drawn from -------------------------------------------------------------------
 
 
 def check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens=0):
@@ -92,8 +91,7 @@ def distribution(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
     return p
 
 
-# ------------------------------------------------------------------------------------------------------------
-# plain decoding
+# --- plain decoding -----------------------------------------------------------------------------------------
 
 
 def window_start(n: int, block_size: int) -> int:
@@ -183,8 +181,8 @@ def generate_with_uncertainty(model: GPT, idx: torch.Tensor, max_new_tokens: int
     return ids, torch.cat(scores, dim=1).masked_fill(ended, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# speculative decoding: draft some tokens cheaply, let the model judge all of them in one forward, and keep
+# --- speculative decoding -----------------------------------------------------------------------------------
+# Draft some tokens cheaply, let the model judge all of them in one forward, and keep
 # those that it would have written as well. Leviathan et al. 2022, arXiv:2211.17192; Chen et al. 2023,
 # arXiv:2302.01318. Why no probability changes: naive_judge has the rule and its proof, judge is the rule for
 # a batch, and draft_and_judge applies it.
@@ -405,8 +403,7 @@ class Speculation:
         return f"{self.tokens / max(1, self.forwards) / len(self.rows):.2f} tokens per forward, {rate}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the command line
+# --- the command line ---------------------------------------------------------------------------------------
 
 ADJUSTABLE = ["temperature", "top_k", "top_p", "min_p", "max_new_tokens"] # at the prompt
 _SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...

@@ -156,7 +156,11 @@ def adopt(config: dict) -> None:
     config["model"]["depths"] = tuple(config["model"].get("depths", ())) # run.json has a list
     usual = {f.name: f.default for f in fields(GPTConfig)} # for fields that the earlier run did not know yet
     was = {**DEFAULTS, **usual, **config["train"], **config["model"]}
-    asked = {k: v for k, v in given.items() if v != "auto" and k not in LOCAL}
+    # what a config file gave without effect was dropped when the run began, and is dropped again
+    kept = without_orphans({k: v for k, v in given.items() if k in usual}, typed)
+    idle = {k for k, (owner, _) in NEEDS.items() if not was[owner] and k not in typed}
+    idle |= given.keys() & usual.keys() - kept.keys()
+    asked = {k: v for k, v in given.items() if v != "auto" and k not in LOCAL and k not in idle}
     changed = {k: v for k, v in asked.items() if v != was[k]}
     clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in changed.items() if k in FIXED or k in usual]
     if clash:
@@ -172,6 +176,9 @@ def adopt(config: dict) -> None:
     place, name = data.find(dataset, data_dir), config["train"]["dataset"]
     if dataset == config["asked"] and (place is None or place.name != name):
         globals()["dataset"] = name # it was asked for by a path, or offline_dataset was taken for it
+    elif dataset != name and (place is None or place.name != name): # before anything is downloaded
+        raise UserError(f"cannot resume: {dataset} is not {name}, the data this run was trained on\n"
+                        "drop --dataset, or train anew in another --out_dir")
 
 
 def snapshot() -> dict:
@@ -286,7 +293,7 @@ if kind == "cuda":
     peak = next((flops for name, flops in PEAK.items() if name in device_name and dtype != "float32"), 0)
     torch.set_float32_matmul_precision("high") # TF32: 10 bits of mantissa, several times the speed
 print(f"device {device} ({device_reason})   dtype {dtype}   "
-      f"kernels {path_for(torch.empty(1, dtype=torch_dtype, device=device))} ({kernel})")
+      f"kernels {path_for(torch.empty(1, dtype=torch_dtype, device=device), in_c=0)} ({kernel})")
 
 # --- data ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-# FAdam on the plain model of muon_shakespeare.py, 1,000 steps of 768 characters; its rate is tuned, README.md has the comparison.
+# FAdam on the plain model of muon_shakespeare.py, 1,000 steps of 768 characters; its rate is tuned, bench_results/README.md compares.
 # python train.py config/fadam_shakespeare.py
 # Its weight decay is preconditioned: 0.001 here is about what 0.1 is to AdamW. No clipping on top of its own.
 

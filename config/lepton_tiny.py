@@ -1,5 +1,5 @@
 # LEPTON's size "tiny" with its six ideas, trained with its flags: RMSNorm, RoPE, SwiGLU, tied head, 109M parameters and 12M for the ideas.
-# It wants a GPU; what each idea does to a small model stands in README.md.
+# It wants a GPU; what each idea does to a small model stands in bench_results/README.md.
 # python train.py config/lepton_tiny.py
 # python train.py config/lepton_tiny.py --dataset=path/to/shards --tokenizer=pile_tokenizer.json --data_dir=data
 # Its source counts 50,000 forwards of 4 sequences: 3,125 steps. Other sizes: --model_size=nano ... xxl (python model.py lists them).

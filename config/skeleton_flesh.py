@@ -1,6 +1,6 @@
 # Skeleton & Flesh: a fifth of the weights is left at the end, chosen while training by signal to noise and by gradient.
 # python train.py config/skeleton_flesh.py
-# Any dataset: --dataset=path/to/text. README.md has its losses beside dense training and magnitude pruning (--sparse=magnitude).
+# Any dataset: --dataset=path/to/text. Its losses, dense training and --sparse=magnitude: bench_results/README.md.
 
 out_dir = "out/skeleton_flesh"
 dataset = "shakespeare"

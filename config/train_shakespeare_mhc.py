@@ -1,6 +1,6 @@
 # Manifold-constrained hyper-connections: four residual streams around the model of train_shakespeare_diffmla.py, same budget.
 # python train.py config/train_shakespeare_mhc.py
-# README.md has its losses beside --residual=hyper and plain.
+# bench_results/README.md has its losses beside --residual=hyper and plain.
 
 out_dir = "out/shakespeare_mhc"
 dataset = "shakespeare"

@@ -119,7 +119,7 @@ KINDS = [(FAdam, {}), (FAdam, {"clip": 0.5}), (AdamMini, {}), (AdamMini, {"block
 @pytest.mark.parametrize("cls, knobs", KINDS, ids=str)
 def test_every_form_is_the_loop(cls, knobs, shape, form):
     """Odd shapes; gradients of every size: both branches of the adaptive epsilon and of the clipping run."""
-    if c_library() is None: # torch.compile needs one too
+    if c_library(0) is None: # torch.compile needs one too
         pytest.skip("no C compiler")
     if knobs.get("blocks") == "uneven":
         knobs = {"blocks": (2, 2, 1, *[1] * (shape[0] - 5))}
@@ -133,7 +133,7 @@ def test_every_form_is_the_loop(cls, knobs, shape, form):
 
 @pytest.mark.parametrize("cls", [FAdam, AdamMini])
 def test_the_c_form_is_what_runs_on_a_cpu(cls):
-    if c_library() is None:
+    if c_library(0) is None:
         pytest.skip("no C compiler")
     p = torch.nn.Parameter(torch.randn(6, 8))
     assert cls([p]).form_of([p]) == "c" and cls([p], form="loop").form_of([p]) == "loop"
@@ -148,7 +148,7 @@ def test_the_c_form_is_what_runs_on_a_cpu(cls):
 
 @pytest.mark.parametrize("cls", [FAdam, AdamMini])
 def test_c_reads_a_transposed_gradient_and_passes_on_a_nan(cls):
-    if c_library() is None:
+    if c_library(0) is None:
         pytest.skip("no C compiler")
     loop, c = both(cls, "c", (12, 9), [torch.randn(9, 12).t()], {})
     torch.testing.assert_close(loop[0], c[0])
@@ -170,7 +170,7 @@ def test_state_of_bf16_parameters_stays_fp32_when_loaded(cls):
 
 @pytest.mark.parametrize("cls", [FAdam, AdamMini])
 def test_the_number_of_threads_changes_no_bit(cls):
-    if c_library() is None:
+    if c_library(0) is None:
         pytest.skip("no C compiler")
     ends, before, grads = [], torch.get_num_threads(), [*torch.randn(3, 301, 173)]
     try:

@@ -218,7 +218,7 @@ def test_stream_stats_of_depths_begin_anew_where_other_tokens_come():
         assert float(seen[f"{name}.mixing.gain"]) == pytest.approx(gain, rel=1e-5)
 
 
-@pytest.mark.skipif(c_library() is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(c_library(0) is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.deep
 @pytest.mark.parametrize("knobs", [
     dict(residual="hyper"), dict(residual="mhc", activation="crrelu", glu=True)], ids=str)

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from data import load, prepare
+from kernels import c_library
 from model import GPT, GPTConfig, PRESETS, load_checkpoint, save_checkpoint
 from processes import ROOT, run, start
 
@@ -105,6 +106,7 @@ def whole(corpus, tmp_path_factory):
 def test_what_a_run_leaves_behind(whole, corpus):
     out, log = whole
     about = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert ("kernels c (auto)" in log) == (c_library(0) is not None)
     assert {"run_id", "git_commit", "config_hash", "hook_list", "command", "config", "versions", "device",
             "dataset", "data_sha256",
             "seed", "n_params"} <= set(about)
@@ -725,6 +727,9 @@ def test_what_a_file_gave_goes_when_the_command_line_has_no_use_for_it(corpus, t
     last = load_checkpoint(tmp_path / "o/ckpt.pt")["config"]
     assert (last["model"]["kv_rank"], last["train"]["windows"]) == (0, 1)
     assert last["train"]["min_lr"] == pytest.approx(3e-6)
+    again = train(corpus, tmp_path / "o", str(tmp_path / "c.py"), "--attention=mha", "--memory_slots=0",
+                  "--learning_rate=3e-5", "--max_iters=3", "--resume") # the file still has what was dropped
+    assert "RESUMING" in again.stdout and load_checkpoint(tmp_path / "o/ckpt.pt")["step"] == 3
     (tmp_path / "d.py").write_text("learning_rate = 3e-5") # min_lr's default was nobody's wish
     assert "lowered to" in train(corpus, tmp_path / "p", "--max_iters=0", str(tmp_path / "d.py")).stdout
     train(corpus, tmp_path / "q", "--max_iters=0", "--learning_rate=3e-5", "--min_lr=1e-4", code=2)
