@@ -177,7 +177,7 @@ def adopt(config: dict) -> None:
     if dataset == config["asked"] and (place is None or place.name != name):
         globals()["dataset"] = name # it was asked for by a path, or offline_dataset was taken for it
     elif dataset != name and (place is None or place.name != name): # before anything is downloaded
-        raise UserError(f"cannot resume: {dataset} is not {name}, the data this run was trained on\n"
+        raise UserError(f"cannot resume: {dataset} is not the data this run was trained on, {name}\n"
                         "drop --dataset, or train anew in another --out_dir")
 
 
