@@ -1,9 +1,11 @@
-"""
-Each kernel against its own PyTorch reference in fp64. What is allowed is twice the error of that reference in fp32, never a
-number found by trying. Upstream gradients are random: those of a sum are 0 through rows that sum to 1, right or wrong.
+"""Each kernel is compared with its own PyTorch reference in fp64.
 
-The tests of Triton run here in a second process, under TRITON_INTERPRET=1 (Triton reads it where kernels are defined), and
-with `pytest -m gpu` on the GPU.
+The allowed error is twice the error of the reference in fp32, never a number found by trying. Upstream
+gradients are random, because the gradient of a plain sum through rows that sum to 1 is 0, in a right kernel
+and in a wrong one.
+
+The tests of Triton run here in a second process, under TRITON_INTERPRET=1, because Triton reads this variable
+where a kernel is defined. With `pytest -m gpu` they run on the GPU.
 """
 import itertools
 import os
@@ -16,15 +18,16 @@ import torch
 
 import kernels
 from conftest import ROOT
-from kernels import (ACTIVATIONS, activate, c_library, gated, launches, path_for, sinkhorn, sinkhorn_reference,
-                     use_kernel)
+from kernels import (ACTIVATIONS, activate, c_library, gated, launches, path_for, sinkhorn,
+                     sinkhorn_reference, use_kernel)
 from model import GPT, GPTConfig
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = tuple(ACTIVATIONS)
 COUNTS = (1, 5, 63, 100, 1000)
 needs_c = pytest.mark.skipif(c_library(0) is None, reason="no C compiler")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_interpreted in a process with TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not INTERPRETED,
+                                 reason="run by test_triton_interpreted in a process with TRITON_INTERPRET=1")
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +40,20 @@ def clean():
 
 def gradients(f, tensors, dtype, g):
     """f's output, and its gradients for upstream g, computed in dtype."""
-    tensors = [t.detach().to(t.dtype if t.dim() == 0 and dtype != torch.float64 else dtype).requires_grad_() for t in tensors]
-    y = f(*tensors)
-    return [y.detach(), *torch.autograd.grad(y, tensors, g.to(y.dtype))]
+    inputs = []
+    for t in tensors:
+        keeps_its_dtype = t.dim() == 0 and dtype != torch.float64 # a single number, such as eps
+        inputs.append(t.detach().to(t.dtype if keeps_its_dtype else dtype).requires_grad_())
+    y = f(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, g.to(y.dtype))]
 
 
 def no_worse(ours, torchs, exact, what):
-    """
-    Largest error of ours at most twice torch's. Ours may be the first few of what torch was measured on: on one number
-    torch's error is 0 by luck. Triton's interpreter cuts fp32 off to bf16, where torch and a GPU round: then, each within a
-    unit of bf16's last place.
+    """The largest error of ours is at most twice the largest error of torch's.
+
+    ours may hold only the first few of the numbers in torchs and exact, because torch's error of a single
+    number can be 0 by luck. Triton's interpreter truncates fp32 to bf16, where torch and a GPU round: there,
+    each error is at most one unit in the last place of bf16.
     """
     for i, (a, b, c) in enumerate(zip(ours, torchs, exact, strict=True)):
         allowed = 2 * (b.double() - c).abs().max() + 1e-9 * c.abs().max()
@@ -55,7 +62,8 @@ def no_worse(ours, torchs, exact, what):
         b, c = b[:len(a)], c[:len(a)]
         assert a.shape == b.shape and a.dtype == b.dtype
         error = (a.double() - c).abs() # NaN compares false: one fails
-        assert (error <= allowed).all(), f"{what}, result {i}: off by {error.max():.2e}, {allowed.max():.2e} allowed"
+        assert (error <= allowed).all(), (
+            f"{what}, result {i}: off by {error.max():.2e}, {allowed.max():.2e} allowed")
 
 
 # --- which path ---
@@ -88,17 +96,24 @@ def test_refusals(monkeypatch):
         (lambda: sinkhorn(x[0]), "square"),
         (lambda: sinkhorn(torch.randn(2, 2), 0), "iters >= 1"),
         (lambda: kernels.mhc_coefficients(x[0], *coefficient_inputs(2, 5)[1:]), "takes h"),
-        (lambda: kernels.mhc_coefficients(torch.randn(3, 2, 4), *coefficient_inputs(2, 5)[1:]), r"\(3, 2, 4\), \(8, 10\)"),
-        (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5)[:2], torch.ones(()), torch.ones(8)), "alpha"),
+        (lambda: kernels.mhc_coefficients(torch.randn(3, 2, 4), *coefficient_inputs(2, 5)[1:]),
+         r"\(3, 2, 4\), \(8, 10\)"),
+        (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5)[:2], torch.ones(()), torch.ones(8)),
+         "alpha"),
         (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5)[:3], torch.ones(9)), "N\\^2"),
         (lambda: kernels.mhc_coefficients(*coefficient_inputs(2, 5), iters=0), "iters >= 1"),
-        (lambda: kernels.read_streams(torch.randn(3, 5, 4, 8), torch.randn(5, 4)), r"read_streams takes .*\(5, 4\)"),
+        (lambda: kernels.read_streams(torch.randn(3, 5, 4, 8), torch.randn(5, 4)),
+         r"read_streams takes .*\(5, 4\)"),
         (lambda: kernels.read_streams(torch.randn(4), torch.randn(())), "read_streams takes"),
-        *((lambda shapes=shapes: kernels.write_streams(*map(torch.randn, shapes)), "write_streams takes") for shapes in (
-            ((5, 4, 8), (5, 7), (5, 4), (5, 4, 4)), ((5, 4, 8), (8,), (5, 4), (5, 4, 4)), ((5, 4, 8), (5, 8), (5, 2), (5, 4, 4)),
-            ((5, 4, 8), (5, 8), (5, 4), (4, 4)))),
-        (lambda: kernels.linear_cross_entropy(x, torch.randn(9, 4), torch.zeros(3, dtype=torch.int32)), "targets.long()"),
-        (lambda: kernels.linear_cross_entropy(x, torch.randn(9, 4, device="meta"), torch.zeros(3).long()), "bring them together"),
+        *((lambda shapes=shapes: kernels.write_streams(*map(torch.randn, shapes)), "write_streams takes")
+          for shapes in (((5, 4, 8), (5, 7), (5, 4), (5, 4, 4)),
+                         ((5, 4, 8), (8,), (5, 4), (5, 4, 4)),
+                         ((5, 4, 8), (5, 8), (5, 2), (5, 4, 4)),
+                         ((5, 4, 8), (5, 8), (5, 4), (4, 4)))),
+        (lambda: kernels.linear_cross_entropy(x, torch.randn(9, 4), torch.zeros(3, dtype=torch.int32)),
+         "targets.long()"),
+        (lambda: kernels.linear_cross_entropy(x, torch.randn(9, 4, device="meta"), torch.zeros(3).long()),
+         "bring them together"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -132,16 +147,20 @@ def test_a_source_that_fails_raises(monkeypatch, tmp_path):
 def test_c_gets_no_address_that_it_would_misread(monkeypatch):
     """C takes type, order and place of what lies at an address for granted."""
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
-    model, idx = GPT(GPTConfig(vocab_size=90, block_size=8, n_layer=1, n_head=2, n_embd=16)), torch.randint(90, (4, 8))
+    model = GPT(GPTConfig(vocab_size=90, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.randint(90, (4, 8))
     with pytest.raises(ValueError, match="targets.long()"):
         model(idx, idx.int(), with_logits=False)
-    for bad in (torch.ones(4, 4).t(), torch.ones(4).double(), torch.ones(4).int(), torch.ones(4, device="meta")):
+    x = torch.ones(4)
+    for bad in (torch.ones(4, 4).t(), x.double(), x.int(), torch.ones(4, device="meta")):
         with pytest.raises(TypeError, match="C takes contiguous torch.float32 on the CPU"):
             kernels.address(bad)
         with pytest.raises(TypeError, match="C takes contiguous"):
             kernels.pointers([bad])
-    assert "data_ptr" not in (ROOT / "kernels.py").read_text(encoding="utf-8").replace("return tensor.data_ptr()", "")
-    assert not any("data_ptr()" in line and "storage" not in line for line in (ROOT / "optim.py").read_text(encoding="utf-8").splitlines())
+    source = (ROOT / "kernels.py").read_text(encoding="utf-8")
+    assert "data_ptr" not in source.replace("return tensor.data_ptr()", "")
+    lines = (ROOT / "optim.py").read_text(encoding="utf-8").splitlines()
+    assert not any("data_ptr()" in line and "storage" not in line for line in lines)
 
 
 def test_a_folder_that_runs_nothing_and_a_broken_cc_are_said(monkeypatch, capsys):
@@ -167,9 +186,11 @@ def test_an_activation_that_no_kernel_knows_runs_as_its_formula(monkeypatch, cap
     for path in ("torch", "triton") if INTERPRETED else ("torch",):
         use_kernel("triton" if path == "triton" else "auto")
         y, z = activate(x, "mish"), kernels.gated_pair(x, "mish")
-        torch.testing.assert_close(y, torch.nn.functional.mish(x))
+        want = torch.nn.functional.mish(x)
+        torch.testing.assert_close(y, want)
         torch.testing.assert_close(z, torch.nn.functional.mish(x[:, :3]) * x[:, 3:])
-        torch.testing.assert_close(*(torch.autograd.grad(f.sum(), x)[0] for f in (activate(x, "mish"), torch.nn.functional.mish(x))))
+        got, expected = (torch.autograd.grad(t.sum(), x)[0] for t in (y, want))
+        torch.testing.assert_close(got, expected)
     assert capsys.readouterr().out.count("activation=mish is in ACTIVATIONS but in no kernel") == INTERPRETED
     kernels.known_to_triton.cache_clear()
 
@@ -188,7 +209,8 @@ def test_sinkhorn_reference_gradient():
 def test_sinkhorn_is_deepseek_s(iters):
     """transformers' hyper-connection, for a matrix that is not symmetric: its comb is our H transposed."""
     v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-    config = SimpleNamespace(hc_mult=4, hc_sinkhorn_iters=iters, hc_eps=1e-6, rms_norm_eps=1e-6, hidden_size=8)
+    config = SimpleNamespace(hc_mult=4, hc_sinkhorn_iters=iters, hc_eps=1e-6, rms_norm_eps=1e-6,
+                             hidden_size=8)
     theirs = v4.DeepseekV4HyperConnection(config)
     with torch.no_grad():
         theirs.fn.zero_(), theirs.scale.fill_(1), theirs.base.copy_(torch.randn(24))
@@ -204,13 +226,16 @@ def test_sinkhorn_properties(n):
     y = sinkhorn(x, 100)
     assert ((y.sum(-1) - 1).abs() < 1e-5).all() and ((y.sum(-2) - 1).abs() < 1e-4).all()
     y = sinkhorn(3 * x, 1)
-    sums = (3 * x).softmax(-2).sum(-1) + n * 1e-6 # what eps leaves of a row depends on how small it was
-    torch.testing.assert_close(y.sum(-1), sums / (sums + 1e-6), rtol=0, atol=1e-6) # rows, from the first iteration on
+    # one iteration normalises the rows, not yet the columns; eps takes more from the sum of a smaller row
+    sums = (3 * x).softmax(-2).sum(-1) + n * 1e-6
+    torch.testing.assert_close(y.sum(-1), sums / (sums + 1e-6), rtol=0, atol=1e-6)
     assert (y.sum(-2) - 1).abs().max() > 0.1
-    # a constant along `out`, the first softmax's axis, changes nothing; permuted streams give a permuted matrix
+    # a constant along `out`, the first softmax's axis, changes nothing
     torch.testing.assert_close(sinkhorn(x + 5 * torch.randn(50, 1, n), 2), sinkhorn(x, 2), rtol=0, atol=2e-6)
+    # permuted streams give a permuted matrix
     p, q = torch.randperm(n), torch.randperm(n)
-    torch.testing.assert_close(sinkhorn(x[:, p][:, :, q].contiguous(), 3), sinkhorn(x, 3)[:, p][:, :, q], rtol=0, atol=1e-6)
+    permuted = sinkhorn(x[:, p][:, :, q].contiguous(), 3)
+    torch.testing.assert_close(permuted, sinkhorn(x, 3)[:, p][:, :, q], rtol=0, atol=1e-6)
     # mixes of permutations are doubly stochastic already, so nearly (eps) fixed points
     some = torch.stack([torch.eye(n)[torch.randperm(n)] for _ in range(30)])
     mixes = torch.einsum("bp,pij->bij", torch.randn(50, 30).softmax(-1), some)
@@ -237,14 +262,16 @@ def check_sinkhorn(path, device, n, counts, iterations, stds, dtype=torch.float3
 def test_sinkhorn_c(n, poisoned):
     """Few iterations and large logits are where a backward that assumes convergence is wrong."""
     check_sinkhorn("c", "cpu", n, COUNTS, (1, 3, 20), (1, 3, 8))
-    x = torch.randn(2, 1, 3, n, n) # leading axes, and an upstream gradient that is expanded
-    a, b = (torch.autograd.grad((f(x.requires_grad_())[..., 0, :]).sum(), x)[0] for f in (sinkhorn, sinkhorn_reference))
+    # leading axes, and an upstream gradient that is expanded
+    x = torch.randn(2, 1, 3, n, n).requires_grad_()
+    a, b = (torch.autograd.grad(f(x)[..., 0, :].sum(), x)[0] for f in (sinkhorn, sinkhorn_reference))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 @needs_c
 def test_threads_change_no_bit(monkeypatch):
-    monkeypatch.setattr(kernels, "product", lambda a, b: (a.double() @ b.double()).to(a.dtype)) # BLAS's own may change
+    # in fp64, because BLAS may add up fp32 in another order with more threads
+    monkeypatch.setattr(kernels, "product", lambda a, b: (a.double() @ b.double()).to(a.dtype))
     logits, x, w = torch.randn(1000, 4, 4), torch.randn(301, 333), torch.randn(333)
     inputs = coefficient_inputs(4, 40)
     g_c = [torch.randn_like(t) for t in kernels.mhc_coefficients(*inputs)]
@@ -268,45 +295,59 @@ def test_threads_change_no_bit(monkeypatch):
 def coefficient_inputs(N, C, tokens=1000, std=1):
     """h, phi, alpha, b with logits of this std."""
     columns, alpha = 2 * N + N * N, std / 2**0.5 * torch.tensor([1.0, -1.0, 1.0])
-    return torch.randn(tokens, N, C), torch.randn(columns, N * C) / (N * C)**0.5, alpha, alpha[0] * torch.randn(columns)
+    h, phi = torch.randn(tokens, N, C), torch.randn(columns, N * C) / (N * C)**0.5
+    return h, phi, alpha, alpha[0] * torch.randn(columns)
 
 
 def all_gradients(f, inputs, g):
     inputs = [t.detach().requires_grad_() for t in inputs]
     outputs = f(*inputs)
-    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, inputs, [g.to(t.dtype) for g, t in zip(g, outputs)]))
+    upstream = [g.to(t.dtype) for g, t in zip(g, outputs)]
+    return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, inputs, upstream)]
 
 
 def check_coefficients(path, device, N, counts, iterations, stds, dtype=torch.float32):
-    """
-    The gradients of alpha and b are sums over tokens; of 3 numbers torch may have been lucky with all. With parameters of its
-    own for each token, the reference gives the tokens' shares, and torch's error in them. Errors of tokens are independent,
-    that of a sum over n is sqrt(n) times one's; then it is rounded. phi's error grows with the tokens: at most torch's for all.
+    """The bounds of alpha and b come from torch's error of one token, that of phi from its error of all.
+
+    The gradients of alpha and b are sums over tokens. They have few numbers, alpha's only 3, so torch's
+    errors may all be small by luck. With an alpha and a b for each token, the reference returns the terms of
+    the sums, and so torch's error of a term. Errors of tokens are independent: the error of a sum over n
+    tokens is sqrt(n) times the error of a term, plus the rounding of the sum. phi's error grows with the
+    number of tokens, so torch's error over all tokens bounds it.
     """
     for iters, std in itertools.product(iterations, stds):
         h, *parameters = (t.to(device) for t in coefficient_inputs(N, 7, 1000, std))
-        inputs, g = [h.to(dtype), *parameters], [torch.randn(1000, *s, device=device).to(dtype) for s in ((N,), (N,), (N, N))]
+        inputs = [h.to(dtype), *parameters]
+        g = [torch.randn(1000, *s, device=device).to(dtype) for s in ((N,), (N,), (N, N))]
+
+        def function(*t):
+            return kernels.mhc_coefficients(*t, iters)
 
         def reference(*t):
             return kernels.mhc_coefficients_reference(*t, iters)
 
         doubles = [t.double() for t in inputs]
         torchs, exact = all_gradients(reference, inputs, g), all_gradients(reference, doubles, g)
-        shares = [all_gradients(torch.vmap(reference, (0, None, 0, 0)), [*t[:2], *(p.expand(1000, *p.shape) for p in t[2:])], g)[5:]
-                  for t in (inputs, doubles)]
-        of_one = [(b.double() - c).abs().max() for b, c in zip(*shares)]
+        per_token, terms = torch.vmap(reference, (0, None, 0, 0)), []
+        for x, phi, alpha, b in (inputs, doubles):
+            expanded = [x, phi, alpha.expand(1000, -1), b.expand(1000, -1)]
+            terms.append(all_gradients(per_token, expanded, g)[5:])
+        of_one = [(b.double() - c).abs().max() for b, c in zip(*terms)]
+        of_phi = (torchs[4].double() - exact[4]).abs().max()
         for count in counts:
+            g_some = [t[:count] for t in g]
             launches.clear()
-            ours = all_gradients(lambda *t: kernels.mhc_coefficients(*t, iters), (inputs[0][:count], *parameters), [t[:count] for t in g])
+            ours = all_gradients(function, [inputs[0][:count], *parameters], g_some)
             assert launches == {("mhc_coefficients", path): 1, ("mhc_coefficients backward", path): 1}
             what = f"{count} tokens of {N} streams, {iters} iterations, std {std}, {dtype}"
             no_worse(ours[:4], torchs[:4], exact[:4], what)
-            sums = all_gradients(reference, [doubles[0][:count], *doubles[1:]], [t[:count] for t in g])[4:]
-            bounds = 2 * (torchs[4].double() - exact[4]).abs().max(), *(2 * count**0.5 * error for error in of_one)
+            sums = all_gradients(reference, [doubles[0][:count], *doubles[1:]], g_some)[4:]
+            bounds = 2 * of_phi, *(2 * count**0.5 * error for error in of_one)
             for name, a, c, bound in zip(("phi", "alpha", "b"), ours[4:], sums, bounds, strict=True):
                 error, allowed = (a.double() - c).abs(), bound + torch.finfo(a.dtype).eps * c.abs().max()
                 assert a.shape == c.shape and a.dtype == torch.float32
-                assert (error <= allowed).all(), f"{what}: {name} is off by {error.max():.2e}, {allowed:.2e} allowed"
+                assert (error <= allowed).all(), (
+                    f"{what}: {name} is off by {error.max():.2e}, {allowed:.2e} allowed")
 
 
 def test_coefficients_reference_gradient():
@@ -338,8 +379,10 @@ def test_coefficients_c(N, poisoned):
 
 def check_streams(path, device, N, sizes, dtype=torch.float32):
     for tokens, C in sizes:
-        x, y, pre, post, res = (torch.randn(500, *s, device=device).to(dtype) for s in ((N, C), (C,), (N,), (N,), (N, N)))
-        for name, inputs, g in (("read_streams", [x, pre], torch.randn_like(y)), ("write_streams", [x, y, post, res], torch.randn_like(x))):
+        x, y, pre, post, res = (torch.randn(500, *s, device=device).to(dtype)
+                                for s in ((N, C), (C,), (N,), (N,), (N, N)))
+        for name, inputs, g in (("read_streams", [x, pre], torch.randn_like(y)),
+                                ("write_streams", [x, y, post, res], torch.randn_like(x))):
             reference = getattr(kernels, name + "_reference")
             torchs, exact = (gradients(reference, inputs, d, g) for d in (dtype, torch.float64))
             launches.clear()
@@ -355,23 +398,26 @@ def test_streams_c(N, poisoned):
 
 
 def test_streams_references_against_einsum():
-    x, y, pre, post, res = (torch.randn(s, dtype=torch.float64) for s in ((3, 5, 4, 7), (3, 5, 7), (3, 5, 4), (3, 5, 4), (3, 5, 4, 4)))
+    x, y, pre, post, res = (torch.randn(3, 5, *s, dtype=torch.float64)
+                            for s in ((4, 7), (7,), (4,), (4,), (4, 4)))
     torch.testing.assert_close(kernels.read_streams(x, pre), torch.einsum("btn,btnc->btc", pre, x))
-    torch.testing.assert_close(kernels.write_streams(x, y, post, res),
-                               torch.einsum("btoi,btic->btoc", res, x) + torch.einsum("bto,btc->btoc", post, y))
+    written = torch.einsum("btoi,btic->btoc", res, x) + torch.einsum("bto,btc->btoc", post, y)
+    torch.testing.assert_close(kernels.write_streams(x, y, post, res), written)
 
 
 # --- RMSNorm ---
 
 
 def check_rmsnorm(path, device, shapes, dtype=torch.float32):
-    """Of many draws: the largest error of a few sums alone is luck, on both sides; their mean square is the same in ours and torch's."""
+    """Over many draws at once: the largest error of a few sums is luck, in torch's results and in ours."""
     for shape, weighted in itertools.product(shapes, (False, True)):
         count = 20 if path == "c" and len(shape) == 2 else 5
-        draws = [[torch.randn(s, device=device).to(dtype) for s in (shape, shape[-1:], shape)] for _ in range(count)]
+        draws = [[torch.randn(s, device=device).to(dtype) for s in (shape, shape[-1:], shape)]
+                 for _ in range(count)]
 
         def of_all(f, d):
-            return [torch.stack(t) for t in zip(*(gradients(f, [x, w] if weighted else [x], d, g) for x, w, g in draws))]
+            results = (gradients(f, [x, w] if weighted else [x], d, g) for x, w, g in draws)
+            return [torch.stack(t) for t in zip(*results)]
 
         torchs, exact = (of_all(kernels.rmsnorm_reference, d) for d in (dtype, torch.float64))
         launches.clear()
@@ -392,22 +438,28 @@ def test_rmsnorm_c(poisoned):
 
 
 def check_cross_entropy(path, device, monkeypatch, shapes, dtypes=(torch.float32,)):
-    """Several chunks and one; gradients of both, one and none; targets left out; a softcap; logits that are spread far."""
+    """Several chunks and one; gradients of 2, 1 and 0 inputs; ignored targets; a softcap; large logits."""
     for (rows, V, C), chunk, cap, dtype in itertools.product(shapes, (300, 10**6), (0.0, 5.0), dtypes):
         monkeypatch.setattr(kernels, "CROSS_ENTROPY_CHUNK", chunk)
         monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
-        x, w, g = torch.randn(rows, C, device=device), torch.randn(V, C, device=device), torch.randn((), device=device)
-        x, w, targets = x.to(dtype), w.to(dtype), torch.randint(V, (rows,), device=device)
+        x, w = (torch.randn(n, C, device=device).to(dtype) for n in (rows, V))
+        g, targets = torch.randn((), device=device), torch.randint(V, (rows,), device=device)
         targets[1::3] = -1
-        torchs, exact = (gradients(lambda x, w: kernels.linear_cross_entropy_reference(x, w, targets, cap), [x, w], d, g)
-                         for d in (dtype, torch.float64))
+
+        def reference(x, w):
+            return kernels.linear_cross_entropy_reference(x, w, targets, cap)
+
+        torchs, exact = (gradients(reference, [x, w], d, g) for d in (dtype, torch.float64))
         launches.clear()
         ours = gradients(lambda x, w: kernels.linear_cross_entropy(x, w, targets, cap), [x, w], dtype, g)
         assert launches == {("linear_cross_entropy", path): 1}
-        # sums of C products, of V exponentials, and of rows: torch may have been lucky with few, and chunks round once more each
+        # The results are sums of C products, of V exponentials and of rows. Torch may be lucky in short sums,
+        # and each chunk rounds once more: hence the 8 units of rounding.
+        what = (rows, V, C, chunk, cap, dtype)
         for a, b, c in zip(ours, torchs, exact, strict=True):
             slack = 2 * (b.double() - c).abs().max() + 8 * torch.finfo(dtype).eps * c.abs().max()
-            assert a.shape == b.shape and a.dtype == b.dtype and ((a.double() - c).abs() <= slack).all(), (rows, V, C, chunk, cap, dtype)
+            assert a.shape == b.shape and a.dtype == b.dtype, what
+            assert ((a.double() - c).abs() <= slack).all(), what
         for wanted in ((True, False), (False, True), (False, False)):
             inputs = [t.detach().requires_grad_(need) for t, need in zip((x, w), wanted)]
             loss = kernels.linear_cross_entropy(*inputs, targets, cap)
@@ -428,11 +480,13 @@ def test_cross_entropy_torch(poisoned, monkeypatch):
 
 
 def test_cross_entropy_edges(monkeypatch):
-    x, w, targets = torch.randn(2, 3, 4).requires_grad_(), torch.randn(9, 4).requires_grad_(), torch.randint(9, (2, 3))
+    x, w = torch.randn(2, 3, 4).requires_grad_(), torch.randn(9, 4).requires_grad_()
+    targets = torch.randint(9, (2, 3))
     whole = kernels.linear_cross_entropy(x, w, targets)
     assert launches == {("linear_cross_entropy", "torch, whole"): 1}
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
-    loss = kernels.linear_cross_entropy(x.mT.contiguous().mT, w, targets.t().contiguous().t()) # neither lies in order
+    # neither x nor targets is contiguous
+    loss = kernels.linear_cross_entropy(x.mT.contiguous().mT, w, targets.t().contiguous().t())
     torch.testing.assert_close(loss, whole)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="given its gradients away"):
@@ -457,11 +511,12 @@ def test_cross_entropy_edges(monkeypatch):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_a_model_without_logits(cap, tie, half, compiled, monkeypatch):
-    """Loss and every gradient as from all logits, in fp64; under autocast no further from it than from those."""
+    """Loss and gradients are at most twice as far from fp64 as those of a model that returns its logits."""
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_CHUNK", 500)
-    model = GPT(GPTConfig(vocab_size=61, n_layer=1, n_embd=32, n_head=2, block_size=16, logit_softcap=cap, tie_embeddings=tie,
-                          init_std=0.3)).train()
+    config = GPTConfig(vocab_size=61, n_layer=1, n_embd=32, n_head=2, block_size=16, init_std=0.3,
+                       logit_softcap=cap, tie_embeddings=tie)
+    model = GPT(config).train()
     idx, targets = torch.randint(61, (3, 16)), torch.randint(61, (3, 16))
     targets[0, 3:9] = -1
 
@@ -472,10 +527,11 @@ def test_a_model_without_logits(cap, tie, half, compiled, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         call = torch.compile(model, backend="aot_eager") if compiled else model
         ours, whole = results(model, call, with_logits=False), results(model, model)
-    assert sum(n for (name, path), n in launches.items() if name == "linear_cross_entropy" and path != "torch, whole") == 1
+    assert sum(n for (name, path), n in launches.items()
+               if name == "linear_cross_entropy" and path != "torch, whole") == 1
     exact = results(model.double(), model)
     for a, b, c in zip(ours, whole, exact, strict=True):
-        # of the norm, as rounding is spread over the network's weights; 16 units: a dozen roundings one after the other
+        # norms, because rounding spreads over all weights; 16 units, because a dozen operations round in turn
         slack = 2 * (b.double() - c).norm() + 16 * torch.finfo(torch.float32).eps * c.norm()
         assert a.dtype == b.dtype and (a.double() - c).norm() <= slack
     with pytest.raises(ValueError, match="give targets"):
@@ -490,7 +546,8 @@ def rope_by_matrices(x, positions, base):
     out = []
     for i in range(x.size(-1) // 2):
         angle = positions.double() * base ** (-2 * i / x.size(-1))
-        matrix = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1).unflatten(-1, (2, 2)) # (T, 2, 2)
+        cos, sin = angle.cos(), angle.sin()
+        matrix = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)) # (T, 2, 2)
         out.append((matrix @ x[..., 2 * i : 2 * i + 2].double().unsqueeze(-1)).squeeze(-1))
     return torch.cat(out, dim=-1)
 
@@ -500,22 +557,27 @@ ROPE_SHAPES = ((1, 2), (2, 5, 6), (3, 1, 63, 4), (2, 3, 100, 16), (1000, 2), (2,
 
 def check_rope(path, device, shapes, dtype):
     for shape, base in itertools.product(shapes, (10000.0, 100.0)):
-        positions, views = torch.arange(7, 7 + shape[-2], device=device), [torch.randn(shape, device=device).to(dtype)]
+        positions = torch.arange(7, 7 + shape[-2], device=device)
+        views = [torch.randn(shape, device=device).to(dtype)]
         if len(shape) == 4: # as attention gives it: heads and tokens exchanged, a part of each head
             B, heads, T, P = shape
             views.append(torch.randn(B, T, heads, P + 3, device=device).to(dtype).transpose(1, 2)[..., 3:])
         for x in views:
-            g = torch.randn(shape[:-1] + (2 * shape[-1],), device=device).to(dtype)[..., ::2] # not in order either
+            # the upstream gradient is not contiguous either
+            g = torch.randn(shape[:-1] + (2 * shape[-1],), device=device).to(dtype)[..., ::2]
             launches.clear()
             ours = gradients(lambda x: kernels.rope(x, positions, base), [x], dtype, g)
-            assert launches == {("rotate", path): 1} | ({("rotate backward", path): 1} if path == "triton" else {})
+            backward = {("rotate backward", path): 1} if path == "triton" else {}
+            assert launches == {("rotate", path): 1, **backward}
             exact = gradients(lambda x: rope_by_matrices(x, positions, base), [x], torch.float64, g)
             for a, c, source in zip(ours, exact, (x, g), strict=True):
-                # an angle of up to 1007 carries 1007 units of rounding from its frequency, its product and its argument
+                # frequency, product and argument each shift the angle by one rounding unit times the position
                 wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
                 pair = source.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
-                allowed = pair * (3 * positions[:, None] * wide + 4 * wide) + 2 * torch.finfo(dtype).eps * (dtype.itemsize < 4) * c.abs()
-                assert a.shape == c.shape and a.dtype == dtype and ((a.double() - c).abs() <= allowed).all(), (shape, base, dtype)
+                of_angle = pair * (3 * positions[:, None] * wide + 4 * wide)
+                of_result = 2 * torch.finfo(dtype).eps * (dtype.itemsize < 4) * c.abs()
+                assert a.shape == c.shape and a.dtype == dtype, (shape, base, dtype)
+                assert ((a.double() - c).abs() <= of_angle + of_result).all(), (shape, base, dtype)
 
 
 def test_rope_torch():
@@ -525,18 +587,20 @@ def test_rope_torch():
     compiled = torch.compile(kernels.rotate, backend="aot_eager") # real numbers there
     torch.testing.assert_close(compiled(x, table), kernels.rotate(x, table), rtol=0, atol=2e-6)
     for bad, words in ((lambda: kernels.rope(torch.randn(4, 3), torch.arange(4)), "even"),
-                       (lambda: kernels.rotate(x, table[:8]), "must be"), (lambda: kernels.rotate(x[..., :6], table), "must be")):
+                       (lambda: kernels.rotate(x, table[:8]), "must be"),
+                       (lambda: kernels.rotate(x[..., :6], table), "must be")):
         with pytest.raises(ValueError, match=words):
             bad()
 
 
 @needs_c
 def test_what_does_not_fit_is_not_given_to_c():
-    """C reads where it is told to: what is strided goes to PyTorch, and what has a wrong shape is refused by it."""
+    """C reads where it is told to: strided tensors go to PyTorch, and wrong shapes are refused by PyTorch."""
     x, strided = torch.randn(4, 32), torch.randn(64)[::2]
     torch.testing.assert_close(kernels.rmsnorm(x, strided), kernels.rmsnorm_reference(x, strided))
     with torch.no_grad():
-        for call in (lambda: kernels.rmsnorm(x, torch.ones(4)), lambda: kernels.few_rows(torch.randn(2, 256), torch.randn(600, 512))):
+        for call in (lambda: kernels.rmsnorm(x, torch.ones(4)),
+                     lambda: kernels.few_rows(torch.randn(2, 256), torch.randn(600, 512))):
             with pytest.raises(RuntimeError):
                 call()
     inputs = [torch.randn(s) for s in ((5, 4, 8), (24, 32), (3,), (24,))]
@@ -620,8 +684,10 @@ def test_layouts_torch(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_activation_reference_gradient(name):
-    x = torch.tensor([-120, -88.8, -20, -5, -1, -0.3, 1e-3, 0.3, 1, 5, 20, 88.8, 120], dtype=torch.float64).requires_grad_()
-    up, eps = torch.randn_like(x).requires_grad_(), [torch.tensor(0.3, dtype=torch.float64).requires_grad_()] * (name == "crrelu")
+    points = [-120, -88.8, -20, -5, -1, -0.3, 1e-3, 0.3, 1, 5, 20, 88.8, 120]
+    x = torch.tensor(points, dtype=torch.float64).requires_grad_()
+    up = torch.randn_like(x).requires_grad_()
+    eps = [torch.tensor(0.3, dtype=torch.float64).requires_grad_()] * (name == "crrelu")
     assert torch.autograd.gradcheck(lambda x, *e: activate(x, name, *e), (x, *eps))
     assert torch.autograd.gradcheck(lambda x, up, *e: gated(x, up, name, *e), (x, up, *eps))
 
@@ -630,26 +696,33 @@ def test_formulas():
     """The references against the formulas as the papers print them."""
     x, eps = torch.linspace(-6, 6, 1001, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
     bump = x * torch.exp(-x**2 / 2)
-    for name, want in (("gelu", x * (1 + torch.erf(x / 2**0.5)) / 2), ("relu2", torch.where(x > 0, x**2, 0 * x)),
-                       ("silu", x / (1 + torch.exp(-x))), ("telu", x * torch.tanh(torch.exp(x))), ("crrelu", x.clamp(min=0) + eps * bump)):
-        torch.testing.assert_close(activate(x, name, eps if name == "crrelu" else None), want, rtol=1e-14, atol=1e-14)
+    for name, want in (("gelu", x * (1 + torch.erf(x / 2**0.5)) / 2),
+                       ("relu2", torch.where(x > 0, x**2, 0 * x)),
+                       ("silu", x / (1 + torch.exp(-x))),
+                       ("telu", x * torch.tanh(torch.exp(x))),
+                       ("crrelu", x.clamp(min=0) + eps * bump)):
+        got = activate(x, name, eps if name == "crrelu" else None)
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
 
 # --- activations: the kernels ---
 
 
 def check_activation(path, device, name, counts, dtype=torch.float32):
+    most = max(counts)
     for gating, std in itertools.product((False, True), (1, 4)):
-        x, up, g = (t.to(device, dtype) for t in (std * torch.randn(max(counts)), torch.randn(max(counts)), torch.randn(max(counts))))
+        x, up, g = ((scale * torch.randn(most)).to(device, dtype) for scale in (std, 1, 1))
         eps, what = [torch.tensor(0.3, device=device)] * (name == "crrelu"), "gated " * gating + name
 
         def ours_of(x, *rest):
             return gated(x, rest[0], name, *rest[1:]) if gating else activate(x, name, *rest)
 
         def reference(x, *rest):
-            return kernels.activation_reference(x, rest[0] if gating else None, name, rest[-1] if eps else None)
+            return kernels.activation_reference(x, rest[0] if gating else None, name,
+                                                rest[-1] if eps else None)
 
-        torchs, exact = (gradients(reference, [x] + [up] * gating + eps, d, g) for d in (dtype, torch.float64))
+        inputs = [x] + [up] * gating + eps
+        torchs, exact = (gradients(reference, inputs, d, g) for d in (dtype, torch.float64))
         # eps has one gradient, a sum: rounding its terms and adding them up costs about this much of them
         terms = g.double() * (up.double() if gating else 1) * x.double() * (-x.double().square() / 2).exp()
         for count in counts:
@@ -657,15 +730,17 @@ def check_activation(path, device, name, counts, dtype=torch.float32):
             ours = gradients(ours_of, [x[:count]] + [up[:count]] * gating + eps, dtype, g[:count])
             assert launches == {(what, path): 1, (what + " backward", path): 1}
             if eps:
-                assert abs(ours.pop() - terms[:count].sum()) <= 2**-22 * terms[:count].square().sum().sqrt() * count**0.5
+                some = terms[:count]
+                assert abs(ours.pop() - some.sum()) <= 2**-22 * some.square().sum().sqrt() * count**0.5
             k = len(ours)
             no_worse(ours, torchs[:k], exact[:k], f"{count} of {what}, std {std}, {dtype}")
         if gating: # side by side in one tensor: the same numbers
-            F = max(k for k in (1, 7, 100) if k <= max(counts))
-            rows = max(counts) // F
+            F = max(k for k in (1, 7, 100) if k <= most)
+            rows = most // F
             gate, value, h = (t[: rows * F].view(rows, F) for t in (x, up, g))
             launches.clear()
-            pair = gradients(lambda x, *e: kernels.gated_pair(x, name, *e), [torch.cat([gate, value], dim=1)] + eps, dtype, h)
+            both = torch.cat([gate, value], dim=1)
+            pair = gradients(lambda x, *e: kernels.gated_pair(x, name, *e), [both] + eps, dtype, h)
             assert launches == {(what, path): 1, (what + " backward", path): 1}
             apart = gradients(ours_of, [gate, value] + eps, dtype, h)
             assert torch.equal(pair[0], apart[0]) and torch.equal(pair[1], torch.cat(apart[1:3], dim=1))
@@ -677,12 +752,13 @@ def check_activation(path, device, name, counts, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_activation_shapes_and_pairs(name):
-    """What every path has in common, on PyTorch's: shapes, dtypes, and gate and up side by side in one tensor."""
+    """Common to all paths, tested on PyTorch's: shapes, dtypes, gate and up side by side in one tensor."""
     eps = [torch.tensor(0.3)] * (name == "crrelu")
     assert activate(torch.randn(2, 3, 4), name, *eps).shape == (2, 3, 4)
     assert activate(torch.randn(0, 4), name, *eps).shape == (0, 4)
     gate, up, g = torch.randn(7, 5), torch.randn(7, 5), torch.randn(7, 5)
-    pair = gradients(lambda x: kernels.gated_pair(x, name, *eps), [torch.cat([gate, up], dim=1)], torch.float32, g)
+    both = torch.cat([gate, up], dim=1)
+    pair = gradients(lambda x: kernels.gated_pair(x, name, *eps), [both], torch.float32, g)
     apart = gradients(lambda gate, up: gated(gate, up, name, *eps), [gate, up], torch.float32, g)
     torch.testing.assert_close(pair[0], apart[0])
     torch.testing.assert_close(pair[1], torch.cat(apart[1:], dim=1))
@@ -702,7 +778,10 @@ def test_relu2_has_one_gradient_only():
 
 
 def check_finite(path, device, dtype, names=("gelu", "silu", "telu", "crrelu")):
-    """Over all finite bf16 values, as dtype; relu2 really overflows. Upstream 3: a product may not overflow on its way to 0."""
+    """Finite results for all finite bf16 values, as dtype. relu2 is left out: the square itself overflows.
+
+    With an upstream gradient of 3, a gradient whose limit is 0 must not overflow in an intermediate product.
+    """
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     x = x[x.isfinite()].to(device, dtype)
     for name in names:
@@ -726,25 +805,29 @@ def test_finite_everywhere_torch():
 def test_nan_stays_nan():
     x = torch.tensor([1.0, float("nan"), -1.0])
     for name in NAMES:
-        assert activate(x, name, *[torch.tensor(0.3)] * (name == "crrelu")).isnan().tolist() == [False, True, False], name
+        eps = [torch.tensor(0.3)] * (name == "crrelu")
+        assert activate(x, name, *eps).isnan().tolist() == [False, True, False], name
     logits = torch.zeros(3, 2, 2)
     logits[1] = float("nan")
-    assert sinkhorn(logits).isnan().flatten(1).any(1).tolist() == [False, True, False] # and goes to no neighbour
+    # a NaN does not spread to the neighbours
+    assert sinkhorn(logits).isnan().flatten(1).any(1).tolist() == [False, True, False]
     h, *parameters = coefficient_inputs(4, 5, 3)
     h[1, 2, 3] = float("nan")
     for t in kernels.mhc_coefficients(h, *parameters):
-        assert t.isnan().flatten(1).all(1).tolist() == t.isnan().flatten(1).any(1).tolist() == [False, True, False]
+        nan = t.isnan().flatten(1)
+        assert nan.all(1).tolist() == nan.any(1).tolist() == [False, True, False]
 
 
 # --- Triton ---
 
 
 def in_the_interpreter(which):
-    """The tests below with the mark `interpreted` and `which` in their name, in a process that interprets kernels."""
+    """Runs the tests marked `interpreted` that match `which`, in a process that interprets kernels."""
     if INTERPRETED or kernels.triton is None:
         pytest.skip("inside, or no triton")
     command = [sys.executable, "-m", "pytest", "-q", "-k", which, __file__]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, TRITON_INTERPRET="1"))
+    env = dict(os.environ, TRITON_INTERPRET="1")
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
     assert " skipped" not in run.stdout, run.stdout[-4000:]
 
@@ -764,7 +847,10 @@ def test_triton_interpreted_all():
 @pytest.mark.deep
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
 def test_triton_compiles(monkeypatch, tmp_path):
-    """To a binary for an H100, which takes no GPU: the interpreter runs what the compiler refuses, such as a name of two shapes."""
+    """Each kernel compiles to a binary for an H100, which needs no GPU.
+
+    The interpreter runs code that the compiler refuses, for instance a variable that changes its shape.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -778,7 +864,8 @@ def test_triton_compiles(monkeypatch, tmp_path):
 
     for w in (None, "*bf16"):
         assert binary(kernels.rmsnorm_forward_kernel, "*bf16", w, "*bf16", "i32", "fp32", 512)
-        assert binary(kernels.rmsnorm_backward_kernel, "*bf16", w, "*bf16", "*bf16", w and "*fp32", *["i32"] * 2, "fp32", 16, 512)
+        assert binary(kernels.rmsnorm_backward_kernel, "*bf16", w, "*bf16", "*bf16", w and "*fp32",
+                      *["i32"] * 2, "fp32", 16, 512)
     for x in ("*fp32", "*bf16"):
         assert binary(kernels.rotate_kernel, x, "*fp32", x, *["i32"] * 6, "fp32", 8, 512)
     for z, gradient in itertools.product(("*fp32", "*bf16"), (False, True)):
@@ -788,17 +875,22 @@ def test_triton_compiles(monkeypatch, tmp_path):
         assert binary(kernels.sinkhorn_backward_kernel, *["*fp32"] * 4, *["i32"] * 2, 1e-6, n, 1024 // n**2)
         columns, block = 2 * n + n * n, 1024 // n**2
         for x in ("*fp32", "*bf16"):
-            assert binary(kernels.mhc_product_kernel, x, *["*fp32"] * 3, *["i32"] * 2, columns, 32, 64, {2: 16, 4: 32, 8: 128}[n])
-            assert binary(kernels.mhc_forward_kernel, *["*fp32"] * 4, *[x] * 3, *["i32"] * 2, "fp32", 1e-6, n, block)
-            assert binary(kernels.mhc_backward_kernel, *["*fp32"] * 4, *[x] * 3, *["*fp32"] * 4, *["i32"] * 3, "fp32", 1e-6, n, block)
-        for name, many in (("read_forward", 3), ("read_backward", 5), ("write_forward", 5), ("write_backward", 9)):
+            assert binary(kernels.mhc_product_kernel, x, *["*fp32"] * 3, *["i32"] * 2,
+                          columns, 32, 64, {2: 16, 4: 32, 8: 128}[n])
+            assert binary(kernels.mhc_forward_kernel, *["*fp32"] * 4, *[x] * 3, *["i32"] * 2,
+                          "fp32", 1e-6, n, block)
+            assert binary(kernels.mhc_backward_kernel, *["*fp32"] * 4, *[x] * 3, *["*fp32"] * 4, *["i32"] * 3,
+                          "fp32", 1e-6, n, block)
+        for name, many in (("read_forward", 3), ("read_backward", 5),
+                           ("write_forward", 5), ("write_backward", 9)):
             assert binary(kernels.STREAMS_KERNELS[name], *["*bf16"] * many, "i32", n, 512)
     for name, (up, x) in itertools.product(NAMES, ((None, "*fp32"), ("*bf16", "*bf16"))):
         eps = "*fp32" if name == "crrelu" else None
         assert binary(kernels.activation_forward_kernel, x, up, eps, x, "i32", 0, name, 1024)
         assert binary(kernels.activation_forward_kernel, x, None, eps, x, "i32", 96, name, 1024)
         assert binary(kernels.activation_backward_kernel, x, up, eps, x, x, up, eps, "i32", 0, name, 1024)
-        assert binary(kernels.activation_backward_kernel, x, None, eps, x, x, None, eps, "i32", 96, name, 1024)
+        assert binary(kernels.activation_backward_kernel, x, None, eps, x, x, None, eps, "i32", 96,
+                      name, 1024)
 
 
 @interpreted
@@ -888,7 +980,8 @@ def test_cross_entropy_by_interpreter(poisoned, monkeypatch):
 
 @pytest.mark.gpu
 def test_cross_entropy_gpu(poisoned, monkeypatch):
-    check_cross_entropy("triton", "cuda", monkeypatch, CE_SHAPES, (torch.float32, torch.bfloat16, torch.float16))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    check_cross_entropy("triton", "cuda", monkeypatch, CE_SHAPES, dtypes)
 
 
 @pytest.mark.gpu
@@ -929,8 +1022,10 @@ def test_activation_gpu(name, dtype, poisoned):
 
 @pytest.mark.gpu
 def test_gpu_sums_are_the_same_every_time():
-    x, g, eps = torch.randn(1_000_001, device="cuda"), torch.randn(1_000_001, device="cuda"), torch.tensor(0.3, device="cuda")
-    runs = [gradients(lambda x, eps: activate(x, "crrelu", eps), [x, eps], torch.float32, g)[2] for _ in range(5)]
+    x, g = torch.randn(1_000_001, device="cuda"), torch.randn(1_000_001, device="cuda")
+    eps = torch.tensor(0.3, device="cuda")
+    runs = [gradients(lambda x, eps: activate(x, "crrelu", eps), [x, eps], torch.float32, g)[2]
+            for _ in range(5)]
     assert all(torch.equal(runs[0], r) for r in runs)
 
 
@@ -940,18 +1035,22 @@ def test_gpu_sums_are_the_same_every_time():
 @needs_c
 def test_few_rows(poisoned):
     with torch.no_grad():
-        for rows, (n_out, n_in) in itertools.product((1, 2, 3, 4, 5, 7, 16), ((512, 384), (513, 391), (1023, 130), (131, 1023))):
+        sizes = ((512, 384), (513, 391), (1023, 130), (131, 1023))
+        for rows, (n_out, n_in) in itertools.product((1, 2, 3, 4, 5, 7, 16), sizes):
             x, w = torch.randn(1, rows, n_in), torch.randn(n_out, n_in)
             launches.clear()
             ours = kernels.few_rows(x, w)
             assert launches == {("few_rows", "c"): 1} and ours.shape == (1, rows, n_out)
-            no_worse([ours[0]], [torch.nn.functional.linear(x, w)[0]], [x[0].double() @ w.double().t()], f"{rows} rows of {n_in} x {n_out}")
+            torchs, exact = torch.nn.functional.linear(x, w), x.double() @ w.double().t()
+            no_worse([ours[0]], [torchs[0]], [exact[0]], f"{rows} rows of {n_in} x {n_out}")
         launches.clear()
         large = torch.randn(512, 384)
-        for x, w in ((torch.randn(17, 384), large), (torch.randn(1, 384), large[:300]), (torch.randn(1, 384).double(), large.double())):
+        for x, w in ((torch.randn(17, 384), large), (torch.randn(1, 384), large[:300]),
+                     (torch.randn(1, 384).double(), large.double())):
             assert torch.equal(kernels.few_rows(x, w), torch.nn.functional.linear(x, w))
         with torch.autocast("cpu", torch.bfloat16):
             assert kernels.few_rows(torch.randn(1, 384), large).dtype == torch.bfloat16
         assert not launches # many rows, a small matrix, fp64, autocast: BLAS
         columns = torch.randn(384, 3).t()
-        torch.testing.assert_close(kernels.few_rows(columns, large), columns @ large.t(), atol=1e-4, rtol=1e-4)
+        want = columns @ large.t()
+        torch.testing.assert_close(kernels.few_rows(columns, large), want, atol=1e-4, rtol=1e-4)

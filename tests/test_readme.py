@@ -1,4 +1,4 @@
-"""Every command of README.md runs as it stands, made small; every config trains two steps. In a copy, without a network."""
+"""Every command of README.md runs, made small; every config trains two steps. In a copy, without network."""
 import ast
 import os
 import re
@@ -23,7 +23,8 @@ def blocks(kind, text=TEXT):
 
 
 COMMANDS = [line for block in blocks("sh") for line in block.strip().splitlines()]
-SMALLER = {"train.py": "--max_iters=2 --batch_size=2 --eval_iters=1 --sample_tokens=4", "bench.py": "--rounds=1 --batch_size=1 --steps=1 --compiled=false --save=false",
+SMALLER = {"train.py": "--max_iters=2 --batch_size=2 --eval_iters=1 --sample_tokens=4",
+           "bench.py": "--rounds=1 --batch_size=1 --steps=1 --compiled=false --save=false",
            "sample.py": "--max_new_tokens=8"}
 ROOM_FOR_CHOICES = ["--sparse_interval=1", "--warmup_iters=1", "--max_iters=16"]
 CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.py"))
@@ -38,7 +39,9 @@ def offline(**more):
 def copy(tmp_path_factory):
     """What a fresh clone has: no data, no runs."""
     target = tmp_path_factory.mktemp("clone") / "nanoslm"
-    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".git", "data", "out*", "__pycache__", "tests", ".pytest_cache", ".venv", "venv"))
+    left_out = shutil.ignore_patterns(".git", "data", "out*", "__pycache__", "tests", ".pytest_cache",
+                                      ".venv", "venv")
+    shutil.copytree(ROOT, target, ignore=left_out)
     return target
 
 
@@ -70,8 +73,10 @@ def test_readme_commands(copy):
     said = run_all(COMMANDS, copy)
     assert "SHAKESPEARE CANNOT BE DOWNLOADED: TRAINING ON PYSTDLIB INSTEAD" in said[0]
     assert "ROMEO:" in said[1] and any("RESUMING from" in s for s in said)
-    assert {"train.py", "sample.py", "model.py", "data.py", "bench.py"} <= {shlex.split(c.split("&&")[-1])[1] for c in COMMANDS}
-    (copy / "use.py").write_text(blocks("python")[0], encoding="utf-8") # it reads the checkpoint of the first command
+    scripts = {shlex.split(c.split("&&")[-1])[1] for c in COMMANDS}
+    assert {"train.py", "sample.py", "model.py", "data.py", "bench.py"} <= scripts
+    # the Python example reads the checkpoint of the first command
+    (copy / "use.py").write_text(blocks("python")[0], encoding="utf-8")
     done = run(["use.py"], copy, offline())
     assert done.returncode == 0 and "To be" in done.stdout, done.stdout + done.stderr
 
@@ -108,7 +113,8 @@ def variant(tmp_path_factory):
     target = tmp_path_factory.mktemp("variant") / "nanoslm"
     left_out = shutil.ignore_patterns(".git", "data", "out*", "__pycache__", ".pytest_cache", ".venv", "venv")
     shutil.copytree(ROOT, target, ignore=left_out)
-    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.parent)} # else git looks for a repository above
+    # without the ceiling, git looks for a repository above
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.parent)}
     argv = ["git", "apply", "-"]
     done = subprocess.run(argv, input=blocks("diff")[0], cwd=target, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -139,10 +145,12 @@ def test_readmes_variant_obeys_all_rules(variant):
 
 
 def test_readmes_own_hook_runs(copy):
-    (copy / "mine.py").write_text(re.search(r"```python\n(def shrink.*?)```", TEXT, re.S).group(1), encoding="utf-8")
+    hook = re.search(r"```python\n(def shrink.*?)```", TEXT, re.S).group(1)
+    (copy / "mine.py").write_text(hook, encoding="utf-8")
     flag = re.search(r"--update_hooks=mine.py:shrink=4", TEXT).group(0)
-    small = "--dataset=pystdlib --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --warmup_iters=1 --log_interval=1"
-    done = run(["train.py", *small.split(), *SMALLER["train.py"].split(), flag, "--out_dir=out/mine"], copy, offline())
+    small = "--dataset=pystdlib --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --warmup_iters=1"
+    flags = [*small.split(), *SMALLER["train.py"].split(), flag, "--log_interval=1"]
+    done = run(["train.py", *flags, "--out_dir=out/mine"], copy, offline())
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"mine.py:shrink=4": {"by": 4.0}' in (copy / "out/mine/metrics.jsonl").read_text(encoding="utf-8")
 
@@ -177,12 +185,14 @@ def test_every_config_trains(name, copy):
     assert len(text.splitlines()) <= 30 and text.startswith("# ") and f"python train.py config/{name}" in text
     if config.get("tokenizer") == "gpt2" and not os.environ.get("DATA_MIRROR"):
         pytest.skip("the gpt2 tokenizer needs vocab.bpe and encoder.json: set DATA_MIRROR")
-    flags = f"config/{name} --n_layer=1 --n_embd={8 * (config.get('n_head') or PRESETS[config['model_size']]['n_head'])} --block_size=16 --max_iters=2 --warmup_iters=1 --batch_size=2 --eval_iters=1"
+    heads = config.get("n_head") or PRESETS[config["model_size"]]["n_head"]
+    flags = f"config/{name} --n_layer=1 --n_embd={8 * heads} --block_size=16"
+    flags += " --max_iters=2 --warmup_iters=1 --batch_size=2 --eval_iters=1 --sample_tokens=4"
     flags += " --rope_dim=4" if config.get("attention", "mha") in ("mla", "diff_mla") else ""
     flags += " --mlp_hidden=32" if "mlp_hidden" in config else ""
     flags += " --n_layer=2 --depths=1,2 --mean_depth=0" if "depths" in config else ""
     flags += " --memory_segment=0" if "memory_segment" in config else ""
     env = offline(DATA_MIRROR=os.environ["DATA_MIRROR"]) if os.environ.get("DATA_MIRROR") else offline()
     more = ROOM_FOR_CHOICES if "sparse" in config else []
-    done = run(["train.py", *flags.split(), *more, "--sample_tokens=4", f"--out_dir=out/small_{name}"], copy, env)
+    done = run(["train.py", *flags.split(), *more, f"--out_dir=out/small_{name}"], copy, env)
     assert done.returncode == 0, done.stdout + done.stderr
