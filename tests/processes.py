@@ -37,6 +37,16 @@ def run(argv, input=None, timeout=120, **how):
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
+def two_at_a_time(request, jobs):
+    """{id of a test: function} -> {id: the future of its result}, for the tests of this module that run."""
+    chosen = [item for item in request.session.items if item.path == request.path]
+    chosen = {item.callspec.id for item in chosen if hasattr(item, "callspec")}
+    pool = ThreadPoolExecutor(2)
+    futures = {name: pool.submit(job) for name, job in jobs.items() if name in chosen}
+    pool.shutdown(wait=False)
+    return futures
+
+
 def start(argv, cwd=ROOT, env={}, fresh=False, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
           stderr=subprocess.PIPE):
     """The running process. env: changes to this environment; None takes a variable away. Streams are text."""

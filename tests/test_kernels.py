@@ -833,7 +833,7 @@ def in_the_interpreter(which):
 
 
 def test_triton_interpreted():
-    in_the_interpreter("rmsnorm_by_interpreter")
+    in_the_interpreter("rows_by_interpreter")
 
 
 @pytest.mark.deep
@@ -936,6 +936,12 @@ def test_streams_by_interpreter(N, poisoned):
     check_streams("triton", "cpu", N, ((1, 1), (5, 63), (3, 1000)))
     for dtype in (torch.float16, torch.bfloat16):
         check_streams("triton", "cpu", N, ((5, 63),), dtype)
+
+
+@interpreted
+def test_rmsnorm_rows_by_interpreter(poisoned):
+    use_kernel("triton")
+    check_rmsnorm("triton", "cpu", ((20, 63),)) # two programs of the backward, the second not full
 
 
 @interpreted

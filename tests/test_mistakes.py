@@ -3,12 +3,15 @@ way out.
 """
 import fcntl
 import json
+import threading
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
 from data import prepare
-from processes import ROOT, run
+from processes import ROOT, run, two_at_a_time
 
 PLAY = ("--dataset=play --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=2 "
         "--sample_tokens=4").split()
@@ -158,16 +161,31 @@ def world(tmp_path_factory):
         yield d
 
 
-@pytest.mark.parametrize("line, way_out", SLIPS.values(), ids=SLIPS)
-def test_a_slip_ends_with_the_way_out(line, way_out, world, tmp_path):
+RUN = threading.Lock() # held by a command that resumes world's run
+
+
+def slip(line, world, folder):
+    """Runs the command of a slip with the usual flags that it does not give itself."""
     script, *args = line.format(d=world).split(" ")
     usual = {"train.py": [f"--data_dir={world / 'data'}"],
              "data.py": [f"--data_dir={world / 'data'}"] * bool(args)}.get(script, [])
     if script == "train.py" and "--resume" not in args:
-        usual += [f"--out_dir={tmp_path / 'out'}", *PLAY]
+        usual += [f"--out_dir={folder / 'out'}", *PLAY]
     given = {arg.split("=")[0] for arg in args}
     args += [arg for arg in usual if arg.split("=")[0] not in given]
-    done = run([ROOT / script, *args], env=NOTHING_THERE)
+    with RUN if "--resume" in args else nullcontext(): # else one would see the other's lock on that folder
+        return run([ROOT / script, *args], env=NOTHING_THERE)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, world, tmp_path_factory):
+    return two_at_a_time(request, {name: partial(slip, line, world, tmp_path_factory.mktemp("slip"))
+                                   for name, (line, _) in SLIPS.items()})
+
+
+@pytest.mark.parametrize("line, way_out", SLIPS.values(), ids=SLIPS)
+def test_a_slip_ends_with_the_way_out(line, way_out, outcomes, request):
+    done = outcomes[request.node.callspec.id].result()
     assert done.returncode == 2, done.stdout + done.stderr
     message = [said for said in done.stderr.strip().splitlines() if "    (default " not in said] # no settings
     assert message[0].startswith("error: ") and len(message) <= 3, done.stderr

@@ -7,12 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import processes
 from conftest import ROOT
 from model import PRESETS
+from processes import two_at_a_time
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "bench_results/README.md").read_text(encoding="utf-8")
@@ -178,13 +180,13 @@ def test_readme_names_how_the_tests_are_run():
     assert "python -m pytest" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_trains(name, copy):
-    text = (copy / "config" / name).read_text(encoding="utf-8")
-    config = {k: v for k, v in runpy.run_path(str(copy / "config" / name)).items() if not k.startswith("_")}
-    assert len(text.splitlines()) <= 30 and text.startswith("# ") and f"python train.py config/{name}" in text
-    if config.get("tokenizer") == "gpt2" and not os.environ.get("DATA_MIRROR"):
-        pytest.skip("the gpt2 tokenizer needs vocab.bpe and encoder.json: set DATA_MIRROR")
+def settings_of(name):
+    return runpy.run_path(str(ROOT / "config" / name))
+
+
+def two_steps(name, copy):
+    """Trains two steps of a config, made small."""
+    config = settings_of(name)
     heads = config.get("n_head") or PRESETS[config["model_size"]]["n_head"]
     flags = f"config/{name} --n_layer=1 --n_embd={8 * heads} --block_size=16"
     flags += " --max_iters=2 --warmup_iters=1 --batch_size=2 --eval_iters=1 --sample_tokens=4"
@@ -194,5 +196,19 @@ def test_every_config_trains(name, copy):
     flags += " --memory_segment=0" if "memory_segment" in config else ""
     env = offline(DATA_MIRROR=os.environ["DATA_MIRROR"]) if os.environ.get("DATA_MIRROR") else offline()
     more = ROOM_FOR_CHOICES if "sparse" in config else []
-    done = run(["train.py", *flags.split(), *more, f"--out_dir=out/small_{name}"], copy, env)
+    return run(["train.py", *flags.split(), *more, f"--out_dir=out/small_{name}"], copy, env)
+
+
+@pytest.fixture(scope="module")
+def trained(request, copy):
+    return two_at_a_time(request, {name: partial(two_steps, name, copy) for name in CONFIGS})
+
+
+@pytest.mark.parametrize("name", CONFIGS, ids=CONFIGS)
+def test_every_config_trains(name, trained):
+    text = (ROOT / "config" / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 30 and text.startswith("# ") and f"python train.py config/{name}" in text
+    done = trained[name].result()
+    if settings_of(name).get("tokenizer") == "gpt2" and not os.environ.get("DATA_MIRROR"):
+        pytest.skip("the gpt2 tokenizer needs vocab.bpe and encoder.json: set DATA_MIRROR")
     assert done.returncode == 0, done.stdout + done.stderr
