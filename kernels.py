@@ -198,7 +198,7 @@ class RMSNormFunction(torch.autograd.Function):
         tally("rmsnorm", path)
         x, ctx.eps, ctx.path = x.contiguous(), eps, path
         ctx.save_for_backward(x, weight)
-        y, C = empty_as(x), x.size(-1)
+        y, C = empty_as(x), x.size(-1) # (..., C)
         rows = x.numel() // C
         if path == "c":
             c_library(0).rmsnorm_forward(threads(x.numel()), rows, C, eps, *addresses(x, weight, y))
@@ -214,7 +214,7 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         C, g = x.size(-1), g.contiguous()
         rows, g_x, sums = x.numel() // C, empty_as(x), None
-        blocks = -(-rows // ROWS)
+        blocks = -(-rows // ROWS) # programs of the backward, rounded up
         if weight is not None:
             sums = torch.empty(blocks, C, dtype=torch.float32, device=x.device)
         if ctx.path == "c":
@@ -248,7 +248,7 @@ def rope_table(positions: torch.Tensor, width: int, base: float = 10000.0) -> to
     if width % 2:
         raise ValueError(f"a rotary width of {width} leaves a number without its pair; make it even")
     m = widen(positions) # (..., T)
-    frequency = base ** (-torch.arange(0, width, 2, device=m.device, dtype=m.dtype) / width)
+    frequency = base ** (-torch.arange(0, width, 2, device=m.device, dtype=m.dtype) / width) # (width/2,)
     angle = m.unsqueeze(-1) * frequency # (..., T, width/2)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
@@ -300,8 +300,8 @@ def rotate_kernel(p_x, p_table, p_y, n, B, T, a, b, t, sign, PAIRS: tl.constexpr
 def rotate_triton(x, table, sign):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) # contiguous, however x lies
     x = x if x.dim() == 4 else x.reshape(-1, 1, *x.shape[-2:]) # (A, B, T, P)
-    x, pairs = x if x.stride(-1) == 1 else x.contiguous(), x.numel() // 2
-    sizes = pairs, *x.shape[1:3], *x.stride()[:3]
+    x, pairs = x if x.stride(-1) == 1 else x.contiguous(), x.numel() // 2 # pairs lie in order
+    sizes = pairs, *x.shape[1:3], *x.stride()[:3] # n, B, T, a, b, t of the kernel
     with torch.cuda.device_of(x):
         rotate_kernel[(triton.cdiv(pairs, 512),)](x, table, y, *sizes, sign, x.size(-1) // 2, 512)
     return y
@@ -430,13 +430,13 @@ def act(x, eps, NAME: tl.constexpr):
     """act(x), act'(x), and the derivative by eps."""
     bump = x * 0.0
     if NAME == "gelu":
-        phi = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        phi = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) # the normal distribution function
         y, slope = x * phi, phi + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif NAME == "relu2":
         r = tl.where(x < 0, 0.0, x) # NaN stays NaN
         y, slope = r * r, 2 * r
     elif NAME == "silu":
-        s = 1 / (1 + tl.exp(-x))
+        s = 1 / (1 + tl.exp(-x)) # sigmoid
         y, slope = x * s, s + s * (1 - s) * x
     elif NAME == "telu":
         # With u = e^x and q = e^-2u neither tanh(u) = (1 - q) / (1 + q) nor its slope overflows. A polynomial
@@ -451,7 +451,7 @@ def act(x, eps, NAME: tl.constexpr):
         tl.static_assert(NAME == "crrelu", "an activation without a formula here")
         c = tl.where(x > 20, 20.0, tl.where(x < -20, -20.0, x)) # beyond, e is 0 and x^2 may be inf
         e = tl.exp(-0.5 * c * c)
-        bump = c * e
+        bump = c * e # d/d eps, for eps's own gradient
         y = tl.where(x < 0, 0.0, x) + eps * bump
         slope = tl.where(x > 0, 1.0, 0.0) + eps * (1 - c * c) * e
     return y, slope, bump
@@ -467,7 +467,7 @@ def activation_forward_kernel(p_x, p_up, p_eps, p_y, n, F: tl.constexpr, NAME: t
     inside, eps = i < n, 0.0
     if p_eps is not None:
         eps = tl.load(p_eps).to(tl.float32)
-    y, _, _ = act(tl.load(p_x + j, mask=inside, other=0.0).to(tl.float32), eps, NAME)
+    y, _, _ = act(tl.load(p_x + j, mask=inside, other=0.0).to(tl.float32), eps, NAME) # (BLOCK,)
     if F > 0:
         y = y * tl.load(p_x + F + j, mask=inside, other=0.0).to(tl.float32)
     elif p_up is not None:
@@ -503,7 +503,7 @@ class Activation(torch.autograd.Function):
         tally(ctx.operation, "triton")
         x, up = x.contiguous(), None if up is None else up.contiguous()
         ctx.save_for_backward(x, up, eps)
-        ctx.F = x.size(-1) // 2 if paired else 0
+        ctx.F = x.size(-1) // 2 if paired else 0 # width of gate and of up
         y = torch.empty((*x.shape[:-1], ctx.F) if paired else x.shape, dtype=x.dtype, device=x.device)
         n = y.numel()
         with torch.cuda.device_of(x):
@@ -576,7 +576,7 @@ def cross_entropy_in_chunks(x, weight, targets, cap):
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if not autocast and weight.dtype != dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; give both one dtype, or use autocast")
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)] # which gradients to make
     return LinearCrossEntropy.apply(x, weight, targets, cap, dtype, path_for(weight), needs)
 
 
@@ -584,7 +584,7 @@ def cross_entropy_torch(z, targets, losses, gradient):
     """z (rows, V) -> losses (rows,). `gradient`: z becomes softmax(z) - onehot, 0 for an ignored target."""
     kept, at = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1) # (rows, 1)
     torch.log_softmax(z, dim=1, out=z)
-    losses.copy_(torch.where(kept, -z.gather(1, at), 0.0).squeeze(1))
+    losses.copy_(torch.where(kept, -z.gather(1, at), 0.0).squeeze(1)) # 0 where ignored
     if gradient:
         z.exp_().scatter_add_(1, at, -torch.ones_like(z[:, :1]))
         if not kept.all():
@@ -602,9 +602,9 @@ def cross_entropy_kernel(p_z, p_target, p_loss, V, GRADIENT: tl.constexpr, BLOCK
     for start in range(0, V, BLOCK):
         z = tl.load(p_z + start + i_v, mask=start + i_v < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(most, tl.max(z, axis=0)) # one number, for all lanes
-        sums = sums * tl.exp(most - higher) + tl.exp(z - higher)
+        sums = sums * tl.exp(most - higher) + tl.exp(z - higher) # rescaled to the new largest
         most = higher
-    total = tl.sum(sums, axis=0)
+    total = tl.sum(sums, axis=0) # sum of e^(z - most) over the row
     # A target outside the vocabulary gives nan instead of whatever lies at that address.
     z_target = tl.load(p_z + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     tl.store(p_loss + row, tl.where(target == -1, 0.0, tl.log(total) + most - z_target))
@@ -635,7 +635,7 @@ def logits_to_gradient(z, targets, losses, cap, path, gradient):
         wide = cap * t
     CROSS_ENTROPY[path](wide, targets, losses, gradient)
     if cap and gradient:
-        wide.mul_(t.square_().neg_().add_(1))
+        wide.mul_(t.square_().neg_().add_(1)) # through cap tanh: 1 - tanh^2
     return wide.to(z.dtype)
 
 
@@ -662,7 +662,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         count = (targets != -1).sum() # targets that are not ignored
         ctx.save_for_backward(g_x, g_w, count)
         ctx.like, ctx.used = (x.shape, x.dtype, weight.dtype), False
-        return losses.sum() / count
+        return losses.sum() / count # nan where all targets are ignored
 
     @staticmethod
     @once_differentiable
@@ -770,7 +770,7 @@ def write_forward_kernel(p_x, p_y, p_post, p_res, p_out, C, N: tl.constexpr, BLO
         y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
         out = post[:, None] * y[None, :] # (N, BLOCK)
         for i in range(N): # column i of res times stream i
-            column = tl.load(p_res + t * N * N + i_n * N + i).to(tl.float32)
+            column = tl.load(p_res + t * N * N + i_n * N + i).to(tl.float32) # (N,) [out]
             x = tl.load(p_x + t * N * C + i * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
             out += column[:, None] * x[None, :]
         at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
@@ -791,7 +791,7 @@ def write_backward_kernel(p_x, p_y, p_post, p_res, p_g, p_gx, p_gy, p_gpost, p_g
         g = tl.load(p_g + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
         y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
-        g_post += tl.sum(g * y[None, :], axis=1)
+        g_post += tl.sum(g * y[None, :], axis=1) # (N,)
         g_res += tl.sum(g[:, None, :] * x[None, :, :], axis=2) # (N, N) from (N, N, BLOCK)
         g_x = tl.sum(res[:, :, None] * g[:, None, :], axis=0) # (N, BLOCK): res^T g
         tl.store(p_gx + at, g_x.to(p_gx.dtype.element_ty), mask=inside)
@@ -808,7 +808,7 @@ STREAMS_KERNELS = {"read_forward": read_forward_kernel, "read_backward": read_ba
 def streams(path, function, x, *tensors):
     """Calls one of the four, in C or in Triton: they take their tensors in one order."""
     N, C = x.shape[-2:]
-    tokens = x.numel() // (N * C)
+    tokens = x.numel() // (N * C) # programs of the grid
     if path == "c":
         getattr(c_library(N), function)(threads(x.numel()), tokens, C, *addresses(x, *tensors))
     else:
@@ -892,7 +892,7 @@ def matrices(i_matrix, count, apart, N: tl.constexpr):
 
 @jit
 def softmax_out(x):
-    e = tl.exp(x - tl.max(x, axis=1)[:, None, :])
+    e = tl.exp(x - tl.max(x, axis=1)[:, None, :]) # no overflow: the largest is 1
     return e / tl.sum(e, axis=1)[:, None, :]
 
 
@@ -937,7 +937,7 @@ def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLO
 
 @jit
 def sinkhorn_forward_kernel(p_x, p_y, count, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # (BLOCK,)
     at, inside = matrices(i_matrix, count, N * N, N)
     x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(p_y + at, iterate(x, iters, EPS).to(p_y.dtype.element_ty), mask=inside)
@@ -946,7 +946,7 @@ def sinkhorn_forward_kernel(p_x, p_y, count, iters, EPS: tl.constexpr, N: tl.con
 @jit
 def sinkhorn_backward_kernel(p_x, p_gy, p_gx, p_scratch, count, iters, EPS: tl.constexpr, N: tl.constexpr,
                              BLOCK: tl.constexpr):
-    i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # (BLOCK,)
     at, inside = matrices(i_matrix, count, N * N, N)
     x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(p_gy + at, mask=inside, other=0.0).to(tl.float32)
@@ -1032,14 +1032,14 @@ def mhc_coefficients(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, b:
 
 def mhc_coefficients_reference(h, phi, alpha, b, iters=20, eps=1e-6):
     pre, post, logits = mhc_gates(h, phi, alpha, b, eps)
-    res = sinkhorn_reference(logits.unflatten(-1, (h.size(-2), h.size(-2))), iters)
+    res = sinkhorn_reference(logits.unflatten(-1, (h.size(-2), h.size(-2))), iters) # (..., N, N)
     return pre.type_as(h), post.type_as(h), res.type_as(h)
 
 
 def mhc_gates(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, b: torch.Tensor, eps: float = 1e-6):
     """pre, post (..., N), and logits (..., L) of any mixing, in PyTorch. phi (2 N + L, N C), b (2 N + L,)."""
     N, x = h.size(-2), widen(h).flatten(-2) # (..., N C)
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.size(-1)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.size(-1) # mean(x^2)
     z = F.linear(x, phi.type_as(x)) * torch.rsqrt(square + eps) # the norm is one number per token
     widths = [N, N, len(b) - 2 * N]
     parts = zip(alpha.type_as(x), z.split(widths, dim=-1), b.type_as(x).split(widths))
@@ -1103,7 +1103,7 @@ def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_
         p_g = p_gpre if k == 0 else p_gpost
         g = tl.load(p_g + i_t[:, None] * N + i_n[None, :], mask=gate, other=0.0).to(tl.float32)
         g = (1 + k) * p * (1 - p) * g # through the sigmoid
-        back += a * tl.sum(g * z, axis=1)
+        back += a * tl.sum(g * z, axis=1) # (BLOCK,)
         tl.store(p_sums + k, tl.sum(tl.sum(g * z, axis=1), axis=0))
         tl.store(p_sums + 3 + k * N + i_n, tl.sum(g, axis=0))
         tl.store(p_gz + i_t[:, None] * COLUMNS + k * N + i_n[None, :], a * g * r[:, None], mask=gate)
@@ -1161,7 +1161,7 @@ class Coefficients(torch.autograd.Function):
         tally("mhc_coefficients backward", ctx.path)
         x, phi, alpha, b, z, square = ctx.saved_tensors
         (tokens, width), N, iters, eps = x.shape, ctx.N, ctx.iters, ctx.eps
-        inputs = z, square, alpha, b, *(t.contiguous() for t in g)
+        inputs = z, square, alpha, b, *(t.contiguous() for t in g) # g of pre, post and res
         g_z, factor = empty_as(z), empty_as(square)
         programs, block = (-(-tokens // LANES), None) if ctx.path == "c" else tiles(tokens, N)
         sums = torch.empty(programs, 3 + len(b), dtype=torch.float32, device=x.device) # [g_alpha | g_b]
@@ -1229,7 +1229,7 @@ def c_library(n_stream: int) -> ctypes.CDLL | None:
             # Apple's clang lacks OpenMP, and some compilers lack native.
             for more in (["-march=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], []):
                 command = [*shlex.split(compiler), *more, *flags, source, "-lm"]
-                done = subprocess.run(command, capture_output=True)
+                done = subprocess.run(command, capture_output=True) # its words are shown only if it fails
                 if done.returncode == 0:
                     return declared(ctypes.CDLL(library), source)
             trivial = os.path.join(folder, "trivial.c")

@@ -368,7 +368,7 @@ class Pass:
         self.notes = {} if notes is None else notes
         self.stage, self.real, self.mask = 0, None, None
         if cache is not None:
-            self.places, self.end, self.mask = cache.reserve(start, front + idx.size(1))
+            self.places, self.end, self.mask = cache.places_for(start, front + idx.size(1))
 
     def rotate(self, x):
         """Queries or keys (B, heads, T, D), rotated to their positions."""
@@ -431,7 +431,7 @@ class Cache:
         view.alive, view.memory = self.alive[:, part], None if self.memory is None else self.memory[part]
         return view
 
-    def reserve(self, start, T):
+    def places_for(self, start, T):
         """-> places, end, mask: where T tokens are stored, how many places count, which ones each sees.
         places: an int, the first of a run, or (B, T). mask (1 or B, 1, T, S), or None where none is needed:
         a single token sees all before it, and a run from place 0 is plain causal attention.
@@ -665,8 +665,8 @@ POSITION = {"learned": Learned, "rope": Rope, "none": NoPosition}
 #   where do queries, keys and values come from?   DenseHeads: straight from x. LatentHeads: through a latent.
 #   how do softmax maps become an output head?     OneMap: one map each. DiffV1, DiffV2: two maps' difference.
 # All heads have keys and values of the same width D, which fused attention kernels ask for. The causal mask
-# is in attend for a whole text; after cached tokens Cache.reserve makes it, once for all layers; with depths
-# Cache.enter_stage; and Memory.recall has its own, by segments.
+# is in attend for a whole text; Cache.places_for makes it after cached tokens, once for all layers;
+# Cache.enter_stage makes it where depths skip tokens; Memory.recall has its own, by segments.
 
 
 def naive_attention(q, k, v):

@@ -1,7 +1,6 @@
 """Ordinary slips, each through the real command: exit code 2, at most three lines on stderr, and in them the
 way out.
 """
-import fcntl
 import json
 import threading
 from contextlib import nullcontext
@@ -12,6 +11,8 @@ import torch
 
 from data import prepare
 from processes import ROOT, run, two_at_a_time
+
+fcntl = pytest.importorskip("fcntl") # Windows has none, and its runs no lock
 
 PLAY = ("--dataset=play --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=2 "
         "--sample_tokens=4").split()
