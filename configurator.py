@@ -20,7 +20,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 def stop_at_once(*_):
     """Ctrl-C while torch is imported: an exception would be fifty lines, and some imports swallow it."""
     os.write(2, b"stopped\n")
-    os._exit(130)
+    os._exit(130) # 128 + SIGINT's number 2: a shell's code for Ctrl-C
 
 
 # Only where Ctrl-C is not ignored, and in a script that calls configure: that makes it an exception again.
@@ -159,11 +159,11 @@ def parse(argv, known):
             name, value = parse_flag(arg, queue, known)
             given[name], given.typed = value, given.typed | {name}
         elif arg.startswith("-"):
-            raise UserError(f"{brief(arg)}: a setting takes two dashes, as in -{arg}")
+            raise UserError(f"{brief(arg)}: a setting takes two dashes, as in -{arg}") # arg has one
         else:
-            given.update(load_file(arg, known))
+            given.update(load_file(arg, known)) # but not typed, which is for the command line
     for name in PATHS.keys() & given.keys():
-        place = f"({PATHS[name]})(~[^/,]*)"
+        place = f"({PATHS[name]})(~[^/,]*)" # ~ or ~user, up to the next slash or comma
         given[name] = re.sub(place, lambda found: found[1] + os.path.expanduser(found[2]), given[name])
     return given
 
@@ -227,7 +227,7 @@ def checked(convert, name: str, value, default, origin: str):
 
 def fit(value, default):
     """value in the type of default, or a ValueError. It bends only int -> float and list -> tuple."""
-    if type(value) is list:
+    if type(value) is list: # JSON, as in run.json, has no tuples
         value = tuple(value)
     if type(default) is float and type(value) is int:
         value = float(value)
@@ -281,7 +281,7 @@ def missing(path):
 def broken(path, error):
     """The error for a config file that raises, with the line in that file, not in a module it called."""
     rows = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    if isinstance(error, SyntaxError) and error.filename == path:
+    if isinstance(error, SyntaxError) and error.filename == path: # no frame has path: it never ran
         rows.append(error.lineno)
     place = f"{path}:{rows[-1]}" if rows else path
     text = " ".join(str(getattr(error, "msg", error)).split()) # a SyntaxError's str repeats file and line
@@ -316,13 +316,13 @@ def user_errors():
     except (UserError, BrokenPipeError): # the second is a reader that has gone: see report
         raise
     except (OSError, ValueError) as error:
-        path = getattr(error, "filename", None)
+        path = getattr(error, "filename", None) # a ValueError has none
         raise UserError(f"cannot open {path}: {error.strerror}" if path else str(error)) from error
 
 
 def git_commit() -> str:
     """The commit of these files, with -dirty where files differ from it; "unknown" outside a checkout."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"] # no tag names
     folder = os.path.dirname(os.path.abspath(__file__))
     with suppress(OSError): # no git on this machine
         done = subprocess.run(describe, cwd=folder, capture_output=True, text=True)
@@ -363,14 +363,14 @@ def comments(source, body, title):
     nodes = {node.lineno: node for node in body if isinstance(node, (ast.Assign, ast.AnnAssign))}
     for row, line in enumerate(map(str.strip, lines), start=1):
         if row in nodes:
-            own = lines[nodes[row].end_lineno - 1].partition(" # ")[2]
+            own = lines[nodes[row].end_lineno - 1].partition(" # ")[2] # a long value has it on its last line
             if own and len(block) == 1:
                 heading = block[0]
             for node in ast.walk(nodes[row]):
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                     # The first assignment is the setting.
                     found.setdefault(node.id, (title + heading, own or " ".join(block)))
-        ruled = re.match(r"#\s*[-=]{2}", line)
+        ruled = re.match(r"#\s*[-=]{2}", line) # such as # --- data --- or # ======
         if ruled:
             heading = line.strip("#-= ") or heading # a bare ----- only separates
         block = [*block, line.strip("# ")] if line.startswith("#") and not ruled else []

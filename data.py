@@ -87,7 +87,7 @@ class Tokenizer:
 
     def readable(self, ids: list[int]) -> str:
         """decode for what a model wrote. An id of a padded vocabulary means nothing and becomes U+FFFD."""
-        runs = itertools.groupby(ids, key=lambda i: 0 <= i < self.vocab_size)
+        runs = itertools.groupby(ids, key=lambda i: 0 <= i < self.vocab_size) # a character may span ids
         return "".join(self.decode([*run]) if known else "\ufffd" * len([*run]) for known, run in runs)
 
     def checked(self, ids) -> np.ndarray:
@@ -162,7 +162,7 @@ class ByteTokenizer(Tokenizer):
     name, vocab_size = "byte", 256
 
     def encode(self, text):
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype("<u2")
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype("<u2") # as in a shard
 
     def decode(self, ids):
         # "replace", because a model may stop inside a character.
@@ -171,7 +171,7 @@ class ByteTokenizer(Tokenizer):
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte pairs, by tiktoken. The first encode or decode fetches its files."""
-    name, eot, vocab_size = "gpt2", 50256, 50257
+    name, eot, vocab_size = "gpt2", 50256, 50257 # eot is <|endoftext|>, the last id
     address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     files = { # the hashes pin the vocabulary, so to_dict needs no more than the name
         "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -291,7 +291,7 @@ def without_surrogates(text):
 
 
 def token_type(vocab_size):
-    return "<u2" if vocab_size <= 65536 else "<u4"
+    return "<u2" if vocab_size <= 65536 else "<u4" # little-endian, 2 or 4 bytes for each token
 
 
 # --- files: hashes, locks, downloads ---
@@ -326,7 +326,7 @@ def alone(path: Path):
         while fcntl:
             try:
                 file = open(lock, "ab")
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) # NB raises where it would wait
             except BlockingIOError:
                 print(f"{path} is being made by another process: waiting for it", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -392,7 +392,7 @@ def download(url, part, sha256):
             problem = (f"the {part.stat().st_size:,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
                        f"expected {sha256[:12]}...")
             part.unlink()
-        if pause is None or wait is None:
+        if pause is None or wait is None: # the last request, or a problem that stays
             break
         time.sleep(wait or pause)
     return problem
@@ -439,7 +439,7 @@ def read_text(path) -> str:
     even, odd = (raw[::2].count(0), raw[1::2].count(0)) if 0 in raw else (0, 0)
     wide = min(even, odd) < 0.05 * len(raw) and max(even, odd) > 0.4 * len(raw)
     letters = raw.replace(b"\0", b"") if wide else raw # token shards have as many zeros
-    if len(letters.translate(None, CONTROLS)) < 0.99 * len(letters):
+    if len(letters.translate(None, CONTROLS)) < 0.99 * len(letters): # translate deletes these bytes
         raise UserError(f"{path} is no text: more than one byte in a hundred is a control character")
     try:
         if not wide:
@@ -537,7 +537,7 @@ def read_source(source, data_dir):
     if source and os.path.exists(source):
         read = read_folder if os.path.isdir(source) else read_file
         return own_name(source), os.path.abspath(source), read(Path(source))
-    beside = Path(source).parent.glob("[!._]*")
+    beside = Path(source).parent.glob("[!._]*") # where source would lie; [!._]: no hidden or private names
     beside = [str(path) for path in beside if path.is_dir() or path.suffix in TEXTS]
     near = difflib.get_close_matches(source, [*DATASETS, *prepared(data_dir), *beside], n=3)
     raise UserError(f"no text file, folder or known dataset {source!r}\n"
@@ -568,7 +568,7 @@ def row_parts(files, first, last, kind):
     """Yields (ids, length of a row) for the rows first to last of all files, at most one shard at a time."""
     for rows in map(open_npy, files):
         n, length = rows.shape
-        step = max(1, _SHARD // length)
+        step = max(1, _SHARD // length) # rows of one shard; a row longer than a shard is one by itself
         for start in range(max(first, 0), min(last, n), step):
             yield rows[start:min(start + step, last, n)].astype(kind).reshape(-1), length
         first, last = first - n, last - n # counted from the start of the next file
@@ -701,7 +701,7 @@ def load(name: str, data_dir: str = "data") -> "Dataset":
         if os.path.basename(file) != file or not split:
             raise damaged(folder / "meta.json", f"names the file {file!r}, expected a shard in this folder")
         shards[split].append(open_shard(folder / file, entry["tokens"] if "sha256" in entry else None))
-        rows[split].append(entry.get("row", 0))
+        rows[split].append(entry.get("row", 0)) # 0: the shard is one row
     codec = tokenizer_from_dict(meta["tokenizer"], data_dir) if meta["tokenizer"] else None
     train, val = (Tokens(shards[split], meta["vocab_size"], f"{split} split of {folder.name}", rows[split])
                   for split in shards)
@@ -775,7 +775,7 @@ def prepare_text(target, origin, documents, tokenizer, val_fraction):
 
 def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
     """(train, val) by characters: of one document nanoGPT's text[:int(n * 0.9)]. The cut may divide one."""
-    cut = int(sum(map(len, documents)) * (1 - val_fraction))
+    cut = int(sum(map(len, documents)) * (1 - val_fraction)) # characters for training
     train, val = [], []
     for document in documents:
         train.append(document[:cut]) # cut counts from this document's start
@@ -786,7 +786,7 @@ def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str
 
 def encode_all(documents, codec):
     """Yields (ids, 0 for no rows), a separator between two documents: one shard at a time, at least one."""
-    parts = [np.zeros(0, token_type(codec.vocab_size))]
+    parts = [np.zeros(0, token_type(codec.vocab_size))] # (0,), because concatenate needs an array
     for document in documents:
         if len(parts) > 1:
             parts.append(codec.encode("\n") if codec.eot is None else np.array([codec.eot], parts[0].dtype))
@@ -803,7 +803,7 @@ def prepare_rows(target, source, files, tokenizer, val_fraction):
                         "move it elsewhere, or rename it without the word val")
     # char cannot have made such ids and stands for no tokenizer: the vocabulary ends with the highest id.
     codec = make_tokenizer(tokenizer, "", target.parent) if tokenizer != "char" else None
-    limit, top, n = codec.vocab_size if codec else 2 ** 32, -1, 0
+    limit, top, n = codec.vocab_size if codec else 2 ** 32, -1, 0 # ids fit into uint32; n: rows of all files
     for path in files:
         rows = open_npy(path)
         low, high = int(rows.min()), int(rows.max())
@@ -831,7 +831,7 @@ def put(target, source, codec, vocab_size, val_fraction, splits):
             "vocab_size": vocab_size, "split": {"val_fraction": val_fraction}}
     with alone(target): # of two calls at once, the second finds what the first has prepared
         here = [target] if target.is_file() else target.glob("*")
-        ours = re.compile(r"meta\.json|(train|val)_\d{6}\.bin")
+        ours = re.compile(r"meta\.json|(train|val)_\d{6}\.bin") # all that write_dataset writes
         if others := sorted(path.name for path in here if not ours.fullmatch(path.name)):
             raise UserError(f"{target} is to be replaced, but there are other files: {listed(others, 3)}\n"
                             "move them elsewhere, or choose another folder with --data_dir")
@@ -895,13 +895,13 @@ def write_synced(path: Path, content: bytes) -> str:
 @contextmanager
 def replacing(target):
     """Gives a new folder that takes the place of target in the end. After any error, target is as it was."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.new") # a rename needs one file system
     aside = temporary.with_suffix(".old")
     try:
         shutil.rmtree(temporary, ignore_errors=True) # in a container a killed run may have had our process id
         temporary.mkdir(parents=True)
         for left in target.parent.glob(f".{target.name}.*.new"): # of a killed run, if it is an hour old
-            if time.time() - left.stat().st_mtime > 3600:
+            if time.time() - left.stat().st_mtime > 3600: # another run may be writing a younger one
                 shutil.rmtree(left, ignore_errors=True)
         yield temporary
         if target.exists(): # rename does not replace a folder that has files
@@ -1015,7 +1015,7 @@ class Tokens:
 
     def layout(self, block_size, limit):
         """Yields (shard, starts, width): the full windows of a shard, then the shorter rest of each row."""
-        targets = int(((self.rows - 1) * self.counts).sum())
+        targets = int(((self.rows - 1) * self.counts).sum()) # the first id of a row is no target
         every = max(-(-targets // limit), 1) if limit else 1 # of k windows one, for about limit targets
         for shard, row, count in zip(self.shards, self.rows.tolist(), self.counts.tolist()):
             full, left = divmod(max(row - 1, 0), block_size) # full windows in a row, targets after them

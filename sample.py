@@ -100,7 +100,7 @@ def window_start(n: int, block_size: int) -> int:
     with speculation share this rule, and so write one text.
     """
     half = max(1, block_size // 2)
-    return 0 if n <= block_size else math.ceil((n - block_size) / half) * half
+    return 0 if n <= block_size else math.ceil((n - block_size) / half) * half # up, so that the rest fits
 
 
 def move_window(model, cache, idx, old, new):
@@ -216,7 +216,7 @@ def judge(p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor) -> tuple[torch
 
 def draw(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """A token of each p (..., V), which need not sum to 1, for uniform u (...). Never a token with p = 0."""
-    mass = p.cumsum(-1, dtype=u.dtype)
+    mass = p.cumsum(-1, dtype=u.dtype) # (..., V), in the precision of u: fp32 sums lose small p
     return torch.searchsorted(mass, u.unsqueeze(-1) * mass[..., -1:], right=True).squeeze(-1)
 
 
@@ -343,13 +343,13 @@ class Speculation:
         self.trial.update(forwards=drafted > 0, drafted=drafted, kept=kept)
         if self.trial["forwards"] == self.TRIAL:
             if self.trial["kept"] < self.COST * self.trial["drafted"]:
-                self.pause = self.PAUSE * len(self.rows)
+                self.pause = self.PAUSE * len(self.rows) # pause counts the tokens of all rows
             self.trial.clear()
 
     def distribution(self, h):
         """What the model draws from after h (..., C). ValueError if not finite: draw would take token 0."""
         p = distribution(self.model.logits(h), *self.sampling)
-        if not math.isfinite(p.sum()):
+        if not math.isfinite(p.sum()): # the sum is nan if any of its terms is
             raise ValueError("the model's probabilities are not finite; its weights may be damaged, "
                              "or half precision overflows")
         return p
@@ -498,7 +498,7 @@ def show(pairs):
 
 def continue_one(ids, writer):
     """Streams one continuation as it is drawn."""
-    scores = [0.0]
+    scores = [0.0] # the last one is of the newest token; without watch it stays 0
     watch = (lambda *last: scores.append(model.uncertainty(*last).item())) if uncertainty else None
     plain = stream(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, generator, watch=watch)
     tokens = itertools.islice(writer, max_new_tokens) if writer else (token.item() for token in plain)
