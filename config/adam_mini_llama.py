@@ -1,6 +1,7 @@
 # Adam-mini on a Llama-shaped model of 3.0M parameters: RMSNorm, RoPE, grouped queries, SwiGLU, untied head.
 # python train.py config/adam_mini_llama.py
-# `python optim.py config/adam_mini_llama.py --vocab_size=65` prints its blocks; --optimizer=adamw is the comparison.
+# Compare it with --optimizer=adamw. `python optim.py config/adam_mini_llama.py --vocab_size=65` prints its
+# blocks.
 
 out_dir = "out/adam_mini_llama"
 dataset = "shakespeare"

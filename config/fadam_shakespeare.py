@@ -1,6 +1,7 @@
-# FAdam on the plain model of muon_shakespeare.py, 1,000 steps of 768 characters; its rate is tuned, bench_results/README.md compares.
+# FAdam on the plain model of muon_shakespeare.py, 1,000 steps of 768 characters, with a tuned rate.
 # python train.py config/fadam_shakespeare.py
-# Its weight decay is preconditioned: 0.001 here is about what 0.1 is to AdamW. No clipping on top of its own.
+# Its weight decay is preconditioned: 0.001 here is about what 0.1 is to AdamW. It clips by itself alone.
+# bench_results/README.md compares the optimizers.
 
 out_dir = "out/fadam_shakespeare"
 dataset = "shakespeare"

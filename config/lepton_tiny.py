@@ -1,8 +1,8 @@
-# LEPTON's size "tiny" with its six ideas, trained with its flags: RMSNorm, RoPE, SwiGLU, tied head, 109M parameters and 12M for the ideas.
-# It wants a GPU; what each idea does to a small model stands in bench_results/README.md.
+# LEPTON's size "tiny" with its six ideas and its flags: RMSNorm, RoPE, SwiGLU, tied head; 109M parameters and
+# 12M for the ideas. It wants a GPU. bench_results/README.md has what each idea does to a small model.
 # python train.py config/lepton_tiny.py
-# python train.py config/lepton_tiny.py --dataset=path/to/shards --tokenizer=pile_tokenizer.json --data_dir=data
-# Its source counts 50,000 forwards of 4 sequences: 3,125 steps. Other sizes: --model_size=nano ... xxl (python model.py lists them).
+# With shards: --dataset=path/to/shards --tokenizer=pile_tokenizer.json --data_dir=data
+# Its source counts 50,000 forwards of 4 sequences: 3,125 steps. `python model.py` lists the other sizes.
 out_dir = "out/lepton_tiny"
 model_size = "tiny" # 10 layers of 768, context 512
 thought_tokens = 3

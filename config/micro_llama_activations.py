@@ -1,6 +1,6 @@
-# The Kepler Architecture's micro-LLaMA, for one question: is CRReLU-GLU better than SwiGLU at the same start, data and steps?
+# The Kepler Architecture's micro-LLaMA: is CRReLU-GLU better than SwiGLU at the same start, data and steps?
 # python train.py config/micro_llama_activations.py
-# and the same with --activation=silu. Its source: 6 layers of 384 on wikitext, 600 steps; --n_layer=6 --n_embd=384 wants a GPU.
+# The other side is --activation=silu. Its source takes wikitext and 6 layers of 384, which want a GPU.
 
 out_dir = "out/micro_llama"
 dataset = "shakespeare"

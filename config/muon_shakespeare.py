@@ -1,5 +1,5 @@
-# Muon for the matrices, AdamW for the rest, on a plain model at nanoGPT's CPU shape: how few steps of 768 characters pass the
-# loss that nanoGPT's recipe needs 2,000 for? bench_results/README.md has the answer.
+# Muon for the matrices and AdamW for the rest, on a plain model at nanoGPT's CPU shape. How few steps of 768
+# characters pass the loss for which nanoGPT's recipe takes 2,000? bench_results/README.md has the answer.
 # python train.py config/muon_shakespeare.py
 
 out_dir = "out/muon_shakespeare"

@@ -1,7 +1,7 @@
-# A latent-attention model on GPT-2 tokens: 8 layers of 768, 12 heads of 64, queries and keys through latents of 384,
-# SwiGLU of 3072. Half of each head is rotated, and all heads share one rotary key: 416 numbers a token are cached, where
-# its source, with a rotary key per head, caches 1,152 and plain attention 1,536.
-# python train.py config/optimus_mla.py --dataset=path/to/text                       149M parameters: it wants a GPU
+# Latent attention on GPT-2 tokens: 8 layers of 768, 12 heads of 64, latents of 384, SwiGLU of 3072. Half of
+# each head is rotated, and all heads share one rotary key: 416 cached numbers a token. Its source, with a
+# rotary key per head, caches 1,152, and plain attention 1,536. 149M parameters want a GPU.
+# python train.py config/optimus_mla.py --dataset=path/to/text
 
 out_dir = "out/optimus_mla"
 dataset = "shakespeare"

@@ -1,6 +1,6 @@
-# Skeleton & Flesh: a fifth of the weights is left at the end, chosen while training by signal to noise and by gradient.
+# Skeleton & Flesh: training leaves a fifth of the weights, chosen by signal to noise and by gradient.
 # python train.py config/skeleton_flesh.py
-# Any dataset: --dataset=path/to/text. Its losses, dense training and --sparse=magnitude: bench_results/README.md.
+# It takes any --dataset=path/to/text. bench_results/README.md compares it with --sparse=magnitude.
 
 out_dir = "out/skeleton_flesh"
 dataset = "shakespeare"

@@ -1,6 +1,6 @@
-# A character model on the fixed ASCII table (99 ids): LayerNorm and biases, learned positions, GEGLU, untied head.
+# A character model on the fixed ASCII table (99 ids): LayerNorm, biases, learned positions, GEGLU.
 # python train.py config/slm_char.py --dataset=path/to/text
-# Its source trains with a constant learning rate and decays every parameter; here gains and biases are not decayed.
+# The head is untied and the rate constant, as in its source. Unlike there, gains and biases do not decay.
 out_dir = "out/slm_char"
 dataset = "shakespeare"
 tokenizer = "ascii"

@@ -1,6 +1,6 @@
 # A Llama-style model of 22,551,040 parameters: RMSNorm, RoPE, SwiGLU, untied head, vocabulary of 2048.
 # python train.py config/sota_22m.py --dataset=path/to/text
-# Constant learning rate, as its source trains it. It wants a GPU; on characters most of its vocabulary is idle.
+# The learning rate is constant, as in its source. It wants a GPU; characters use little of its vocabulary.
 
 out_dir = "out/sota_22m"
 dataset = "shakespeare"

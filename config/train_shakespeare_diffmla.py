@@ -1,4 +1,4 @@
-# The main job: differential latent attention on TinyShakespeare's characters, about 0.8M parameters, sized for 2 CPU cores.
+# The main job: differential latent attention on TinyShakespeare's characters, 0.8M parameters, 2 CPU cores.
 # python train.py config/train_shakespeare_diffmla.py
 # README.md has its losses, beside the plain twin of the same budget (train_shakespeare_mha.py).
 

@@ -1,5 +1,5 @@
-# Differential latent attention at nanoGPT's GPU budget for TinyShakespeare: at most 10.65M parameters, context 256,
-# batch 64, 5,000 steps. For one GPU; it has not been run on one yet, so no loss and no time is claimed.
+# Differential latent attention at nanoGPT's GPU budget for TinyShakespeare: at most 10.65M parameters,
+# context 256, batch 64, 5,000 steps. For one GPU; it has not run on one yet, so no figure is claimed.
 # python train.py config/train_shakespeare_diffmla_gpu.py
 
 out_dir = "out/shakespeare_diffmla_gpu"

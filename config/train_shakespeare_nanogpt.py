@@ -1,6 +1,6 @@
-# nanoGPT's CPU recipe for TinyShakespeare, field for field: the baseline that the others are measured against.
+# nanoGPT's CPU recipe for TinyShakespeare, field for field: the baseline for all the others.
 # python train.py config/train_shakespeare_nanogpt.py
-# nanoGPT's README quotes 1.88 after about 3 minutes on a laptop's CPU, from 20 random batches of the validation split.
+# nanoGPT's README quotes 1.88 after about 3 minutes on a laptop, from 20 random validation batches.
 
 out_dir = "out/shakespeare_nanogpt"
 dataset = "shakespeare"
