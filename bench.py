@@ -1,6 +1,6 @@
-"""Every figure of speed, size and memory that the README reports, as named suites.
+"""Every figure of speed, size and memory in bench_results/README.md, as named suites.
 
-  python bench.py                       all suites that need no finished run and no clone: minutes on 2 cores
+  python bench.py                       all but those that need a run or a clone, and c: 5 minutes on 2 cores
   python bench.py train --rounds=21     one suite
   python bench.py --help                what each suite measures, and all settings
 
@@ -788,7 +788,8 @@ SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": 
           "cross_entropy": cross_entropy, "rope": rope, "extras": extras, "c": saved_by_c, "depth": depth,
           "memory": memory, "speculative": speculative, "uncertainty": uncertainty, "curves": curves,
           "nanogpt": against_nanogpt}
-NEED_MORE = {"depth", "memory", "speculative", "uncertainty", "curves", "nanogpt"} # a run or a clone
+# They need a finished run or a clone; c takes a minute by itself.
+BY_NAME_ONLY = {"depth", "memory", "speculative", "uncertainty", "curves", "nanogpt", "c"}
 
 
 def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
@@ -818,7 +819,7 @@ if __name__ == "__main__":
     os.makedirs(os.path.join(HERE, "bench_results"), exist_ok=True)
     description, commit = hardware(), git_commit() # now: the results themselves will change the checkout
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
-    for name in words or [name for name in SUITES if name not in NEED_MORE]:
+    for name in words or [name for name in SUITES if name not in BY_NAME_ONLY]:
         results = list(SUITES[name]())
         if save:
             keep(name, description, commit, results)
