@@ -15,7 +15,9 @@ import socket
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1430,3 +1432,24 @@ def test_a_bounded_evaluation_takes_windows_spread_over_the_split(lengths, rows,
         # both ends
         assert sum(map(len, taken)) < 130
         assert {int(i >= sum(lengths) // 2) for y in taken for i in y} == {0, 1}
+
+
+def test_who_stops_waiting_leaves_the_lock_of_another(tmp_path, monkeypatch):
+    """Ctrl-C while another process makes the file: a third one would else work beside it."""
+    lock = tmp_path / ".made.lock"
+    lock.touch()
+
+    def flock(file, how):
+        raise BlockingIOError if how & data.fcntl.LOCK_NB else KeyboardInterrupt
+
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    with pytest.raises(KeyboardInterrupt), data.alone(tmp_path / "made"):
+        pass
+    assert lock.exists()
+
+
+def test_a_416_without_a_part_is_the_servers_word(tmp_path, monkeypatch):
+    answer = nullcontext(SimpleNamespace(status_code=416, reason="Range Not Satisfiable", headers={}))
+    monkeypatch.setattr(data.requests, "get", lambda *args, **kwargs: answer)
+    problem, wait = data.receive("http://nowhere/x", tmp_path / "x.part", 0)
+    assert "416" in problem and wait == 0 # asked again, and no FileNotFoundError

@@ -120,6 +120,9 @@ SLIPS = {
     "memory without a memory": ("bench.py memory --out_dir={d}/run", "config/train_recall.py"),
     "model without heads": ("model.py --n_head=0", "at least 1"),
     "unknown suite": ("bench.py speed", "train, decode, kv_cache"),
+    "resume on data that is not prepared": ( # refused before it is prepared
+        "train.py --resume --out_dir={d}/run --dataset={d}/other.txt --data_dir={d}/new4",
+        "trained on, play"),
     "another tokenizer on resume": (
         "train.py --resume --out_dir={d}/run --dataset={d}/data/play --tokenizer=byte --val_fraction=0.5",
         "not --tokenizer=byte --val_fraction=0.5\ndrop that, or train anew"),
