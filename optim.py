@@ -429,7 +429,7 @@ class Sparse:
         """Flat indices in each tensor of the k lowest scores of all: exactly k, also if scores are equal."""
         flat = torch.cat([s.flatten() for s in scores]) # one threshold for all tensors
         chosen = torch.zeros_like(flat, dtype=torch.bool)
-        chosen[flat.topk(k, largest=False, sorted=False).indices] = True
+        chosen[flat.topk(k, largest=False, sorted=False).indices] = True # k, whatever ties
         return [part.nonzero().view(-1) for part in chosen.split([s.numel() for s in scores])]
 
     @torch.no_grad()
