@@ -1,6 +1,7 @@
 """Every figure of speed, size and memory in bench_results/README.md, as named suites.
 
-  python bench.py                       all but those that need a run or a clone, and c: 5 minutes on 2 cores
+  python bench.py                       all but those that need a run or a clone, and c: 5 minutes on 2 cores;
+                                        with a CUDA GPU the suites for one, in bf16 and fp32
   python bench.py train --rounds=21     one suite
   python bench.py --help                what each suite measures, and all settings
 
@@ -14,13 +15,17 @@ B batch  T time  C channels  H heads  V vocabulary  L block size
 """
 from configurator import UserError, configure, git_commit, user_errors # first: see stop_at_once there
 
+import functools
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import runpy
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,14 +40,18 @@ import torch.nn.functional as F
 
 import data
 import kernels
-from model import GPT, GPTConfig, forward_flops, load_checkpoint
+from model import GPT, GPTConfig, Pass, forward_flops, load_checkpoint
 from optim import build_optimizer
 from sample import Speculation, stream
 
 rounds = 11 # turns of each arm
-batch_size = 8 # sequences per step; half as many (residual); 64 times as many rows (cross_entropy)
-block_size = 128 # tokens per sequence (train, extras)
-device = "auto" # auto | cpu | cuda
+batch_size = 8 # sequences per step; half as many (residual); 64 times as many rows (cross_entropy); GPU: 16
+block_size = 128 # tokens per sequence (train, extras); GPU: 1024
+n_embd = 768 # width in the suites for a GPU
+n_layer = 12 # layers in the suites for a GPU
+dtype = "bfloat16,float32" # of the kernels on a GPU: one or both; the other suites for a GPU take bfloat16
+dry = False # the suites for a GPU at tiny sizes, on any device, without keeping their figures
+device = "auto" # auto | cpu | cuda | cuda:1
 out_dir = "" # depth, memory, speculative, uncertainty: folder of a run; empty: that of the suite's config
 runs = "out/shakespeare_nanogpt,out/shakespeare_mha,out/shakespeare_diffmla" # curves: folders of runs
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
@@ -73,13 +82,17 @@ LABELS = {"shakespeare_nanogpt": "nanoGPT's recipe", "shakespeare_mha": "mha",
 # --- how figures are taken ---
 
 
-def row(name, value, unit, baseline=None, ratio=None, low=None, high=None, digits=2) -> dict:
-    """Prints one figure with the range of its ratio, and returns it for the JSON. digits=None: silent."""
+def row(name, value, unit, baseline=None, ratio=None, low=None, high=None, digits=2, bound=None) -> dict:
+    """Prints one figure with the range of its ratio, and returns it for the JSON. digits=None: silent.
+    bound: the most that this machine can do, in the same unit; the figure's share of it is printed too.
+    """
     spread = "" if low is None else f"   ({low:.2f} to {high:.2f})"
+    share = {} if bound is None else {"share": value / bound}
     if digits is not None:
         against = f"{ratio:>8.2f} x {baseline}{spread}" if baseline else ""
-        print(f"  {name:<42}{value:>12,.{digits}f} {unit:<14}{against}")
-    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
+        of_bound = f"{share['share']:>6.0%}" if share else ""
+        print(f"  {name:<42}{value:>12,.{digits}f} {unit:<14}{of_bound}{against}", flush=True)
+    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio, **share}
 
 
 def first(path: str, key: str) -> str:
@@ -96,30 +109,67 @@ def hardware() -> str:
     return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def in_turn(arms: dict[str, Callable], warm: int = 2) -> dict[str, tuple]:
-    """{name: function} -> {name: (median seconds, median, lowest and highest ratio to the first arm)}."""
-    # A GPU works on after a call has returned.
-    wait = (lambda: None) if device == "cpu" else partial(torch.accelerator.synchronize, device)
-    times = {name: [] for name in arms}
-    for _ in range(warm + rounds):
-        for name, f in arms.items(): # in turn: what slows the machine slows every arm
-            wait()
-            began = time.perf_counter()
+def seconds(f: Callable) -> float:
+    """The time of one call. On CUDA it begins after a write that empties the cache, which also hides that the
+    host launches slower than the device works; between events, so that it is the device's time.
+    """
+    if "cuda" not in device:
+        began = time.perf_counter()
+        f()
+        if device != "cpu": # Apple's GPU works on after a call has returned
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - began
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    larger_than_cache().zero_()
+    begin.record()
+    f()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def larger_than_cache() -> torch.Tensor:
+    return torch.empty(2**26, device=device) # 256 MB
+
+
+def captured(f: Callable) -> Callable:
+    """f as one CUDA graph, so that the host's launches cost nothing; f itself where there is no CUDA."""
+    if "cuda" not in device:
+        return f
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side): # compiles and allocates, which a capture cannot
+        for _ in range(3):
             f()
-            wait()
-            times[name].append(time.perf_counter() - began)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    return graph.replay
+
+
+def in_turn(arms: dict[str, Callable], warm: int = 2, turns: int = 0) -> dict[str, tuple]:
+    """{name: function} -> {name: (median seconds, median, lowest and highest ratio to the first arm)}.
+    turns: of each arm; 0: --rounds.
+    """
+    times = {name: [] for name in arms}
+    for _ in range(warm + (turns or rounds)):
+        for name, f in arms.items(): # in turn: what slows the machine slows every arm
+            times[name].append(seconds(f))
     times = {name: of_arm[warm:] for name, of_arm in times.items()}
     base = next(iter(times.values())) # the first arm
     ratios = {name: [t / b for t, b in zip(ts, base)] for name, ts in times.items()} # within a round
     return {k: (statistics.median(times[k]), statistics.median(r), min(r), max(r)) for k, r in ratios.items()}
 
 
-def compare(arms: dict[str, Callable], label="{}", amount=0.0, unit="ms", warm=2) -> Iterator[dict]:
+def compare(arms: dict[str, Callable], label="{}", amount=0.0, unit="ms", warm=2, bound=None) -> Iterator[dict]:
     """Rows of the arms' times against the first arm; or of amounts of work per second, at `amount` a call."""
     baseline = next(iter(arms))
     for name, (median, ratio, low, high) in in_turn(arms, warm).items():
         if amount: # more is better, so the ratio of the times is turned over
-            yield row(label.format(name), amount / median, unit, baseline, 1 / ratio, 1 / high, 1 / low)
+            rate = amount / median
+            yield row(label.format(name), rate, unit, baseline, 1 / ratio, 1 / high, 1 / low, bound=bound)
         else:
             yield row(label.format(name), 1e3 * median, unit, baseline, ratio, low, high)
 
@@ -365,8 +415,11 @@ def peak_memory(config: dict, name: str) -> float:
     return added_to_peak(three_steps)[0]
 
 
-def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor) -> dict[str, Callable]:
-    """Forward and backward of plain PyTorch, torch.compile of it, and the kernel if this device has one."""
+def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor, compiles=None,
+          liger=None) -> dict[str, Callable]:
+    """Forward and backward of plain PyTorch, torch.compile of it, and the kernel if this device has one.
+    compiles: whether to time torch.compile, None: as set. liger: the same function by Liger Kernel.
+    """
     inputs = [x.detach().requires_grad_() for x in inputs]
     y = eager(*inputs) # one tensor or several
     # A random gradient, because torch.compile would fuse a constant one away.
@@ -375,13 +428,14 @@ def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor) -> di
     def both(f):
         return torch.autograd.grad(f(*inputs), inputs, g)
 
+    others = {"torch.compile": torch.compile(eager)} if (compiled if compiles is None else compiles) else {}
     arms = {"eager": partial(both, eager)}
-    if compiled:
+    for name, f in {**others, **({"Liger": liger} if liger else {})}.items():
         try:
-            both(fused := torch.compile(eager)) # compiles here, outside the timing
-            arms["torch.compile"] = partial(both, fused)
+            both(f) # compiles here, outside the timing
+            arms[name] = partial(both, f)
         except Exception as error: # where no compiler is, several libraries raise errors of their own
-            print(f"  (torch.compile fails here: {str(error).splitlines()[0][:100]})")
+            print(f"  ({name} fails here: {str(error).splitlines()[0][:100]})")
     return {**arms, "kernel": partial(both, kernel)} if kernel else arms
 
 
@@ -518,6 +572,259 @@ def saved_by_c() -> Iterator[dict]:
 
         arms = {f"{name}, {operation} in PyTorch": partial(without, operation) for operation in operations}
         yield from compare({name: work, **arms})
+
+
+# --- suites for a GPU: bf16 under autocast, times of the device, each share of a bound that was measured ---
+
+
+@functools.cache
+def ceilings() -> tuple[float, float]:
+    """(GB/s of a copy, bf16 TFLOP/s of a product of matrices), measured; prints them and the clocks."""
+    n, m = (2**12, 64) if dry else (2**28, 8192)
+    a = torch.randn(n, device=device)
+    copy = 8e-9 * n / in_turn({"copy": partial(torch.empty_like(a).copy_, a)})["copy"][0]
+    a = torch.randn(m, m, device=device) # random: a GPU multiplies zeros faster
+    arms = {str(t): partial(torch.mm, a.to(t), a.to(t)) for t in (torch.bfloat16, torch.float32)}
+    bf16, tf32 = (2e-12 * m**3 / median for median, *_ in in_turn(arms).values())
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
+    clocks = shutil.which("nvidia-smi") and subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    print(f"copy {copy:,.0f} GB/s   matrix products {bf16:,.0f} TFLOP/s in bf16, {tf32:,.0f} in fp32"
+          f" (TF32 on a GPU)   clocks and driver: {clocks or 'unknown'}")
+    return copy, bf16
+
+
+def liger(name: str) -> Callable | None:
+    """A function of liger_kernel.transformers.functional, where that package is installed."""
+    if "cuda" not in device or not importlib.util.find_spec("liger_kernel"):
+        return None
+    return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
+
+
+def kernel_cases(t: torch.dtype) -> Iterator[tuple]:
+    """(label, formula, kernel, Liger's or None, inputs, numbers to move forward, numbers to move both ways)."""
+    R, C, N = batch_size * block_size, n_embd, 4 # rows, channels, streams
+    randn = partial(torch.randn, device=device, dtype=t)
+    rms = liger("liger_rms_norm")
+    for label, rows, width in (("", R, C), ("", R, 2048 // (32 if dry else 1)), (" of heads", R * C // 64, 64)):
+        moved = rows * width
+        yield (f"rmsnorm{label}, C={width}", kernels.rmsnorm_reference, kernels.rmsnorm,
+               rms and (lambda x, w: rms(x, w, 1e-6, in_place=False)),
+               [randn(rows, width), 1 + 0.1 * randn(width)], 2 * moved, 5 * moved)
+    table = kernels.rope_table(torch.arange(block_size, device=device), 64)
+    heads = randn(batch_size, block_size, C // 64, 64).transpose(1, 2)
+    yield ("rotate", lambda x: kernels.rotate_reference(x, table), lambda x: kernels.rotate(x, table), None,
+           [heads], 2 * R * C, 4 * R * C)
+    x, pre, res = randn(R, N, C), randn(R, N).sigmoid(), randn(R, N, N).softmax(-1)
+    yield ("read_streams", kernels.read_streams_reference, kernels.read_streams, liger("liger_mhc_pre"),
+           [x, pre], (N + 1) * R * C, (3 * N + 2) * R * C)
+    yield ("write_streams", kernels.write_streams_reference, kernels.write_streams,
+           liger("liger_mhc_post_res"), [x, randn(R, C), pre, res], (2 * N + 1) * R * C, (5 * N + 3) * R * C)
+    phi, alpha, b = 0.02 * randn(2 * N + N * N, N * C), 1 + 0 * randn(3), randn(2 * N + N * N)
+    yield ("mhc_coefficients", kernels.mhc_coefficients_reference, kernels.mhc_coefficients, None,
+           [x, phi, alpha, b], N * R * C, 3 * N * R * C)
+    if t == torch.float32:
+        matrices = randn(2**20 // (2**10 if dry else 1), N, N)
+        yield ("sinkhorn, 4 x 4", kernels.sinkhorn_reference, kernels.sinkhorn, None,
+               [matrices], 2 * matrices.numel(), 5 * matrices.numel())
+    x, up = (randn(2**25 // (2**13 if dry else 1)) for _ in range(2))
+    eps = torch.tensor(0.01, device=device) # crrelu's
+    for name in kernels.ACTIVATIONS:
+        more = [eps] * (name == "crrelu")
+        yield (name, lambda x, *eps, name=name: kernels.activation_reference(x, None, name, *(eps or [None])),
+               lambda x, *eps, name=name: kernels.activate(x, name, *eps), None,
+               [x, *more], 2 * len(x), 5 * len(x))
+        yield (f"gated {name}",
+               lambda x, up, *eps, name=name: kernels.activation_reference(x, up, name, *(eps or [None])),
+               lambda x, up, *eps, name=name: kernels.gated(x, up, name, *eps),
+               liger("liger_swiglu") if name == "silu" else None, [x, up, *more], 3 * len(x), 8 * len(x))
+
+
+def gpu_kernels() -> Iterator[dict]:
+    """Each kernel, forward and both ways: GB/s and share of a copy's; PyTorch, torch.compile, Liger beside it."""
+    copy, _ = ceilings()
+    for t in (getattr(torch, name) for name in dtype.split(",")):
+        print(f"kernels: {str(t).removeprefix('torch.')}, {batch_size} x {block_size} tokens, caches emptied")
+        for label, formula, kernel, other, inputs, forward, both in kernel_cases(t):
+            give = partial(compare, unit="GB/s", bound=copy)
+            with torch.no_grad():
+                arms = {"eager": formula, "kernel": kernel}
+                arms = {name: captured(partial(f, *inputs)) for name, f in arms.items()}
+                yield from give(arms, f"{label} forward, {{}}", 1e-9 * forward * t.itemsize)
+            arms = paths(formula, kernel, *inputs, compiles=compiled and t != torch.float32, liger=other)
+            arms = {name: captured(f) for name, f in arms.items()}
+            yield from give(arms, f"{label} both ways, {{}}", 1e-9 * both * t.itemsize)
+
+
+def half(f: Callable) -> Callable:
+    """f under bf16 autocast. Its casts are made anew in each call: a captured graph must hold them."""
+    def call(*args):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False):
+            return f(*args)
+    return call
+
+
+def gpu_attention() -> Iterator[dict]:
+    """Each attention choice with its projections, both ways, heads of 64 and 128, against mha and bare SDPA."""
+    _, tensor_cores = ceilings()
+    print(f"attention: {batch_size} x {block_size} tokens, {n_embd} channels, bf16, forward and backward")
+    for D in (64, 128):
+        arms, flops = {}, {}
+        for name, choice in ARMS.items():
+            model = build(vocab_size=64, n_layer=1, n_head=n_embd // D, n_embd=n_embd, head_dim=D,
+                          block_size=block_size, qk_norm=True, **choice)
+            attention, idx = model.blocks[0].attention, torch.zeros(batch_size, block_size, dtype=torch.long)
+            x = torch.randn(*idx.shape, n_embd, device=device, requires_grad=True)
+            pass_ = Pass(idx, table=model.position(x, 0, 0)[1])
+            inputs, g = [x, *attention.parameters()], torch.randn_like(x).bfloat16()
+
+            def both(attention=attention, x=x, pass_=pass_, inputs=inputs, g=g):
+                torch.autograd.grad(half(attention)(x, pass_), inputs, g)
+
+            arms[name], flops[name] = both, 3e-12 * forward_flops(attention, block_size) * idx.numel()
+        for name, f in arms.items():
+            ran = "; ".join(sorted({backend for backend in map(backend_of, launched(f)) if backend}))
+            print(f"  heads of {D}, {name}: attention by {ran or 'no fused kernel'}")
+        found = in_turn({name: captured(f) for name, f in arms.items()})
+        for name, (median, ratio, low, high) in found.items():
+            yield row(f"heads of {D}, {name}", flops[name] / median, "TFLOP/s", bound=tensor_cores)
+            yield row(f"heads of {D}, {name}, time", 1e3 * median, "ms", "mha", ratio, low, high)
+        q, k, v = (torch.randn(batch_size, n_embd // D, block_size, D, device=device, dtype=torch.bfloat16,
+                               requires_grad=True) for _ in range(3))
+        bare = partial(lambda q, k, v: torch.autograd.grad(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), q.detach()), q, k, v)
+        (median, *_), = in_turn({"SDPA": captured(bare)}).values()
+        work = 12e-12 * batch_size * block_size**2 * n_embd # both products, both ways; the mask saves half
+        yield row(f"heads of {D}, SDPA alone", work / median, "TFLOP/s", bound=tensor_cores)
+
+
+def launched(f: Callable) -> list[str]:
+    """Names of the kernels that f() launches on the GPU; none on a CPU."""
+    if "cuda" not in device:
+        return []
+    f() # compiles
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        f()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def backend_of(kernel: str) -> str:
+    """What made a kernel of scaled_dot_product_attention; "" for any other kernel."""
+    signs = {"cudnn_generated": "cuDNN", "flash": "flash", "fmha": "memory-efficient"}
+    return next((backend for sign, backend in signs.items() if sign in kernel), "")
+
+
+def gpu_cross_entropy() -> Iterator[dict]:
+    """A linear head and its loss, both ways, V = 50,304 and 50,257: ms, memory; torch's chunked one, Liger."""
+    rows, C = batch_size * block_size, n_embd
+    print(f"cross_entropy: {rows:,} rows of {C}, bf16, forward and backward")
+    for V in (64, 65) if dry else (50304, 50257):
+        x = torch.randn(rows, C, device=device, dtype=torch.bfloat16, requires_grad=True)
+        w = torch.randn(V, C, device=device).mul_(0.02).bfloat16().requires_grad_()
+        targets = torch.randint(V, (rows,), device=device)
+        ways = {"F.cross_entropy(F.linear)": kernels.linear_cross_entropy_reference,
+                "linear_cross_entropy": kernels.linear_cross_entropy}
+        if hasattr(F, "linear_cross_entropy"): # torch 2.13
+            ways["F.linear_cross_entropy"] = F.linear_cross_entropy
+        if other := liger("liger_fused_linear_cross_entropy"):
+            ways["Liger"] = other
+        arms = {name: partial(lambda f: torch.autograd.grad(f(x, w, targets), (x, w)), f)
+                for name, f in ways.items()}
+        peaks = {}
+        for name, f in arms.items():
+            f()
+            peaks[name] = added_to_peak(f)[0]
+        yield from compare(arms, f"V={V}, {{}}") # not captured: a few long kernels
+        yield from sizes({name: max(size, 1e-3) for name, size in peaks.items()}, f"V={V}, {{}}, memory")
+
+
+def gpu_step() -> Iterator[dict]:
+    """Training steps of 124M and 10.4M, eager and compiled: tokens/s, share of matrix products, memory, launches."""
+    _, tensor_cores = ceilings()
+    gpt2 = dict(vocab_size=50304, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd, block_size=block_size,
+                qk_norm=True, tie_embeddings=False)
+    char = dict(CHAR, qk_norm=True, dropout=0.2)
+    all_ideas = dict(attention="diff_mla", residual="mhc", activation="silu", glu=True)
+    shapes = [("GPT-2", gpt2, batch_size, name, choice) for name, choice in
+              {"plain": {}, "hyper": {"residual": "hyper"}, "mhc": {"residual": "mhc"},
+               "diff_mla": {"attention": "diff_mla"}, "diff_mla, mhc, SwiGLU": all_ideas}.items()]
+    shapes += [("10.4M", char, 4 * batch_size, name, choice) for name, choice in
+               {"plain": {}, "mhc": {"residual": "mhc"}, "diff_mla": {"attention": "diff_mla"}}.items()]
+    for size, config, B, name, choice in shapes:
+        if dry:
+            config = dict(config, vocab_size=65, n_layer=1, n_head=2, n_embd=64, block_size=32)
+        model, L = build(**config, **choice), config["block_size"]
+        idx = torch.randint(config["vocab_size"], (B, L), device=device)
+        label, work = f"{size}, {name}", 1e-12 * model.flops_per_token(L) * B * L
+        print(f"step: {label}, {model.num_params():,} parameters, {B} x {L} tokens, bf16")
+        arms = {"eager": stepping(model, idx, optimizer_of(model), half(loss_of))}
+        torch._dynamo.reset()
+        if compiled:
+            fused, began = torch.compile(model), time.perf_counter()
+            arms["compiled"] = stepping(fused, idx, optimizer_of(model), half(loss_of))
+            arms["compiled"]()
+            yield row(f"{label}, first compiled step", time.perf_counter() - began, "s")
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            yield row(f"{label}, graphs", graphs, "graphs", digits=0)
+        for way, f in arms.items():
+            yield row(f"{label}, {way}, launches", len(launched(f)), "kernels", digits=0)
+            if "cuda" in device:
+                torch.cuda.reset_peak_memory_stats(device)
+            f()
+            yield row(f"{label}, {way}, peak memory", peak(), "MB", digits=0)
+        found = in_turn(arms)
+        for way, (median, ratio, low, high) in found.items():
+            yield row(f"{label}, {way}", B * L / median, "tokens/s", "eager", 1 / ratio, 1 / high, 1 / low,
+                      digits=0)
+            yield row(f"{label}, {way}, work", work / median, "TFLOP/s", bound=tensor_cores)
+
+
+def gpu_decode() -> Iterator[dict]:
+    """Tokens/s in bf16, plain and by a CUDA graph, batch 1, 8, 64, context 128 and 1,024; share of the bound."""
+    copy, _ = ceilings()
+    gpt2 = dict(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
+    shapes = {"124M": gpt2, "350M": dict(n_layer=24, n_head=16, n_embd=1024)}
+    new, turns = (4, 1) if dry else (32, 5) # tokens of a turn
+    for size, attention in itertools.product(shapes, ("mha", "diff_mla")):
+        config = dict(n_layer=1, n_head=2, n_embd=64) if dry else shapes[size]
+        model = build(**config, vocab_size=65 if dry else 50304, block_size=2048, attention=attention)
+        model = model.to(torch.bfloat16).eval()
+        weights = sum(p.nbytes for p in model.parameters()) - (0 if model.config.tie_embeddings
+                                                              else model.embed.weight.nbytes)
+        for B, context in itertools.product((1, 8, 64), (16,) if dry else (128, 1024)):
+            cache = model.new_cache(B)
+            read = weights + cache.nbytes() * context / cache.capacity # bytes that a token of each row needs
+            del cache
+            idx = torch.randint(model.config.vocab_size, (B, context), device=device)
+            label = f"{size}, {attention}, batch {B}, context {context}"
+            arms = {}
+            for way, how in {"plain": {}, "graph": {"graph": True}}.items():
+                text = stream(model, idx, new * (turns + 3), **how)
+                next(text) # reads the prompt, captures
+                arms[way] = partial(lambda text: list(itertools.islice(text, new)), text)
+            for way, (median, ratio, low, high) in in_turn(arms, 1, turns).items():
+                yield row(f"{label}, {way}", B * new / median, "tokens/s", "plain", 1 / ratio, 1 / high,
+                          1 / low, digits=0, bound=B * 1e9 * copy / read)
+
+
+def gpu_optimizers() -> Iterator[dict]:
+    """An update of 124M parameters by each optimizer against torch's fused AdamW: ms, GB/s, share of a copy."""
+    copy, _ = ceilings()
+    config = dict(vocab_size=50304, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
+    if dry:
+        config = dict(vocab_size=65, n_layer=1, n_head=1, n_embd=64)
+    # fp32 numbers to move per weight: gradient, weight and moments read; weight and moments written
+    moved, arms = {"adamw": 7, "fadam": 7, "adam_mini": 5, "muon": 0}, {}
+    for name in moved:
+        model, opt = after_one_step(config, name)
+        arms[name] = opt.step
+    print(f"optimizers: an update of {model.num_params():,} parameters, fp32")
+    for name, (median, ratio, low, high) in in_turn(arms).items():
+        yield row(f"{name}, update", 1e3 * median, "ms", "adamw", ratio, low, high)
+        if moved[name]: # Muon is bound by its products of matrices
+            rate = 4e-9 * moved[name] * model.num_params() / median
+            yield row(f"{name}, memory traffic", rate, "GB/s", bound=copy)
 
 
 # --- suites that read finished runs ---
@@ -790,6 +1097,11 @@ SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": 
           "nanogpt": against_nanogpt}
 # They need a finished run or a clone; c takes a minute by itself.
 BY_NAME_ONLY = {"depth", "memory", "speculative", "uncertainty", "curves", "nanogpt", "c"}
+# On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
+FOR_GPU = {"kernels": gpu_kernels, "attention": gpu_attention, "cross_entropy": gpu_cross_entropy,
+           "step": gpu_step, "decode": gpu_decode, "optimizers": gpu_optimizers}
+GPU_SIZES = dict(batch_size=16, block_size=1024, rounds=50)
+DRY_SIZES = dict(batch_size=1, block_size=64, n_embd=256, n_layer=1, rounds=1, save=False)
 
 
 def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
@@ -798,29 +1110,46 @@ def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     kept[name] = {"device": description, "commit": commit, "versions": versions, "rounds": rounds,
-                  "shapes": {"train": [batch_size, block_size], **SHAPES}, "results": results}
+                  "shapes": {"train": [batch_size, block_size], "on a GPU": [n_layer, n_embd], **SHAPES},
+                  "results": results}
     path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
     # Words are suites, dashes begin settings. Private names, because a public number would be a setting.
     _first = next((i for i, a in enumerate(sys.argv) if a.startswith("-")), len(sys.argv))
-    words = sys.argv[1:_first] + [a for a in sys.argv[_first:] if a in SUITES]
+    known = {**SUITES, **FOR_GPU}
+    words = sys.argv[1:_first] + [a for a in sys.argv[_first:] if a in known]
     if {"--help", "-h"} & {*sys.argv}:
-        print(__doc__ + "\nSuites; the last six need a finished run or a clone, and run only by their names:")
-        print("\n".join(f"  {k:<10} {f.__doc__[0].lower()}{f.__doc__[1:]}" for k, f in SUITES.items()))
-    configure(globals(), argv=[a for a in sys.argv[_first:] if a not in SUITES])
-    if unknown := [w for w in words if w not in SUITES]:
-        raise UserError(f"no suite {unknown[0]!r}; there is: {', '.join(SUITES)}")
+        print(__doc__)
+        for what, suites in (("the last six need a finished run or a clone, and run only by their names", SUITES),
+                             ("on a GPU, or anywhere with --dry", FOR_GPU)):
+            print(f"Suites; {what}:")
+            print("\n".join(f"  {k:<10} {f.__doc__[0].lower()}{f.__doc__[1:]}" for k, f in suites.items()))
+    given = configure(globals(), argv=[a for a in sys.argv[_first:] if a not in known])
     with user_errors():
         device, _ = kernels.choose_device(device)
-    if min(rounds, batch_size, block_size, steps) < 1:
-        raise UserError("rounds, batch_size, block_size and steps must be at least 1")
+    on_gpu = "cuda" in device
+    sizes_of = DRY_SIZES if dry else GPU_SIZES if on_gpu else {}
+    globals().update({k: v for k, v in sizes_of.items() if k not in given})
+    suites = {**SUITES, **FOR_GPU} if on_gpu or dry else SUITES
+    if unknown := [w for w in words if w not in suites]:
+        needs = "needs a GPU, or --dry" if unknown[0] in known else "is not known"
+        raise UserError(f"the suite {unknown[0]!r} {needs}; there is: {', '.join(suites)}")
+    if min(rounds, batch_size, block_size, steps, n_layer) < 1 or n_embd < 256 or n_embd % 256:
+        raise UserError("rounds, batch_size, block_size, steps and n_layer must be at least 1, "
+                        "and n_embd a multiple of 256")
+    if strange := {*dtype.split(",")} - {"bfloat16", "float32"}:
+        raise UserError(f"dtype={strange.pop()!r} is none of bfloat16, float32")
+    if on_gpu:
+        torch.cuda.set_device(device) # events and graphs are of the current device
+        torch.set_float32_matmul_precision("high") # TF32, as train.py has it
     os.makedirs(os.path.join(HERE, "bench_results"), exist_ok=True)
     description, commit = hardware(), git_commit() # now: the results themselves will change the checkout
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
-    for name in words or [name for name in SUITES if name not in BY_NAME_ONLY]:
-        results = list(SUITES[name]())
+    usual = FOR_GPU if on_gpu or dry else [name for name in SUITES if name not in BY_NAME_ONLY]
+    for name in words or usual:
+        results = list(suites[name]())
         if save:
             keep(name, description, commit, results)
         print(json.dumps({"suite": name, "device": description, "results": results}))
