@@ -45,18 +45,18 @@ from optim import build_optimizer
 from sample import Speculation, stream
 
 rounds = 11 # turns of each arm
-batch_size = 8 # sequences per step; half as many (residual); 64 times as many rows (cross_entropy); GPU: 16
-block_size = 128 # tokens per sequence (train, extras); GPU: 1024
-n_embd = 768 # width in the suites for a GPU
-n_layer = 12 # layers in the suites for a GPU
-dtype = "bfloat16,float32" # of the kernels on a GPU: one or both; the other suites for a GPU take bfloat16
+batch_size = 8 # sequences per step; half as many (residual); 64 times as many rows (cross_entropy). GPU: 16
+block_size = 128 # tokens per sequence (train, extras, kernels). GPU: 1024
+n_embd = 384 # width (kernels). GPU: 768, in all suites
+n_layer = 12 # of the suites for a GPU
+dtype = "float32" # of the kernels, or several with commas between. GPU: bfloat16,float32
 dry = False # the suites for a GPU at tiny sizes, on any device, without keeping their figures
 device = "auto" # auto | cpu | cuda | cuda:1
 out_dir = "" # depth, memory, speculative, uncertainty: folder of a run; empty: that of the suite's config
 runs = "out/shakespeare_nanogpt,out/shakespeare_mha,out/shakespeare_diffmla" # curves: folders of runs
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
-compiled = True # sinkhorn, mhc, activations, rope: time torch.compile of the formulas too
+compiled = True # kernels, step: time torch.compile too
 large = False # optimizers: also at 97.5M parameters; takes 4 GB
 save = True # write bench_results/<device>.json, and the picture of curves
 
@@ -163,7 +163,8 @@ def in_turn(arms: dict[str, Callable], warm: int = 2, turns: int = 0) -> dict[st
     return {k: (statistics.median(times[k]), statistics.median(r), min(r), max(r)) for k, r in ratios.items()}
 
 
-def compare(arms: dict[str, Callable], label="{}", amount=0.0, unit="ms", warm=2, bound=None) -> Iterator[dict]:
+def compare(arms: dict[str, Callable], label="{}", amount=0.0, unit="ms", warm=2,
+            bound=None) -> Iterator[dict]:
     """Rows of the arms' times against the first arm; or of amounts of work per second, at `amount` a call."""
     baseline = next(iter(arms))
     for name, (median, ratio, low, high) in in_turn(arms, warm).items():
@@ -203,6 +204,8 @@ def added_to_peak(f: Callable) -> tuple[float, object]:
 
 def in_new_process(f: Callable, *args) -> float:
     """f(*args) in a process of its own, because the peak of a process never falls."""
+    if "cuda" in device: # whose peak can be reset
+        return f(*args)
     with multiprocessing.get_context("spawn").Pool(1, initializer=set_device, initargs=(device,)) as pool:
         return pool.apply(f, args)
 
@@ -415,11 +418,9 @@ def peak_memory(config: dict, name: str) -> float:
     return added_to_peak(three_steps)[0]
 
 
-def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor, compiles=None,
-          liger=None) -> dict[str, Callable]:
-    """Forward and backward of plain PyTorch, torch.compile of it, and the kernel if this device has one.
-    compiles: whether to time torch.compile, None: as set. liger: the same function by Liger Kernel.
-    """
+def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor,
+          liger: Callable | None = None) -> dict[str, Callable]:
+    """Forward and backward of plain PyTorch, torch.compile of it, Liger's function and the kernel, if any."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     y = eager(*inputs) # one tensor or several
     # A random gradient, because torch.compile would fuse a constant one away.
@@ -428,9 +429,10 @@ def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor, compi
     def both(f):
         return torch.autograd.grad(f(*inputs), inputs, g)
 
-    others = {"torch.compile": torch.compile(eager)} if (compiled if compiles is None else compiles) else {}
+    torch._dynamo.reset() # it compiles one piece of code for at most 8 sets of constants
+    others = {"torch.compile": torch.compile(eager) if compiled else None, "Liger": liger}
     arms = {"eager": partial(both, eager)}
-    for name, f in {**others, **({"Liger": liger} if liger else {})}.items():
+    for name, f in ((name, f) for name, f in others.items() if f):
         try:
             both(f) # compiles here, outside the timing
             arms[name] = partial(both, f)
@@ -439,53 +441,88 @@ def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor, compi
     return {**arms, "kernel": partial(both, kernel)} if kernel else arms
 
 
-def sinkhorn() -> Iterator[dict]:
-    """32,768 matrices of 4 x 4, 20 iterations, both ways: PyTorch's loop, torch.compile of it, kernel."""
-    print("sinkhorn: 32,768 matrices of 4 x 4, 20 iterations, forward and backward, fp32")
-    logits = torch.randn(32768, 4, 4, device=device) # of 8 x 128 tokens in 16 layers, two sublayers each
-    yield from compare(paths(kernels.sinkhorn_reference, kernels.sinkhorn, logits), "sinkhorn, {}")
+@functools.cache
+def ceilings() -> tuple[float, float]:
+    """(GB/s of a copy, bf16 TFLOP/s of a product of matrices), measured; prints them and the clocks."""
+    n, m = (2**12, 64) if dry else (2**28, 8192)
+    a = torch.randn(n, device=device)
+    copy = 8e-9 * n / in_turn({"copy": partial(torch.empty_like(a).copy_, a)})["copy"][0]
+    a = torch.randn(m, m, device=device) # random: a GPU multiplies zeros faster
+    arms = {str(t): partial(torch.mm, a.to(t), a.to(t)) for t in (torch.bfloat16, torch.float32)}
+    bf16, tf32 = (2e-12 * m**3 / median for median, *_ in in_turn(arms).values())
+    print(f"copy {copy:,.0f} GB/s   products of matrices {bf16:,.2f} TFLOP/s in bf16, {tf32:,.2f} in "
+          + ("TF32" if "cuda" in device else "fp32"))
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
+    if "cuda" in device and shutil.which("nvidia-smi"):
+        done = subprocess.run(query, capture_output=True, text=True)
+        print(f"clocks of processor and memory, driver: {done.stdout.strip()}")
+    return copy, bf16
 
 
-def mhc() -> Iterator[dict]:
-    """mHC's coefficients of 1,024 and 4,096 tokens of 4 x 384, both ways: PyTorch, torch.compile, kernel."""
-    print("mhc: the coefficients of 4 streams of 384, 20 iterations, forward and backward, fp32")
-    phi = 0.02 * torch.randn(24, 1536, device=device) # 4 streams of 384 -> 4 + 4 + 16 coefficients
-    alpha, b = torch.ones(3, device=device), torch.randn(24, device=device)
-    for tokens in (1024, 4096):
-        inputs = torch.randn(tokens, 4, 384, device=device), phi, alpha, b
-        arms = paths(kernels.mhc_coefficients_reference, kernels.mhc_coefficients, *inputs)
-        yield from compare(arms, f"mhc of {tokens:,} tokens, {{}}")
+def liger(name: str) -> Callable | None:
+    """A function of liger_kernel.transformers.functional, where that package is installed."""
+    if "cuda" not in device or not importlib.util.find_spec("liger_kernel"):
+        return None
+    return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
 
 
-def activations() -> Iterator[dict]:
-    """Speed of each activation, plain and gated, both ways: PyTorch, torch.compile, on a GPU the kernel."""
-    x = torch.randn(2048, 1536, device=device)
-    print(f"activations: {x.numel():,} numbers, forward and backward, fp32"
-          + "; a CPU has no kernel of its own for them" * ("cuda" not in device))
-    yield from compare({"copy": partial(torch.empty_like(x).copy_, x)}, amount=8e-9 * x.numel(), unit="GB/s")
+def kernel_cases(t: torch.dtype) -> Iterator[tuple]:
+    """(label, formula, kernel or None, Liger's or None, inputs, numbers to move forward, and both ways)."""
+    R, C, N, big = batch_size * block_size, n_embd, 4, "cuda" in device # rows, channels, streams
+    randn = partial(torch.randn, device=device, dtype=t)
+    rms = liger("liger_rms_norm")
+    for rows, width in {(R, C), (R, 2048 if big else C), (R * C // 64, 64)}: # the last are the norms of heads
+        moved = rows * width
+        yield (f"rmsnorm, C={width}", kernels.rmsnorm_reference, kernels.rmsnorm,
+               rms and (lambda x, w: rms(x, w, 1e-6, in_place=False)),
+               [randn(rows, width), 1 + 0.1 * randn(width)], 2 * moved, 5 * moved)
+    table = kernels.rope_table(torch.arange(block_size, device=device), 64)
+    heads = randn(batch_size, block_size, C // 64, 64).transpose(1, 2) # a view, as attention has it
+    yield ("rotate", lambda x: kernels.rotate_reference(x, table),
+           (lambda x: kernels.rotate(x, table)) if big else None, None, [heads], 2 * R * C, 4 * R * C)
+    x, pre, res = randn(R, N, C), randn(R, N).sigmoid(), randn(R, N, N).softmax(-1)
+    yield ("read_streams", kernels.read_streams_reference, kernels.read_streams, liger("liger_mhc_pre"),
+           [x, pre], (N + 1) * R * C, (3 * N + 2) * R * C)
+    yield ("write_streams", kernels.write_streams_reference, kernels.write_streams,
+           liger("liger_mhc_post_res"), [x, randn(R, C), pre, res], (2 * N + 1) * R * C, (5 * N + 3) * R * C)
+    phi, alpha, b = 0.02 * randn(2 * N + N * N, N * C), 1 + 0 * randn(3), randn(2 * N + N * N)
+    yield ("mhc_coefficients", kernels.mhc_coefficients_reference, kernels.mhc_coefficients, None,
+           [x, phi, alpha, b], N * R * C, 3 * N * R * C)
+    if t == torch.float32:
+        matrices = randn(2**20 if big else 2**15, N, N)
+        yield ("sinkhorn", kernels.sinkhorn_reference, kernels.sinkhorn, None, [matrices],
+               2 * matrices.numel(), 5 * matrices.numel())
+    x, up = (randn(2**25 if big else 3 * 2**20) for _ in range(2))
     eps = torch.tensor(0.01, device=device) # crrelu's, the only number that an activation learns
     for name in kernels.ACTIVATIONS:
-        plain = (lambda x, eps=None: kernels.activation_reference(x, None, name, eps),
-                 lambda x, eps=None: kernels.activate(x, name, eps))
-        gated = (lambda gate, up, eps=None: kernels.activation_reference(gate, up, name, eps),
-                 lambda gate, up, eps=None: kernels.gated(gate, up, name, eps))
-        # Tensors to move. Plain: x, y; back: x, g, g_x. Gated: gate, up, y; back: gate, up, g, g_gate, g_up.
-        ways = (name, plain, [x], 5), (f"gated {name}", gated, [x, x.flip(0)], 8)
-        for label, (eager, kernel), inputs, moved in ways:
-            inputs += [eps] * (name == "crrelu")
-            arms = paths(eager, kernel if "cuda" in device else None, *inputs)
-            yield from compare(arms, label + ", {}", 4e-9 * x.numel() * moved, "GB/s")
+        def formula(x, up=None, eps=None, name=name):
+            return kernels.activation_reference(x, up, name, eps)
+
+        def kernel(x, up=None, eps=None, name=name):
+            return kernels.activate(x, name, eps) if up is None else kernels.gated(x, up, name, eps)
+
+        of_crrelu, swiglu = [eps] * (name == "crrelu"), liger("liger_swiglu") if name == "silu" else None
+        plain = (lambda f: lambda x, *eps: f(x, None, *eps))
+        yield (name, plain(formula), plain(kernel) if big else None, None, [x, *of_crrelu],
+               2 * len(x), 5 * len(x))
+        yield (f"gated {name}", formula, kernel if big else None, swiglu, [x, up, *of_crrelu],
+               3 * len(x), 8 * len(x))
 
 
-def rope() -> Iterator[dict]:
-    """Rotation of queries, both ways, at two sizes: PyTorch, torch.compile, on a GPU the kernel."""
-    print("rope: a view with heads and tokens exchanged, as attention has it, forward and backward, fp32")
-    for B, T, H, P in ((12, 256, 12, 64), (8, 128, 8, 16)):
-        table = kernels.rope_table(torch.arange(T, device=device), P) # cosines and sines
-        x = torch.randn(B, T, H, P, device=device).transpose(1, 2) # (B, H, T, P)
-        kernel = (lambda x: kernels.rotate(x, table)) if "cuda" in device else None # a CPU has none
-        arms = paths(lambda x: kernels.rotate_reference(x, table), kernel, x)
-        yield from compare(arms, f"{B} x {T}, {H} heads of {P}, {{}}")
+def kernel_times() -> Iterator[dict]:
+    """Each kernel, forward and both ways, against PyTorch, torch.compile and Liger: GB/s, share of a copy."""
+    copy, _ = ceilings()
+    for t in (getattr(torch, name) for name in dtype.split(",")):
+        print(f"kernels: {str(t).removeprefix('torch.')}, {batch_size} x {block_size} tokens of {n_embd}")
+        for label, formula, kernel, other, inputs, forward, both in kernel_cases(t):
+            give = partial(compare, unit="GB/s", bound=copy)
+            arms = {"eager": formula, **({"kernel": kernel} if kernel else {})}
+            with torch.no_grad():
+                arms = {name: captured(partial(f, *inputs)) for name, f in arms.items()}
+                yield from give(arms, f"{label} forward, {{}}", 1e-9 * forward * t.itemsize)
+            arms = paths(formula, kernel, *inputs, liger=other)
+            arms = {name: captured(f) for name, f in arms.items()}
+            yield from give(arms, f"{label} both ways, {{}}", 1e-9 * both * t.itemsize)
 
 
 def residual() -> Iterator[dict]:
@@ -512,12 +549,22 @@ def residual() -> Iterator[dict]:
     yield from sizes(peaks, "{} peak of a process")
 
 
+def losses() -> dict[str, Callable]:
+    """The ways to a head's loss: plain PyTorch, ours, and on a GPU torch 2.13's in chunks and Liger's."""
+    ways = {"F.cross_entropy(F.linear)": kernels.linear_cross_entropy_reference,
+            "linear_cross_entropy": kernels.linear_cross_entropy}
+    others = {"F.linear_cross_entropy": getattr(F, "linear_cross_entropy", None),
+              "Liger": liger("liger_fused_linear_cross_entropy")} if "cuda" in device else {}
+    return {**ways, **{name: f for name, f in others.items() if f}}
+
+
 def head_and_loss(name: str, rows: int, V: int, C: int) -> Callable:
-    """A function that computes a loss and both its gradients by the function of kernels.py with that name."""
+    """A function that computes a loss and both its gradients; in fp32, on a GPU in bf16."""
     torch.manual_seed(0)
-    x = torch.randn(rows, C, device=device).requires_grad_()
-    w = torch.randn(V, C, device=device).mul_(0.05).requires_grad_() # in place: a copy would raise the peak
-    targets, f = torch.randint(V, (rows,), device=device), getattr(kernels, name)
+    like = dict(device=device, dtype=torch.bfloat16 if "cuda" in device else torch.float32)
+    x = torch.randn(rows, C, **like).requires_grad_()
+    w = torch.randn(V, C, **like).mul_(0.05).requires_grad_() # in place: a copy would raise the peak
+    targets, f = torch.randint(V, (rows,), device=device), losses()[name]
     return lambda: torch.autograd.grad(f(x, w, targets), (x, w))
 
 
@@ -529,16 +576,16 @@ def peak_of_loss(name: str, *shape: int) -> float:
 
 
 def cross_entropy() -> Iterator[dict]:
-    """A linear head and its loss, both ways, at V = 50,304 and 65; the memory they add besides gradients."""
-    print(f"cross_entropy: x W^T and its loss, {64 * batch_size} rows of 384 and 1,024 of 128, fp32, eager")
-    ways = {"F.cross_entropy(F.linear)": "linear_cross_entropy_reference",
-            "linear_cross_entropy": "linear_cross_entropy"} # {row: name in kernels.py}
-    shape = 64 * batch_size, 50304, 384 # rows, V, C
-    for size, some in (("V=50304", shape), ("V=65", (1024, 65, 128))):
-        arms = {label: head_and_loss(name, *some) for label, name in ways.items()}
-        yield from compare(arms, f"{size}, {{}}", warm=1)
-    peaks = {label: in_new_process(peak_of_loss, name, *shape) for label, name in ways.items()}
-    yield from sizes(peaks, "V=50304, {}, memory")
+    """A linear head and its loss, both ways: time and memory at V = 50,304 and at another."""
+    shapes = {"V=50304": (64 * batch_size, 50304, 384), "V=65": (1024, 65, 128)} # rows, V, C
+    if "cuda" in device:
+        shapes = {f"V={V}": (batch_size * block_size, V, n_embd) for V in (50304, 50257)}
+    print(f"cross_entropy: x W^T and its loss, (rows, V, C) = {', '.join(map(str, shapes.values()))}, eager")
+    for size, shape in shapes.items():
+        yield from compare({name: head_and_loss(name, *shape) for name in losses()}, f"{size}, {{}}", warm=1)
+        if shape[1] > 65:
+            peaks = {name: in_new_process(peak_of_loss, name, *shape) for name in losses()}
+            yield from sizes(peaks, f"{size}, {{}}, memory")
 
 
 def saved_by_c() -> Iterator[dict]:
@@ -577,84 +624,6 @@ def saved_by_c() -> Iterator[dict]:
 # --- suites for a GPU: bf16 under autocast, times of the device, each share of a bound that was measured ---
 
 
-@functools.cache
-def ceilings() -> tuple[float, float]:
-    """(GB/s of a copy, bf16 TFLOP/s of a product of matrices), measured; prints them and the clocks."""
-    n, m = (2**12, 64) if dry else (2**28, 8192)
-    a = torch.randn(n, device=device)
-    copy = 8e-9 * n / in_turn({"copy": partial(torch.empty_like(a).copy_, a)})["copy"][0]
-    a = torch.randn(m, m, device=device) # random: a GPU multiplies zeros faster
-    arms = {str(t): partial(torch.mm, a.to(t), a.to(t)) for t in (torch.bfloat16, torch.float32)}
-    bf16, tf32 = (2e-12 * m**3 / median for median, *_ in in_turn(arms).values())
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
-    clocks = shutil.which("nvidia-smi") and subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    print(f"copy {copy:,.0f} GB/s   matrix products {bf16:,.0f} TFLOP/s in bf16, {tf32:,.0f} in fp32"
-          f" (TF32 on a GPU)   clocks and driver: {clocks or 'unknown'}")
-    return copy, bf16
-
-
-def liger(name: str) -> Callable | None:
-    """A function of liger_kernel.transformers.functional, where that package is installed."""
-    if "cuda" not in device or not importlib.util.find_spec("liger_kernel"):
-        return None
-    return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
-
-
-def kernel_cases(t: torch.dtype) -> Iterator[tuple]:
-    """(label, formula, kernel, Liger's or None, inputs, numbers to move forward, numbers to move both ways)."""
-    R, C, N = batch_size * block_size, n_embd, 4 # rows, channels, streams
-    randn = partial(torch.randn, device=device, dtype=t)
-    rms = liger("liger_rms_norm")
-    for label, rows, width in (("", R, C), ("", R, 2048 // (32 if dry else 1)), (" of heads", R * C // 64, 64)):
-        moved = rows * width
-        yield (f"rmsnorm{label}, C={width}", kernels.rmsnorm_reference, kernels.rmsnorm,
-               rms and (lambda x, w: rms(x, w, 1e-6, in_place=False)),
-               [randn(rows, width), 1 + 0.1 * randn(width)], 2 * moved, 5 * moved)
-    table = kernels.rope_table(torch.arange(block_size, device=device), 64)
-    heads = randn(batch_size, block_size, C // 64, 64).transpose(1, 2)
-    yield ("rotate", lambda x: kernels.rotate_reference(x, table), lambda x: kernels.rotate(x, table), None,
-           [heads], 2 * R * C, 4 * R * C)
-    x, pre, res = randn(R, N, C), randn(R, N).sigmoid(), randn(R, N, N).softmax(-1)
-    yield ("read_streams", kernels.read_streams_reference, kernels.read_streams, liger("liger_mhc_pre"),
-           [x, pre], (N + 1) * R * C, (3 * N + 2) * R * C)
-    yield ("write_streams", kernels.write_streams_reference, kernels.write_streams,
-           liger("liger_mhc_post_res"), [x, randn(R, C), pre, res], (2 * N + 1) * R * C, (5 * N + 3) * R * C)
-    phi, alpha, b = 0.02 * randn(2 * N + N * N, N * C), 1 + 0 * randn(3), randn(2 * N + N * N)
-    yield ("mhc_coefficients", kernels.mhc_coefficients_reference, kernels.mhc_coefficients, None,
-           [x, phi, alpha, b], N * R * C, 3 * N * R * C)
-    if t == torch.float32:
-        matrices = randn(2**20 // (2**10 if dry else 1), N, N)
-        yield ("sinkhorn, 4 x 4", kernels.sinkhorn_reference, kernels.sinkhorn, None,
-               [matrices], 2 * matrices.numel(), 5 * matrices.numel())
-    x, up = (randn(2**25 // (2**13 if dry else 1)) for _ in range(2))
-    eps = torch.tensor(0.01, device=device) # crrelu's
-    for name in kernels.ACTIVATIONS:
-        more = [eps] * (name == "crrelu")
-        yield (name, lambda x, *eps, name=name: kernels.activation_reference(x, None, name, *(eps or [None])),
-               lambda x, *eps, name=name: kernels.activate(x, name, *eps), None,
-               [x, *more], 2 * len(x), 5 * len(x))
-        yield (f"gated {name}",
-               lambda x, up, *eps, name=name: kernels.activation_reference(x, up, name, *(eps or [None])),
-               lambda x, up, *eps, name=name: kernels.gated(x, up, name, *eps),
-               liger("liger_swiglu") if name == "silu" else None, [x, up, *more], 3 * len(x), 8 * len(x))
-
-
-def gpu_kernels() -> Iterator[dict]:
-    """Each kernel, forward and both ways: GB/s and share of a copy's; PyTorch, torch.compile, Liger beside it."""
-    copy, _ = ceilings()
-    for t in (getattr(torch, name) for name in dtype.split(",")):
-        print(f"kernels: {str(t).removeprefix('torch.')}, {batch_size} x {block_size} tokens, caches emptied")
-        for label, formula, kernel, other, inputs, forward, both in kernel_cases(t):
-            give = partial(compare, unit="GB/s", bound=copy)
-            with torch.no_grad():
-                arms = {"eager": formula, "kernel": kernel}
-                arms = {name: captured(partial(f, *inputs)) for name, f in arms.items()}
-                yield from give(arms, f"{label} forward, {{}}", 1e-9 * forward * t.itemsize)
-            arms = paths(formula, kernel, *inputs, compiles=compiled and t != torch.float32, liger=other)
-            arms = {name: captured(f) for name, f in arms.items()}
-            yield from give(arms, f"{label} both ways, {{}}", 1e-9 * both * t.itemsize)
-
-
 def half(f: Callable) -> Callable:
     """f under bf16 autocast. Its casts are made anew in each call: a captured graph must hold them."""
     def call(*args):
@@ -664,7 +633,7 @@ def half(f: Callable) -> Callable:
 
 
 def gpu_attention() -> Iterator[dict]:
-    """Each attention choice with its projections, both ways, heads of 64 and 128, against mha and bare SDPA."""
+    """Each attention choice with its projections, both ways, against mha and SDPA alone; heads of 64, 128."""
     _, tensor_cores = ceilings()
     print(f"attention: {batch_size} x {block_size} tokens, {n_embd} channels, bf16, forward and backward")
     for D in (64, 128):
@@ -715,32 +684,8 @@ def backend_of(kernel: str) -> str:
     return next((backend for sign, backend in signs.items() if sign in kernel), "")
 
 
-def gpu_cross_entropy() -> Iterator[dict]:
-    """A linear head and its loss, both ways, V = 50,304 and 50,257: ms, memory; torch's chunked one, Liger."""
-    rows, C = batch_size * block_size, n_embd
-    print(f"cross_entropy: {rows:,} rows of {C}, bf16, forward and backward")
-    for V in (64, 65) if dry else (50304, 50257):
-        x = torch.randn(rows, C, device=device, dtype=torch.bfloat16, requires_grad=True)
-        w = torch.randn(V, C, device=device).mul_(0.02).bfloat16().requires_grad_()
-        targets = torch.randint(V, (rows,), device=device)
-        ways = {"F.cross_entropy(F.linear)": kernels.linear_cross_entropy_reference,
-                "linear_cross_entropy": kernels.linear_cross_entropy}
-        if hasattr(F, "linear_cross_entropy"): # torch 2.13
-            ways["F.linear_cross_entropy"] = F.linear_cross_entropy
-        if other := liger("liger_fused_linear_cross_entropy"):
-            ways["Liger"] = other
-        arms = {name: partial(lambda f: torch.autograd.grad(f(x, w, targets), (x, w)), f)
-                for name, f in ways.items()}
-        peaks = {}
-        for name, f in arms.items():
-            f()
-            peaks[name] = added_to_peak(f)[0]
-        yield from compare(arms, f"V={V}, {{}}") # not captured: a few long kernels
-        yield from sizes({name: max(size, 1e-3) for name, size in peaks.items()}, f"V={V}, {{}}, memory")
-
-
 def gpu_step() -> Iterator[dict]:
-    """Training steps of 124M and 10.4M, eager and compiled: tokens/s, share of matrix products, memory, launches."""
+    """Steps of 124M and 10.4M, eager and compiled: tokens/s, share of the matrix products' rate, memory."""
     _, tensor_cores = ceilings()
     gpt2 = dict(vocab_size=50304, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd, block_size=block_size,
                 qk_norm=True, tie_embeddings=False)
@@ -760,6 +705,7 @@ def gpu_step() -> Iterator[dict]:
         print(f"step: {label}, {model.num_params():,} parameters, {B} x {L} tokens, bf16")
         arms = {"eager": stepping(model, idx, optimizer_of(model), half(loss_of))}
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         if compiled:
             fused, began = torch.compile(model), time.perf_counter()
             arms["compiled"] = stepping(fused, idx, optimizer_of(model), half(loss_of))
@@ -781,7 +727,7 @@ def gpu_step() -> Iterator[dict]:
 
 
 def gpu_decode() -> Iterator[dict]:
-    """Tokens/s in bf16, plain and by a CUDA graph, batch 1, 8, 64, context 128 and 1,024; share of the bound."""
+    """Tokens/s in bf16, plain and by a CUDA graph, batch 1, 8, 64, context 128 and 1,024, of the bound."""
     copy, _ = ceilings()
     gpt2 = dict(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
     shapes = {"124M": gpt2, "350M": dict(n_layer=24, n_head=16, n_embd=1024)}
@@ -809,7 +755,7 @@ def gpu_decode() -> Iterator[dict]:
 
 
 def gpu_optimizers() -> Iterator[dict]:
-    """An update of 124M parameters by each optimizer against torch's fused AdamW: ms, GB/s, share of a copy."""
+    """An update of 124M by each optimizer against torch's fused AdamW: ms, GB/s, share of a copy."""
     copy, _ = ceilings()
     config = dict(vocab_size=50304, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
     if dry:
@@ -1091,17 +1037,21 @@ def uncertainty() -> Iterator[dict]:
 # --- the command line ---
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers,
-          "sinkhorn": sinkhorn, "mhc": mhc, "activations": activations, "residual": residual,
-          "cross_entropy": cross_entropy, "rope": rope, "extras": extras, "c": saved_by_c, "depth": depth,
-          "memory": memory, "speculative": speculative, "uncertainty": uncertainty, "curves": curves,
-          "nanogpt": against_nanogpt}
+          "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras,
+          "c": saved_by_c, "depth": depth, "memory": memory, "speculative": speculative,
+          "uncertainty": uncertainty, "curves": curves, "nanogpt": against_nanogpt}
 # They need a finished run or a clone; c takes a minute by itself.
 BY_NAME_ONLY = {"depth", "memory", "speculative", "uncertainty", "curves", "nanogpt", "c"}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
-FOR_GPU = {"kernels": gpu_kernels, "attention": gpu_attention, "cross_entropy": gpu_cross_entropy,
+FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,
            "step": gpu_step, "decode": gpu_decode, "optimizers": gpu_optimizers}
-GPU_SIZES = dict(batch_size=16, block_size=1024, rounds=50)
+GPU_SIZES = dict(batch_size=16, block_size=1024, n_embd=768, dtype="bfloat16,float32", rounds=50)
 DRY_SIZES = dict(batch_size=1, block_size=64, n_embd=256, n_layer=1, rounds=1, save=False)
+
+
+def describe(when: str, suites: dict) -> None:
+    print(f"Suites; {when}:")
+    print("\n".join(f"  {k:<10} {f.__doc__[0].lower()}{f.__doc__[1:]}" for k, f in suites.items()))
 
 
 def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
@@ -1122,10 +1072,8 @@ if __name__ == "__main__":
     words = sys.argv[1:_first] + [a for a in sys.argv[_first:] if a in known]
     if {"--help", "-h"} & {*sys.argv}:
         print(__doc__)
-        for what, suites in (("the last six need a finished run or a clone, and run only by their names", SUITES),
-                             ("on a GPU, or anywhere with --dry", FOR_GPU)):
-            print(f"Suites; {what}:")
-            print("\n".join(f"  {k:<10} {f.__doc__[0].lower()}{f.__doc__[1:]}" for k, f in suites.items()))
+        describe("the last six need a finished run or a clone, and run by name only", SUITES)
+        describe("on a GPU, or anywhere with --dry", FOR_GPU)
     given = configure(globals(), argv=[a for a in sys.argv[_first:] if a not in known])
     with user_errors():
         device, _ = kernels.choose_device(device)
@@ -1136,11 +1084,13 @@ if __name__ == "__main__":
     if unknown := [w for w in words if w not in suites]:
         needs = "needs a GPU, or --dry" if unknown[0] in known else "is not known"
         raise UserError(f"the suite {unknown[0]!r} {needs}; there is: {', '.join(suites)}")
-    if min(rounds, batch_size, block_size, steps, n_layer) < 1 or n_embd < 256 or n_embd % 256:
-        raise UserError("rounds, batch_size, block_size, steps and n_layer must be at least 1, "
-                        "and n_embd a multiple of 256")
+    if min(rounds, batch_size, block_size, steps, n_embd, n_layer) < 1:
+        raise UserError("rounds, batch_size, block_size, steps, n_embd and n_layer must be at least 1")
+    if n_embd % (256 if on_gpu or dry else 64): # differential attention v1 wants an even number of heads of 128
+        raise UserError(f"n_embd={n_embd} must be a multiple of 256, and on a CPU of 64")
     if strange := {*dtype.split(",")} - {"bfloat16", "float32"}:
         raise UserError(f"dtype={strange.pop()!r} is none of bfloat16, float32")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True # or eager code would be timed as compiled
     if on_gpu:
         torch.cuda.set_device(device) # events and graphs are of the current device
         torch.set_float32_matmul_precision("high") # TF32, as train.py has it

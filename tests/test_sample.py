@@ -6,10 +6,12 @@ import runpy
 import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
 
+import bench
 from configurator import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from processes import ROOT, run, start
@@ -210,6 +212,60 @@ def test_bench_ends_with_json():
     assert {"name", "value", "unit", "baseline", "ratio"} == set(last["results"][0])
     by_name = {r["name"]: r["value"] for r in last["results"]}
     assert by_name["mha"] == 6 * 768 * 4 and by_name["mha"] / by_name["diff_mla v2"] == 6.0
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("suite", bench.FOR_GPU)
+def test_the_suites_for_a_gpu_run_dry(suite):
+    """Every line of them, at tiny sizes and on the CPU: a GPU's time is too dear to find a slip."""
+    done = run(["bench.py", suite, "--dry", "--compiled=false"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert last["suite"] == suite and all(r["value"] >= 0 for r in last["results"])
+    assert any("share" in r for r in last["results"]) or suite == "cross_entropy" # of a measured bound
+
+
+def test_bench_measures_the_gpu_that_was_asked_for(monkeypatch):
+    asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            asked.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 3.0 # ms
+
+    monkeypatch.setattr(bench, "device", "cuda:1")
+    monkeypatch.setattr(bench, "larger_than_cache", lambda: torch.empty(1))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name, value in {"get_device_name": "GPU 1", "max_memory_allocated": 5e6, "reset_peak_memory_stats": 0,
+                        "synchronize": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda d, value=value: asked.append(str(d)) or value)
+    assert bench.hardware() == "GPU 1" and bench.peak() == 5.0
+    assert bench.added_to_peak(lambda: 7) == (0.0, 7)
+    assert bench.seconds(lambda: None) == 0.003 and asked.count("event") == 2
+    assert {*asked} == {"cuda:1", "event"}
+
+
+def test_bench_never_times_eager_code_as_compiled(monkeypatch):
+    """torch.compile gives up in silence after eight sets of constants for one piece of code; here are ten."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(bench, "device", "cpu")
+    for factor in range(10):
+        arms = bench.paths(lambda x, factor=factor: x * factor, None, torch.ones(2))
+        assert set(arms) == {"eager", "torch.compile"} and len(compiled) == factor + 1
 
 
 @pytest.mark.gpu
