@@ -1086,7 +1086,7 @@ if __name__ == "__main__":
         raise UserError(f"the suite {unknown[0]!r} {needs}; there is: {', '.join(suites)}")
     if min(rounds, batch_size, block_size, steps, n_embd, n_layer) < 1:
         raise UserError("rounds, batch_size, block_size, steps, n_embd and n_layer must be at least 1")
-    if n_embd % (256 if on_gpu or dry else 64): # differential attention v1 wants an even number of heads of 128
+    if n_embd % (256 if on_gpu or dry else 64): # diff_form=v1 wants an even number of heads, of up to 128
         raise UserError(f"n_embd={n_embd} must be a multiple of 256, and on a CPU of 64")
     if strange := {*dtype.split(",")} - {"bfloat16", "float32"}:
         raise UserError(f"dtype={strange.pop()!r} is none of bfloat16, float32")
