@@ -57,6 +57,7 @@ runs = "out/shakespeare_nanogpt,out/shakespeare_mha,out/shakespeare_diffmla" # c
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
 compiled = True # kernels, step: time torch.compile too
+only = "" # step: the models whose name contains this
 large = False # optimizers: also at 97.5M parameters; takes 4 GB
 save = True # write bench_results/<device>.json, and the picture of curves
 
@@ -688,27 +689,29 @@ def gpu_step() -> Iterator[dict]:
     """Steps of 124M and 10.4M, eager and compiled: tokens/s, share of the matrix products' rate, memory."""
     _, tensor_cores = ceilings()
     gpt2 = dict(vocab_size=50304, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd, block_size=block_size,
-                qk_norm=True, tie_embeddings=False)
+                qk_norm=True)
     char = dict(CHAR, qk_norm=True, dropout=0.2)
-    all_ideas = dict(attention="diff_mla", residual="mhc", activation="silu", glu=True)
-    shapes = [("GPT-2", gpt2, batch_size, name, choice) for name, choice in
-              {"plain": {}, "hyper": {"residual": "hyper"}, "mhc": {"residual": "mhc"},
-               "diff_mla": {"attention": "diff_mla"}, "diff_mla, mhc, SwiGLU": all_ideas}.items()]
-    shapes += [("10.4M", char, 4 * batch_size, name, choice) for name, choice in
-               {"plain": {}, "mhc": {"residual": "mhc"}, "diff_mla": {"attention": "diff_mla"}}.items()]
-    for size, config, B, name, choice in shapes:
+    mhc, latent = dict(residual="mhc"), dict(attention="diff_mla")
+    everything = {**latent, **mhc, "activation": "silu", "glu": True}
+    shapes = [("124M", gpt2, "plain", {}), ("124M", gpt2, "all ideas", everything), ("10.4M", char, "plain", {}), ("10.4M", char, "diff_mla", latent), ("124M", gpt2, "mhc", mhc),
+              ("124M", gpt2, "diff_mla", latent), ("10.4M", char, "mhc", mhc),
+              ("124M", gpt2, "hyper", {"residual": "hyper"})]
+    for size, config, name, choice in shapes:
+        label, B = f"{size}, {name}", batch_size * (1 if config is gpt2 else 4)
+        if only not in label:
+            continue
         if dry:
             config = dict(config, vocab_size=65, n_layer=1, n_head=2, n_embd=64, block_size=32)
         model, L = build(**config, **choice), config["block_size"]
         idx = torch.randint(config["vocab_size"], (B, L), device=device)
-        label, work = f"{size}, {name}", 1e-12 * model.flops_per_token(L) * B * L
+        work, opt = 1e-12 * model.flops_per_token(L) * B * L, optimizer_of(model)
         print(f"step: {label}, {model.num_params():,} parameters, {B} x {L} tokens, bf16")
-        arms = {"eager": stepping(model, idx, optimizer_of(model), half(loss_of))}
+        arms = {"eager": stepping(model, idx, opt, half(loss_of))}
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         if compiled:
             fused, began = torch.compile(model), time.perf_counter()
-            arms["compiled"] = stepping(fused, idx, optimizer_of(model), half(loss_of))
+            arms["compiled"] = stepping(fused, idx, opt, half(loss_of))
             arms["compiled"]()
             yield row(f"{label}, first compiled step", time.perf_counter() - began, "s")
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -1099,7 +1102,11 @@ if __name__ == "__main__":
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
     usual = FOR_GPU if on_gpu or dry else [name for name in SUITES if name not in BY_NAME_ONLY]
     for name in words or usual:
-        results = list(suites[name]())
-        if save:
-            keep(name, description, commit, results)
+        results = []
+        try:
+            for result in suites[name]():
+                results.append(result)
+        finally: # what was measured before Ctrl-C or an error stays measured
+            if save:
+                keep(name, description, commit, results)
         print(json.dumps({"suite": name, "device": description, "results": results}))
