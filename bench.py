@@ -693,7 +693,8 @@ def gpu_step() -> Iterator[dict]:
     char = dict(CHAR, qk_norm=True, dropout=0.2)
     mhc, latent = dict(residual="mhc"), dict(attention="diff_mla")
     everything = {**latent, **mhc, "activation": "silu", "glu": True}
-    shapes = [("124M", gpt2, "plain", {}), ("124M", gpt2, "all ideas", everything), ("10.4M", char, "plain", {}), ("10.4M", char, "diff_mla", latent), ("124M", gpt2, "mhc", mhc),
+    shapes = [("124M", gpt2, "plain", {}), ("124M", gpt2, "all ideas", everything),
+              ("10.4M", char, "plain", {}), ("10.4M", char, "diff_mla", latent), ("124M", gpt2, "mhc", mhc),
               ("124M", gpt2, "diff_mla", latent), ("10.4M", char, "mhc", mhc),
               ("124M", gpt2, "hyper", {"residual": "hyper"})]
     for size, config, name, choice in shapes:
