@@ -10,8 +10,8 @@ python optim.py config/train_shakespeare_diffmla.py --vocab_size=65 prints what 
   gate        a few rows that make coefficients        yes            AdamW
   vector      norm gains, biases, lambdas              no             AdamW
 
-AdamW is torch's. The others are ordinary torch.optim.Optimizers whose step() never waits for the device. Read
-the `loop` of each first: plain PyTorch, which defines what C and the compiler must compute.
+AdamW is torch's. The others are ordinary torch.optim.Optimizers whose step() does not wait for a GPU. Read the
+`loop` of each first: plain PyTorch, which defines what C and Triton must compute.
 """
 import configurator # first: see stop_at_once there
 
@@ -19,6 +19,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 import os
 import runpy
 from collections import Counter
@@ -28,10 +29,13 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from kernels import c_library, floats, integers, pointers, threads
+from kernels import INTERPRETED, c_library, floats, integers, jit, pointers, threads, tl, triton
 
 OPTIMIZERS = ("adamw", "fadam", "adam_mini", "muon")
 FUSED = ("cuda", "cpu") # devices for which torch has AdamW as one kernel: 5 times as fast on a CPU
+LATE = ("cuda",) # devices on which the host launches a step before it knows how the last one ended
+IN_TRITON = triton and {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CHUNK, BLOCK = 16384, 1024 # numbers of a program of fadam_kernel; numbers that a program handles at a time
 
 
 class Declared(NamedTuple):
@@ -81,19 +85,21 @@ class Base(torch.optim.Optimizer):
     """What FAdam, AdamMini and Muon share: the closure, the state, the choice between forms of an update.
 
     form="loop" is plain PyTorch, tensor by tensor. "c" is kernels.c, for contiguous fp32 parameters on a CPU.
-    "compile" is torch.compile of the loop. "auto" is c where it can run, else compile on CUDA, else loop.
+    "triton" is one kernel for all tensors of a group, on CUDA. "auto" is triton or c where it can run, else
+    loop.
     """
 
     OPTIONS = {} # name: default; groups of parameters may have other values
-    FP32 = set() # names of state that is fp32 whatever its parameter is
+    FP32 = {"step"} # names of state that is fp32 whatever its parameter is
+    found_inf = None # fp32 (): 1 if this step is to be left out. Set by step_where_finite
 
     def __init__(self, params, *, form: str = "auto", **options):
-        if form not in ("auto", "loop", "c", "compile"):
-            raise ValueError(f"form={form!r} is not one of: auto, loop, c, compile")
+        if form not in ("auto", "loop", "c", "triton"):
+            raise ValueError(f"form={form!r} is not one of: auto, loop, c, triton")
         if unknown := options.keys() - self.OPTIONS.keys():
             raise TypeError(f"{type(self).__name__} has no {min(unknown)}; it has {', '.join(self.OPTIONS)}")
         super().__init__(params, {**self.OPTIONS, **options})
-        self.form, self.compiled = form, None
+        self.form, self.sent = form, {} # sent: see on_device
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -106,46 +112,123 @@ class Base(torch.optim.Optimizer):
         return loss
 
     def form_of(self, params: list) -> str:
-        """loop, c or compile. RuntimeError if form="c" was asked for and C cannot run."""
-        if self.form in ("loop", "compile"):
-            return self.form
-        fits_c = all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in params)
-        if fits_c and c_library(0) is not None:
+        """loop, c or triton. RuntimeError if form="c" or "triton" was asked for and cannot run."""
+        form, device, dtype = self.form, params[0].device, params[0].dtype
+        alike = all(p.device == device and p.dtype == dtype and p.is_contiguous() for p in params)
+        if form in ("auto", "triton") and alike and triton is not None and dtype in IN_TRITON and (
+                device.type == "cuda" or INTERPRETED and form == "triton"):
+            return "triton"
+        fits_c = alike and device.type == "cpu" and dtype == torch.float32
+        if form in ("auto", "c") and fits_c and c_library(0) is not None:
             return "c"
-        if self.form == "c":
-            raise RuntimeError("form='c' needs contiguous fp32 parameters on a CPU, and a C compiler; "
-                               "use form='auto'")
-        return "compile" if params[0].is_cuda else "loop"
+        if form in ("c", "triton"):
+            needs = {"c": "fp32 parameters on a CPU, and a C compiler",
+                     "triton": "parameters of one dtype, at most fp32, on CUDA, and Triton"}[form]
+            raise RuntimeError(f"form={form!r} needs contiguous {needs}; use form='auto'")
+        return "loop"
 
-    def run(self, form, lists, scalars, **constants):
-        """The update in one of its forms. lists: of parameters first. scalars: change from step to step."""
-        if form == "compile":
-            # Compiled code contains the values of Python numbers; what changes must be a tensor.
-            scalars = torch.tensor(scalars, device=lists[0][0].device)
-            self.compiled = self.compiled or torch.compile(self.loop, dynamic=False)
-        {"loop": self.loop, "c": self.in_c, "compile": self.compiled}[form](*lists, scalars, **constants)
+    def skips(self, form: str) -> bool:
+        """Is this step to be left out? Loop and C ask, because they count steps on the host."""
+        return form != "triton" and self.found_inf is not None and bool(self.found_inf)
 
-    def next_state(self, p, **shapes):
-        """The state of p with one step more counted; in the first step zeros of these shapes."""
+    def state_of(self, p, form, **shapes):
+        """The state of p; before its first step, zeros of these shapes."""
         state = self.state[p]
         if "m" not in state:
-            state["step"] = 0 # a Python number: nothing waits for the device
+            state["step"] = 0
             for key, shape in shapes.items():
                 state[key] = p.new_zeros(shape, dtype=torch.float32 if key in self.FP32 else p.dtype)
         if any(state[key].shape != shape for key, shape in shapes.items()): # C would write past the end
             raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is that of another; "
                              "load the state_dict of the same model")
-        state["step"] += 1
+        # Triton counts steps on the device. A run may go on elsewhere, in another form.
+        if torch.is_tensor(state["step"]) != (form == "triton"):
+            step = int(state["step"])
+            state["step"] = torch.full((), float(step), device=p.device) if form == "triton" else step
         return state
+
+    def counted(self, states: list) -> list:
+        """The number of steps of each state, with this one: Python's numbers, or tensors on the device."""
+        if torch.is_tensor(states[0]["step"]):
+            steps = [s["step"] for s in states]
+            one = torch.ones_like(steps[0]) if self.found_inf is None else 1 - self.found_inf
+            torch._foreach_add_(steps, [one] * len(steps))
+        else:
+            for s in states:
+                s["step"] += 1
+        return [s["step"] for s in states]
+
+    def on_device(self, lists: tuple, plan: Callable) -> tuple:
+        """(addresses, plan, alignment) for a kernel that one launch runs over many tensors.
+
+        addresses (tensors, lists) are sent again when a tensor has moved, as gradients do. plan() is sent once
+        for each list of parameters. A row says what one program does: the index of its tensor, its first
+        element, the end, and more. Alignment is 16 if all of these allow loads of 16 bytes, else 1.
+        """
+        addresses, parameters = [x.data_ptr() for x in itertools.chain(*zip(*lists))], tuple(lists[0])
+        known, table, rows, even = self.sent.get(parameters, (None, None, None, None))
+        if rows is None:
+            made = plan()
+            rows, even = upload(made, parameters[0].device), not any(n % 16 for row in made for n in row[1:3])
+        if addresses != known:
+            table = upload(addresses, parameters[0].device)
+            even = even and not any(n % 16 for n in addresses)
+        self.sent[parameters] = addresses, table, rows, even
+        return table, rows, 16 if even else 1
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        # torch has cast all state to its parameter's dtype, so FP32 state is copied from state_dict again.
+        # torch has cast all state to its parameter's dtype and left `step` where it was, so both are copied
+        # from state_dict again.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for p, i in zip(group["params"], saved["params"]):
                 values = state_dict["state"].get(i, {})
                 for key in self.FP32 & values.keys():
-                    self.state[p][key] = values[key].to(p.device, torch.float32, copy=True)
+                    if torch.is_tensor(values[key]): # Python's number of steps needs no place
+                        self.state[p][key] = values[key].to(p.device, torch.float32, copy=True)
+
+
+def upload(numbers: list, device: torch.device) -> torch.Tensor:
+    made = torch.tensor(numbers) # int64
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+
+
+def step_where_finite(opt: torch.optim.Optimizer, parts: list[tuple[list, torch.Tensor]], late: bool) -> None:
+    """opt.step() for the parts (parameters, bad). Where bad, fp32 (), is 1, weights and state stay as they are.
+
+    late: the host does not wait for `bad`. The optimizer reads it on the device as found_inf, the name that
+    torch's fused AdamW has for it. Each part needs a call of its own then.
+    """
+    if not late:
+        for p in itertools.chain(*(params for params, bad in parts if bad)):
+            p.grad = None # an optimizer passes over what has no gradient
+        opt.step()
+        return
+    for params, opt.found_inf in parts:
+        others = [(p, p.grad) for other, _ in parts if other is not params for p in other]
+        for p, _ in others:
+            p.grad = None
+        if params:
+            opt.step()
+        for p, g in others:
+            p.grad = g
+    opt.found_inf = None
+
+
+@jit
+def pointer(p_table, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    return tl.multiple_of(tl.load(p_table).to(tl.pointer_type(TYPE)), ALIGN)
+
+
+@jit
+def correction(log_beta, step): # 1 - beta^step, for a small step without the error of a difference
+    x = step * log_beta
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    return tl.where(x > -0.5, -series, 1 - tl.exp(x))
+
+
+def log(beta):
+    return math.log(beta or 1e-300)
 
 
 class FAdam(Base):
@@ -157,26 +240,26 @@ class FAdam(Base):
     """
 
     OPTIONS = dict(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, eps2=0.01, p=0.5, clip=1.0)
-    FP32 = {"m", "f"}
+    FP32 = {"step", "m", "f"}
 
     def update(self, params, grads, group):
-        (beta1, beta2), constants = group["betas"], {k: group[k] for k in ("eps", "eps2", "p", "clip")}
-        states = [self.next_state(p, m=p.shape, f=p.shape) for p in params]
-        tensors = params, [g.contiguous() for g in grads], [s["m"] for s in states], [s["f"] for s in states]
-        # 6: beta2, corrected for the start. At step 1 it is 0, and f becomes g^2.
-        beta2s = [beta2 * (1 - beta2 ** (s["step"] - 1)) / (1 - beta2 ** s["step"]) for s in states]
-        form = self.form_of(params) if group["p"] == 0.5 else "loop" # C knows the square root alone
-        self.run(form, tensors, [group["lr"], group["weight_decay"], *beta2s], beta1=beta1, **constants)
+        form = self.form_of(params) if group["p"] == 0.5 else "loop" # others know the square root alone
+        if self.skips(form):
+            return
+        states = [self.state_of(p, form, m=p.shape, f=p.shape) for p in params]
+        ms, fs, steps = [s["m"] for s in states], [s["f"] for s in states], self.counted(states)
+        {"loop": self.loop, "c": self.in_c, "triton": self.in_triton}[form](
+            params, [g.contiguous() for g in grads], ms, fs, steps, group)
 
-    @staticmethod
-    def loop(params, grads, ms, fs, scalars, beta1, eps, eps2, p, clip):
-        lr, weight_decay, *beta2s = scalars
-        for theta, g, m, f, beta2 in zip(params, grads, ms, fs, beta2s):
+    def loop(self, params, grads, ms, fs, steps, group):
+        lr, beta1, weight_decay = group["lr"], group["betas"][0], group["weight_decay"]
+        eps, eps2, power, clip = (group[key] for key in ("eps", "eps2", "p", "clip"))
+        for theta, g, m, f, beta2 in zip(params, grads, ms, fs, self.beta2s(steps, group)):
             g = g.float()
             f.lerp_(g.square(), 1 - beta2) # 7: Fisher information
             size = eps2 * rms(g)
             eps_t = torch.where(size > 0, size.clamp(max=eps), eps) # 8: adaptive, but never 0
-            root = f**p + eps_t ** (2 * p)
+            root = f**power + eps_t ** (2 * power)
             natural = g / root # 9: natural gradient
             natural = natural / (rms(natural) / clip).clamp(min=1) # 10: clipped to an RMS of clip
             m.lerp_(natural, 1 - beta1) # 11: momentum, not corrected for its start
@@ -185,12 +268,97 @@ class FAdam(Base):
             theta.sub_((lr * (m + weight_decay * decay)).to(theta.dtype)) # 14
 
     @staticmethod
-    def in_c(params, grads, ms, fs, scalars, beta1, eps, eps2, p, clip):
-        lr, weight_decay, *beta2s = scalars
-        c_library(0).fadam( # kernels.c says why it takes 1 - beta
+    def beta2s(steps, group): # 6: beta2, corrected for the start. At step 1 it is 0, and f becomes g^2.
+        beta2 = group["betas"][1]
+        return [beta2 * (1 - beta2 ** (step - 1)) / (1 - beta2**step) for step in steps]
+
+    def in_c(self, params, grads, ms, fs, steps, group):
+        news = floats([1 - beta2 for beta2 in self.beta2s(steps, group)]) # kernels.c says why 1 - beta
+        knobs = (group[key] for key in ("lr", "weight_decay", "eps", "eps2", "clip"))
+        c_library(0).fadam(
             threads(), len(params), pointers(params), pointers(grads), pointers(ms), pointers(fs),
-            integers([theta.numel() for theta in params]), floats([1 - beta2 for beta2 in beta2s]),
-            floats([1 - beta1, lr, weight_decay, eps, eps2, clip]))
+            integers([theta.numel() for theta in params]), news, floats([1 - group["betas"][0], *knobs]))
+
+    def in_triton(self, params, grads, ms, fs, steps, group):
+        (beta1, beta2), knobs = group["betas"], (group[k] for k in ("lr", "weight_decay", "eps", "eps2", "clip"))
+
+        def plan():
+            rows = []
+            for i, theta in enumerate(params):
+                first, count = len(rows), -(-theta.numel() // CHUNK)
+                rows += [(i, k * CHUNK, theta.numel(), first, first + count) for k in range(count)]
+            return rows
+
+        *tables, align = self.on_device((params, grads, ms, fs, steps), plan)
+        sums, programs = torch.empty(len(tables[1]), 3, device=params[0].device), len(tables[1])
+        constants = log(beta2), 1 - beta1, 1 - beta2, *knobs
+        with torch.cuda.device_of(params[0]):
+            for stage in range(3):
+                fadam_kernel[(programs,)](*tables, sums, self.found_inf, *constants, stage,
+                                          IN_TRITON[params[0].dtype], align, CHUNK, BLOCK)
+
+
+# A program has CHUNK numbers of one tensor. Stage 0 adds up the squares of g, g / root and theta / root, with
+# the largest epsilon. Stage 1 does so again where a tensor's own epsilon (8) is smaller. Stage 2 updates.
+@jit
+def fadam_kernel(p_table, p_plan, p_sums, p_bad, log_beta2, new1, new2, lr, weight_decay, eps, eps2, clip,
+                 STAGE: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    p_plan += program * 5
+    start, size = tl.multiple_of(tl.load(p_plan + 1), ALIGN), tl.multiple_of(tl.load(p_plan + 2), ALIGN)
+    first, last = tl.load(p_plan + 3), tl.load(p_plan + 4) # programs of this tensor
+    p_table += tl.load(p_plan) * 5
+    p_theta, p_g = pointer(p_table, TYPE, ALIGN), pointer(p_table + 1, TYPE, ALIGN)
+    p_m, p_f = pointer(p_table + 2, tl.float32, ALIGN), pointer(p_table + 3, tl.float32, ALIGN)
+    new2 /= correction(log_beta2, tl.load(pointer(p_table + 4, tl.float32, 4))) # 6: 1 - beta2
+    end = tl.minimum(start + CHUNK, size)
+    if p_bad is not None: # then no element is left to be read or written
+        end = tl.where(tl.load(p_bad) == 0, end, start)
+    if STAGE > 0:
+        adaptive = eps2 * tl.sqrt(total(p_sums, first, last, BLOCK) / size)
+        smaller = (adaptive > 0) & (adaptive < eps)
+        eps = tl.where(smaller, adaptive, eps) # 8
+    if STAGE == 1:
+        end = tl.where(smaller, end, start)
+    if STAGE == 2:
+        fresh = new1 / tl.maximum(tl.sqrt(total(p_sums + 1, first, last, BLOCK) / size) / clip, 1.0) # 10
+        weight_decay /= tl.maximum(tl.sqrt(total(p_sums + 2, first, last, BLOCK) / size) / clip, 1.0) # 13
+    gg, nn, ww = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for k in range(start, end, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        inside = i < tl.multiple_of(end, ALIGN)
+        theta = tl.load(p_theta + i, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(p_g + i, mask=inside, other=0.0).to(tl.float32)
+        f = tl.load(p_f + i, mask=inside, other=0.0)
+        f += new2 * (g * g - f) # 7
+        inverse = tl.where(inside, 1 / (tl.sqrt(f) + eps), 0.0)
+        if STAGE == 2:
+            m = tl.load(p_m + i, mask=inside, other=0.0)
+            m += fresh * (g * inverse) - new1 * m # 9, 11
+            theta -= lr * (m + weight_decay * (theta * inverse)) # 12, 14
+            tl.store(p_f + i, f, mask=inside)
+            tl.store(p_m + i, m, mask=inside)
+            tl.store(p_theta + i, theta.to(TYPE), mask=inside)
+        else:
+            gg += g * g
+            nn += (g * inverse) * (g * inverse)
+            ww += (theta * inverse) * (theta * inverse)
+    if STAGE < 2:
+        if STAGE == 0:
+            smaller = size > 0 # always
+            tl.store(p_sums + 3 * program, tl.sum(gg, axis=0))
+        tl.store(p_sums + 3 * program + 1, tl.sum(nn, axis=0), mask=smaller)
+        tl.store(p_sums + 3 * program + 2, tl.sum(ww, axis=0), mask=smaller)
+
+
+@jit
+def total(p_sums, first, last, BLOCK: tl.constexpr): # of a column of sums, over the programs of a tensor
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for k in range(first, last, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        sums += tl.load(p_sums + 3 * i, mask=i < last, other=0.0)
+    return tl.sum(sums, axis=0)
 
 
 def rms(x):
@@ -219,40 +387,93 @@ class AdamMini(Base):
     """
 
     OPTIONS = dict(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8, blocks=None)
-    FP32 = {"v"}
+    FP32 = {"step", "v"}
 
     def update(self, params, grads, group):
-        (beta1, beta2), lr, form = group["betas"], group["lr"], self.form_of(params)
-        pieces, places, rates = [], [], [] # for each run of blocks; rates: step size and correction of v
-        for p, g in zip(params, grads):
-            layout = runs(group["blocks"], len(p), p[:1].numel())
-            s = self.next_state(p, m=p.shape, v=(sum(count for _, _, count, _ in layout),))
-            pieces += [(p, g.contiguous(), s["m"], s["v"])] * len(layout)
-            places += layout
-            rates += [lr / (1 - beta1 ** s["step"]), 1 - beta2 ** s["step"]] * len(layout)
-        scalars = [1 - lr * group["weight_decay"], *rates]
-        self.run(form, (*zip(*pieces), places), scalars, beta1=beta1, beta2=beta2, eps=group["eps"])
+        form = self.form_of(params)
+        if self.skips(form):
+            return
+        layouts = [runs(group["blocks"], len(p), p.numel() // len(p)) for p in params]
+        states = [self.state_of(p, form, m=p.shape, v=(sum(count for _, _, count, _ in layout),))
+                  for p, layout in zip(params, layouts)]
+        ms, vs, steps = [s["m"] for s in states], [s["v"] for s in states], self.counted(states)
+        {"loop": self.loop, "c": self.in_c, "triton": self.in_triton}[form](
+            params, [g.contiguous() for g in grads], ms, vs, steps, layouts, group)
 
     @staticmethod
-    def loop(params, grads, ms, vs, places, scalars, beta1, beta2, eps):
-        keep, *rates = scalars
-        tensors = zip(params, grads, ms, vs)
-        for (p, g, m, v), place, lr, correction in zip(tensors, places, rates[::2], rates[1::2]):
-            start, first, count, size = place
+    def each_run(params, grads, ms, vs, steps, layouts, group):
+        """Yields (p, g, m, v, run of blocks, step size, correction of v); the step size corrects m."""
+        beta1, beta2 = group["betas"]
+        for p, g, m, v, step, layout in zip(params, grads, ms, vs, steps, layouts):
+            for place in layout:
+                yield p, g, m, v, place, group["lr"] / (1 - beta1**step), 1 - beta2**step
+
+    def loop(self, *lists):
+        group, keep = lists[-1], 1 - lists[-1]["lr"] * lists[-1]["weight_decay"]
+        beta1, beta2 = group["betas"]
+        for p, g, m, v, (start, first, count, size), lr, correction in self.each_run(*lists):
             p, g, m = (x.view(-1)[start : start + count * size].view(count, size) for x in (p, g, m))
             v = v[first : first + count]
             v.lerp_(g.float().square().mean(1), 1 - beta2) # AdamW has no mean here; all else is AdamW's
             m.lerp_(g, 1 - beta1)
-            scale = lr / ((v / correction).sqrt() + eps) # lr contains the correction of m
+            scale = lr / ((v / correction).sqrt() + group["eps"])
             p.mul_(keep).sub_(scale.to(p.dtype)[:, None] * m)
 
-    @staticmethod
-    def in_c(params, grads, ms, vs, places, scalars, beta1, beta2, eps):
-        keep, *rates = scalars
+    def in_c(self, *lists):
+        params, grads, ms, vs, places, *rates = zip(*self.each_run(*lists))
         starts, firsts, counts, sizes = zip(*places) # offsets, because a view for each run would cost more
+        group = lists[-1]
+        (beta1, beta2), keep = group["betas"], 1 - group["lr"] * group["weight_decay"]
         c_library(0).adam_mini(
             threads(), len(places), *(pointers(x, starts) for x in (params, grads, ms)), pointers(vs, firsts),
-            integers(counts), integers(sizes), floats(rates), floats([1 - beta1, 1 - beta2, eps, keep]))
+            integers(counts), integers(sizes), floats([*itertools.chain(*zip(*rates))]),
+            floats([1 - beta1, 1 - beta2, group["eps"], keep]))
+
+    def in_triton(self, params, grads, ms, vs, steps, layouts, group):
+        (beta1, beta2), lr = group["betas"], group["lr"]
+
+        def plan():
+            return [(i, start + k * size, start + (k + 1) * size, first + k)
+                    for i, layout in enumerate(layouts) for start, first, count, size in layout
+                    for k in range(count)]
+
+        *tables, align = self.on_device((params, grads, ms, vs, steps), plan)
+        with torch.cuda.device_of(params[0]):
+            adam_mini_kernel[(len(tables[1]),)](
+                *tables, self.found_inf, log(beta1), log(beta2), 1 - beta1, 1 - beta2, lr, group["eps"],
+                1 - lr * group["weight_decay"], IN_TRITON[params[0].dtype], align, BLOCK)
+
+
+# A program has one block of weights. It reads the gradient twice; the second time it is still in the cache.
+@jit
+def adam_mini_kernel(p_table, p_plan, p_bad, log_beta1, log_beta2, new1, new2, lr, eps, keep,
+                     TYPE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    p_plan += tl.program_id(0) * 4
+    start, end = tl.multiple_of(tl.load(p_plan + 1), ALIGN), tl.multiple_of(tl.load(p_plan + 2), ALIGN)
+    p_table += tl.load(p_plan) * 5
+    p_p, p_g = pointer(p_table, TYPE, ALIGN), pointer(p_table + 1, TYPE, ALIGN)
+    p_m, p_v = pointer(p_table + 2, TYPE, ALIGN), pointer(p_table + 3, tl.float32, 4) + tl.load(p_plan + 3)
+    step, size = tl.load(pointer(p_table + 4, tl.float32, 4)), end - start
+    if p_bad is not None: # then no element is left to be read or written
+        end = tl.where(tl.load(p_bad) == 0, end, start)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for k in range(start, end, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        g = tl.load(p_g + i, mask=i < tl.multiple_of(end, ALIGN), other=0.0).to(tl.float32)
+        squares += g * g
+    v = tl.load(p_v)
+    v += new2 * (tl.sum(squares, axis=0) / size - v)
+    tl.store(p_v, v, mask=start < end)
+    scale = lr / correction(log_beta1, step) / (tl.sqrt(v / correction(log_beta2, step)) + eps)
+    for k in range(start, end, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        inside = i < tl.multiple_of(end, ALIGN)
+        p = tl.load(p_p + i, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(p_g + i, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(p_m + i, mask=inside, other=0.0).to(tl.float32)
+        m += new1 * (g - m)
+        tl.store(p_m + i, m.to(TYPE), mask=inside)
+        tl.store(p_p + i, (keep * p - scale * m).to(TYPE), mask=inside)
 
 
 # Newton-Schulz steps x <- a x + (b x x^T + c (x x^T)^2) x move all singular values towards 1. A row (a, b, c)
@@ -295,14 +516,16 @@ class Muon(Base):
         (self.loop if group["fused"] else self.adamw)(params, grads, group)
 
     def loop(self, params, grads, group):
-        momentum, updates = group["momentum"], []
+        momentum, updates, bad = group["momentum"], [], self.found_inf
         for p, g in zip(params, grads):
             state = self.state[p]
             if "m" not in state:
                 state["m"] = torch.zeros_like(p)
+            g = g if bad is None else torch.where(bad > 0, state["m"], g) # the mean of m and m is m
             state["m"].lerp_(g, 1 - momentum) # 4: a mean where Jordan has a sum; 5 takes the scale out
             updates.append(g.lerp(state["m"], momentum)) # Nesterov's
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        ok = 1 if bad is None else 1 - bad
+        torch._foreach_mul_(params, 1 - ok * (group["lr"] * group["weight_decay"]))
         alike = {} # shape -> matrices of all parameters and their updates, for one batched iteration
         for p, update in zip(params, updates):
             for matrix, part in zip(p.split(group["fused"]), update.split(group["fused"])):
@@ -310,6 +533,7 @@ class Muon(Base):
         for (n, m), pairs in alike.items():
             matrices, parts = zip(*pairs)
             ortho = orthogonalise(torch.stack(parts), group["steps"]) # 5
+            ortho = ortho if bad is None else ok * ortho
             torch._foreach_add_(matrices, ortho.unbind(), alpha=-group["lr"] * 0.2 * max(n, m) ** 0.5) # 6
 
     def adamw(self, params, grads, group):
@@ -320,8 +544,8 @@ class Muon(Base):
                 s.update(step=zeros, m=torch.zeros_like(p), v=torch.zeros_like(p))
         ms, vs, steps = ([s[key] for s in states] for key in ("m", "v", "step"))
         adamw(params, grads, ms, vs, [], steps, fused=params[0].device.type in FUSED, amsgrad=False,
-              maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-              eps=group["eps"])
+              maximize=False, found_inf=self.found_inf, beta1=beta1, beta2=beta2, lr=group["lr"],
+              weight_decay=group["weight_decay"], eps=group["eps"])
 
 
 class Sparse:

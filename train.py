@@ -33,7 +33,8 @@ import data
 from configurator import UserError, configure, git_commit, user_errors
 from kernels import choose_device, path_for, use_kernel
 from model import GPT, GPTConfig, load_checkpoint, preset, save_checkpoint, saved_fields, without_orphans
-from optim import Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, watch
+from optim import (LATE, Sparse, build_optimizer, declarations, find_hooks, run_update_hooks,
+                   step_where_finite, watch)
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
@@ -363,11 +364,22 @@ losses_beside = {m.loss_name for m in model.modules() if getattr(m, "detached", 
 
 tokens_per_step = batch_size * gradient_accumulation_steps * sequence
 flops_per_step = model.flops_per_token() * tokens_per_step
-# Compiling takes about 55 s. "auto" compiles where a fixed estimate promises twice that.
-speed, saves = {"cuda": (5e13, 0.4), "cpu": (1e11, 0.2)}.get(kind, (1, 0)) # eager FLOP/s, share of time saved
-gain = saves * flops_per_step * max_iters / speed # seconds
-compile_reason = f"auto: about {gain:.0f} s to gain, 55 s to compile" if compile == "auto" else "as asked"
-compile = str(gain > 110).lower() if compile == "auto" else compile.lower() # a resumed run keeps it
+
+
+def compiling_pays() -> tuple[float, float]:
+    """Estimates, in seconds: what torch.compile saves within the run, and what compiling takes.
+
+    On CUDA a step waits for the host, which takes 20 us for a launch. Eager mode has about 100 launches for
+    a layer and a forward (H100: a step of 6 layers takes 18 ms, compiled 8.5 ms, after 17 s of compiling).
+    """
+    saved = {"cuda": 100 * 20e-6 * config.n_layer * gradient_accumulation_steps,
+             "cpu": 0.2 * flops_per_step / 1e11}.get(kind, 0) # a fifth of a CPU's time, at 1e11 FLOP/s
+    return saved * max_iters, 25 if kind == "cuda" else 55
+
+
+gain, cost = compiling_pays() # auto compiles where it gains twice what it costs
+compile_reason = f"auto: about {gain:.0f} s to gain, {cost} s to compile" if compile == "auto" else "as asked"
+compile = str(gain > 2 * cost).lower() if compile == "auto" else compile.lower() # a resumed run keeps it
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, "
       f"{max_iters:,} steps")
 
@@ -384,6 +396,7 @@ resumed, checkpoint = checkpoint is not None, None # the second frees its memory
 
 def save(name: str, keep_previous: bool, **changed) -> bool:
     """Writes a checkpoint; True if that worked. On a full disk the old file stays and the run goes on."""
+    settle()
     write_lines()
     with suppress(OSError): # a full disk, which is reported below
         os.fsync(metrics.fileno()) # a checkpoint knows of no line that a power cut could take
@@ -497,6 +510,43 @@ def gradient(micro_batches: list) -> dict:
     return means
 
 
+# Steps that are launched: (step, names, numbers, event). Sparse.finish must know at once how a step ended.
+launched, late = [], kind in LATE and not sparsity
+told = {} # {name: number} of the last step that was read
+
+
+def send(step: int, **numbers: torch.Tensor) -> None:
+    """Sends the numbers of a step to the host. settle reads them."""
+    values = torch.stack([n.float() for n in numbers.values()]).to("cpu", non_blocking=late)
+    arrived = torch.cuda.Event() if kind == "cuda" else None
+    if arrived:
+        arrived.record()
+    launched.append((step, numbers.keys(), values, arrived))
+
+
+def settle(ahead: int = 0) -> None:
+    """Reads the numbers of all launched steps but the last `ahead`. Counts skipped batches and says them.
+
+    Ends the run after too many in a row.
+    """
+    while len(launched) > ahead:
+        step, names, values, arrived = launched.pop(0)
+        if arrived:
+            arrived.synchronize()
+        told.update(zip(names, values.tolist()))
+        if not math.isfinite(told["norm_beside"]):
+            say(f"step {step}: what learns beside the model has a gradient of norm {told['norm_beside']} "
+                "AND SKIPS IT")
+        run["skipped"] += bool(told["bad"])
+        run["skipped_in_a_row"] = run["skipped_in_a_row"] + 1 if told["bad"] else 0
+        if told["bad"]:
+            say(f"step {step}: loss {told['ce']}, grad norm {told['norm']}: BATCH SKIPPED "
+                f"({run['skipped']} so far)")
+        if run["skipped_in_a_row"] > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
+            sys.exit(f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate "
+                     f"or use --dtype=float32; {folder / 'ckpt.pt'} holds the last saved state.")
+
+
 # Tokens of an evaluation. With eval_iters=0 it takes at most a sixth of the time of training, because a
 # forward costs a third of a step; or 2^17 tokens, so that the split of TinyShakespeare is always whole.
 eval_limit = max(2**17, eval_interval * tokens_per_step // 2) if eval_iters == 0 else 0 # 0: no limit
@@ -579,6 +629,7 @@ while True:
 
     # now and then: the validation loss, a sample, the best model
     if (step % eval_interval == 0 or step >= max_iters) and step != run["evaluated"] and not caught:
+        settle()
         paused = time.monotonic()
         val_loss = evaluate()
         if val_loss is None: # a signal: the resumed run will evaluate this step
@@ -612,35 +663,27 @@ while True:
     noted = run_update_hooks(hooks["update"], step, dict(model.named_parameters()))
     if sparsity:
         sparsity.mask_gradients(step)
-    norm = torch.nn.utils.clip_grad_norm_(own, grad_clip or math.inf).item()
-    norm_beside = torch.nn.utils.clip_grad_norm_(beside, grad_clip or math.inf).item()
-    losses = {name: loss.item() for name, loss in losses.items()}
+    norm, norm_beside = (torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf) if params
+                         else torch.zeros((), device=device) for params in (own, beside))
 
     # the update. A batch whose loss or gradient is NaN or infinite is skipped: neither the weights nor the
-    # optimizer's moments ever see it. What learns beside the model skips its own bad batches alone (in fp16
-    # the loss scaler sees those too, and the model then skips as well).
-    if not math.isfinite(norm_beside):
-        say(f"step {step}: what learns beside the model has a gradient of norm {norm_beside} AND SKIPS IT")
-        for p in beside:
-            p.grad = None
-    if math.isfinite(norm + sum(loss for name, loss in losses.items() if name not in losses_beside)):
-        scaler.step(opt)
-        if sparsity:
-            sparsity.finish(step)
-        run["skipped_in_a_row"] = 0
-    else:
-        run["skipped"] += 1
-        run["skipped_in_a_row"] += 1
-        say(f"step {step}: loss {losses['ce']}, grad norm {norm}: BATCH SKIPPED ({run['skipped']} so far)")
-        if run["skipped_in_a_row"] > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
-            sys.exit(f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate "
-                     f"or use --dtype=float32; {folder / 'ckpt.pt'} holds the last saved state.")
+    # optimizer's moments ever see it. What learns beside the model skips its own bad batches alone. A GPU
+    # decides that itself, and the host reads losses and norms when it has launched the next step.
+    judged = [norm, *(loss for name, loss in losses.items() if name not in losses_beside)]
+    bad = 1 - torch.stack(judged).isfinite().all().float() # (): 1 or 0
+    bad_beside = 1 - (1 - bad) * norm_beside.isfinite()
+    step_where_finite(opt, [(own, bad), (beside, bad_beside)], late)
+    if sparsity and not bad:
+        sparsity.finish(step)
+    send(step, bad=bad, norm=norm, norm_beside=norm_beside, **losses)
+    settle(ahead=int(late))
     scaler.update()
     opt.zero_grad(set_to_none=True)
     run["step"] += 1
 
     # now and then: a line of the log
     if run["step"] % log_interval == 0 or run["step"] == max_iters:
+        settle()
         time_s = time.monotonic() - clock
         rate = (run["step"] - logged_step) / max(time_s - logged_time, 1e-9) # steps per second
         logged_step, logged_time = run["step"], time_s
@@ -648,7 +691,8 @@ while True:
             with autocast:
                 noted.update(watch(model, hooks["forward"], *micro_batches[0]))
         seen = {hook: {k: float(v) for k, v in result.items()} for hook, result in noted.items()}
-        loss, tokens_per_s = losses.pop("ce"), rate * tokens_per_step
+        losses, tokens_per_s = {name: told[name] for name in losses}, rate * tokens_per_step
+        loss, norm = losses.pop("ce"), told["norm"]
         log(time_s, train_loss=loss, **losses, lr=lr, grad_norm=norm, tokens_per_s=round(tokens_per_s),
             **({"hooks": seen} if seen else {}))
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
