@@ -10,8 +10,8 @@ python optim.py config/train_shakespeare_diffmla.py --vocab_size=65 prints what 
   gate        a few rows that make coefficients        yes            AdamW
   vector      norm gains, biases, lambdas              no             AdamW
 
-AdamW is torch's. The others are ordinary torch.optim.Optimizers whose step() does not wait for a GPU. Read the
-`loop` of each first: plain PyTorch, which defines what C and Triton must compute.
+AdamW is torch's. The others are ordinary torch.optim.Optimizers whose step() does not wait for a GPU. Read
+the `loop` of each first: plain PyTorch, which defines what C and Triton must compute.
 """
 import configurator # first: see stop_at_once there
 
@@ -33,9 +33,10 @@ from kernels import INTERPRETED, c_library, floats, integers, jit, pointers, thr
 
 OPTIMIZERS = ("adamw", "fadam", "adam_mini", "muon")
 FUSED = ("cuda", "cpu") # devices for which torch has AdamW as one kernel: 5 times as fast on a CPU
-LATE = ("cuda",) # devices on which the host launches a step before it knows how the last one ended
+LATE = ("cuda",) # devices that decide themselves whether to skip a batch, see step_where_finite
 IN_TRITON = triton and {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-CHUNK, BLOCK = 16384, 1024 # numbers of a program of fadam_kernel; numbers that a program handles at a time
+CHUNK = 16384 # numbers that a program of fadam_kernel has
+BLOCK = 1024 # numbers that a program of either kernel handles at a time
 
 
 class Declared(NamedTuple):
@@ -161,19 +162,19 @@ class Base(torch.optim.Optimizer):
     def on_device(self, lists: tuple, plan: Callable) -> tuple:
         """(addresses, plan, alignment) for a kernel that one launch runs over many tensors.
 
-        addresses (tensors, lists) are sent again when a tensor has moved, as gradients do. plan() is sent once
-        for each list of parameters. A row says what one program does: the index of its tensor, its first
-        element, the end, and more. Alignment is 16 if all of these allow loads of 16 bytes, else 1.
+        addresses (tensors, lists) are sent again when a tensor has moved, as gradients do. plan() is sent
+        once for each list of parameters. A row of it is the work of one program: the index of its tensor, its
+        first element, the end, and more. Alignment is 16 if all of them allow loads of 16 bytes, else 1.
         """
-        addresses, parameters = [x.data_ptr() for x in itertools.chain(*zip(*lists))], tuple(lists[0])
-        known, table, rows, even = self.sent.get(parameters, (None, None, None, None))
+        key, device = tuple(lists[0]), lists[0][0].device
+        addresses = list(map(torch.Tensor.data_ptr, itertools.chain(*zip(*lists))))
+        known, table, rows, even = self.sent.get(key, (None, None, None, None))
         if rows is None:
             made = plan()
-            rows, even = upload(made, parameters[0].device), not any(n % 16 for row in made for n in row[1:3])
+            rows, even = upload(made, device), not any(n % 16 for row in made for n in row[1:3])
         if addresses != known:
-            table = upload(addresses, parameters[0].device)
-            even = even and not any(n % 16 for n in addresses)
-        self.sent[parameters] = addresses, table, rows, even
+            table, even = upload(addresses, device), even and not any(n % 16 for n in addresses)
+            self.sent[key] = addresses, table, rows, even
         return table, rows, 16 if even else 1
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -193,11 +194,12 @@ def upload(numbers: list, device: torch.device) -> torch.Tensor:
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
 
-def step_where_finite(opt: torch.optim.Optimizer, parts: list[tuple[list, torch.Tensor]], late: bool) -> None:
-    """opt.step() for the parts (parameters, bad). Where bad, fp32 (), is 1, weights and state stay as they are.
+def step_where_finite(opt: torch.optim.Optimizer, parts: list[tuple[list, torch.Tensor]],
+                      late: bool) -> None:
+    """opt.step() for all parts (parameters, bad). Where bad, fp32 (), is 1, weights and state stay.
 
     late: the host does not wait for `bad`. The optimizer reads it on the device as found_inf, the name that
-    torch's fused AdamW has for it. Each part needs a call of its own then.
+    torch's fused AdamW has for it. Each part then needs a call of its own.
     """
     if not late:
         for p in itertools.chain(*(params for params, bad in parts if bad)):
@@ -243,7 +245,7 @@ class FAdam(Base):
     FP32 = {"step", "m", "f"}
 
     def update(self, params, grads, group):
-        form = self.form_of(params) if group["p"] == 0.5 else "loop" # others know the square root alone
+        form = self.form_of(params) if group["p"] == 0.5 else "loop" # C and Triton have the square root alone
         if self.skips(form):
             return
         states = [self.state_of(p, form, m=p.shape, f=p.shape) for p in params]
@@ -280,8 +282,6 @@ class FAdam(Base):
             integers([theta.numel() for theta in params]), news, floats([1 - group["betas"][0], *knobs]))
 
     def in_triton(self, params, grads, ms, fs, steps, group):
-        (beta1, beta2), knobs = group["betas"], (group[k] for k in ("lr", "weight_decay", "eps", "eps2", "clip"))
-
         def plan():
             rows = []
             for i, theta in enumerate(params):
@@ -289,17 +289,19 @@ class FAdam(Base):
                 rows += [(i, k * CHUNK, theta.numel(), first, first + count) for k in range(count)]
             return rows
 
-        *tables, align = self.on_device((params, grads, ms, fs, steps), plan)
-        sums, programs = torch.empty(len(tables[1]), 3, device=params[0].device), len(tables[1])
-        constants = log(beta2), 1 - beta1, 1 - beta2, *knobs
+        table, rows, align = self.on_device((params, grads, ms, fs, steps), plan)
+        sums = torch.empty(len(rows), 3, device=params[0].device) # of squares
+        (beta1, beta2), *knobs = (group[k] for k in ("betas", "lr", "weight_decay", "eps", "eps2", "clip"))
         with torch.cuda.device_of(params[0]):
             for stage in range(3):
-                fadam_kernel[(programs,)](*tables, sums, self.found_inf, *constants, stage,
-                                          IN_TRITON[params[0].dtype], align, CHUNK, BLOCK)
+                fadam_kernel[(len(rows),)](
+                    table, rows, sums, self.found_inf, log(beta2), 1 - beta1, 1 - beta2, *knobs, stage,
+                    IN_TRITON[params[0].dtype], align, CHUNK, BLOCK)
 
 
-# A program has CHUNK numbers of one tensor. Stage 0 adds up the squares of g, g / root and theta / root, with
-# the largest epsilon. Stage 1 does so again where a tensor's own epsilon (8) is smaller. Stage 2 updates.
+# A program has CHUNK numbers of one tensor. It is launched three times. Stage 0 adds up the squares of g, of
+# g / root and of theta / root, with the largest epsilon. Stage 1 adds the last two up again where a tensor's
+# epsilon (8) is smaller. Stage 2 updates: 40 bytes read or written for a weight in all.
 @jit
 def fadam_kernel(p_table, p_plan, p_sums, p_bad, log_beta2, new1, new2, lr, weight_decay, eps, eps2, clip,
                  STAGE: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr,
@@ -324,7 +326,8 @@ def fadam_kernel(p_table, p_plan, p_sums, p_bad, log_beta2, new1, new2, lr, weig
     if STAGE == 2:
         fresh = new1 / tl.maximum(tl.sqrt(total(p_sums + 1, first, last, BLOCK) / size) / clip, 1.0) # 10
         weight_decay /= tl.maximum(tl.sqrt(total(p_sums + 2, first, last, BLOCK) / size) / clip, 1.0) # 13
-    gg, nn, ww = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    gg = tl.zeros((BLOCK,), tl.float32)
+    nn, ww = gg, gg
     for k in range(start, end, BLOCK):
         i = k + tl.arange(0, BLOCK)
         inside = i < tl.multiple_of(end, ALIGN)
@@ -430,18 +433,17 @@ class AdamMini(Base):
             floats([1 - beta1, 1 - beta2, group["eps"], keep]))
 
     def in_triton(self, params, grads, ms, vs, steps, layouts, group):
-        (beta1, beta2), lr = group["betas"], group["lr"]
-
         def plan():
             return [(i, start + k * size, start + (k + 1) * size, first + k)
                     for i, layout in enumerate(layouts) for start, first, count, size in layout
                     for k in range(count)]
 
-        *tables, align = self.on_device((params, grads, ms, vs, steps), plan)
+        table, rows, align = self.on_device((params, grads, ms, vs, steps), plan)
+        (beta1, beta2), lr, eps, weight_decay = (group[k] for k in ("betas", "lr", "eps", "weight_decay"))
         with torch.cuda.device_of(params[0]):
-            adam_mini_kernel[(len(tables[1]),)](
-                *tables, self.found_inf, log(beta1), log(beta2), 1 - beta1, 1 - beta2, lr, group["eps"],
-                1 - lr * group["weight_decay"], IN_TRITON[params[0].dtype], align, BLOCK)
+            adam_mini_kernel[(len(rows),)](
+                table, rows, self.found_inf, log(beta1), log(beta2), 1 - beta1, 1 - beta2, lr, eps,
+                1 - lr * weight_decay, IN_TRITON[params[0].dtype], align, BLOCK)
 
 
 # A program has one block of weights. It reads the gradient twice; the second time it is still in the cache.
@@ -456,12 +458,12 @@ def adam_mini_kernel(p_table, p_plan, p_bad, log_beta1, log_beta2, new1, new2, l
     step, size = tl.load(pointer(p_table + 4, tl.float32, 4)), end - start
     if p_bad is not None: # then no element is left to be read or written
         end = tl.where(tl.load(p_bad) == 0, end, start)
-    squares = tl.zeros((BLOCK,), tl.float32)
+    # All threads read v, and one writes it. Between the two all wait for each other, in tl.sum.
+    v, squares = tl.load(p_v), tl.zeros((BLOCK,), tl.float32)
     for k in range(start, end, BLOCK):
         i = k + tl.arange(0, BLOCK)
         g = tl.load(p_g + i, mask=i < tl.multiple_of(end, ALIGN), other=0.0).to(tl.float32)
         squares += g * g
-    v = tl.load(p_v)
     v += new2 * (tl.sum(squares, axis=0) / size - v)
     tl.store(p_v, v, mask=start < end)
     scale = lr / correction(log_beta1, step) / (tl.sqrt(v / correction(log_beta2, step)) + eps)

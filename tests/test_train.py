@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -639,8 +640,11 @@ def spoiled(code, corpus, out, *flags):
     return run(["-c", before + code + after, *command(corpus, out, *flags)])
 
 
-def poisoned_batches(corpus, out, bad, steps, *flags):
-    return spoiled(f"""
+LATE = "import optim\noptim.LATE = ('cpu',)\n" # what a GPU does: decide on the device, read a step later
+
+
+def poisoned_batches(corpus, out, bad, steps, *flags, before=""):
+    return spoiled(before + f"""
 import model, torch, torch.nn.functional as F
 real, calls = F.cross_entropy, [0]
 def cross_entropy(*a, **k):
@@ -651,40 +655,93 @@ F.cross_entropy = cross_entropy
 """, corpus, out, *flags)
 
 
-@pytest.mark.parametrize("bad", ("nan", "inf"))
-def test_a_non_finite_batch_is_skipped(bad, corpus, tmp_path):
-    """The 4th batch is poison: the weights after 4 steps are those after 3."""
-    out = tmp_path / "o"
-    done = poisoned_batches(corpus, out, bad, {4}, "--max_iters=4", "--checkpoint_interval=3",
-                            "--log_interval=1")
+@pytest.mark.parametrize("bad, before, optimizer", [
+    ("nan", "", "adamw"), ("inf", "", "adamw"), ("inf", LATE, "adamw"), ("nan", LATE, "fadam"),
+    ("nan", LATE, "adam_mini"), ("nan", LATE, "muon")])
+def test_a_non_finite_batch_is_skipped(bad, before, optimizer, corpus, tmp_path):
+    """The 4th batch is poison: weights, moments and steps after 4 batches are those after 3. A run that is
+    resumed from there goes on as one that was not stopped.
+    """
+    out, flags = tmp_path / "o", ("--checkpoint_interval=3", "--log_interval=1", f"--optimizer={optimizer}")
+    short = "--max_iters=4", "--lr_decay_iters=9", *flags
+    done = poisoned_batches(corpus, out, bad, {4}, *short, before=before)
     losses = [line["train_loss"] for line in metrics(out) if "lr" in line]
     assert [loss is None for loss in losses] == [False, False, False, True] # JSON has no NaN
-    assert done.returncode == 0 and "BATCH SKIPPED (1 so far)" in done.stdout, done.stdout + done.stderr
-    before, after = load_checkpoint(out / "ckpt.prev.pt"), load_checkpoint(out / "ckpt.pt")
-    assert (before["step"], after["step"], after["skipped"]) == (3, 4, 1)
-    assert same(before["model"], after["model"])
-    assert same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert done.returncode == 0 and "step 3: loss" in done.stdout, done.stdout + done.stderr
+    assert "BATCH SKIPPED (1 so far)" in done.stdout
+    last, after = load_checkpoint(out / "ckpt.prev.pt"), load_checkpoint(out / "ckpt.pt")
+    assert (last["step"], after["step"], after["skipped"]) == (3, 4, 1)
+    assert same(last["model"], after["model"])
+    assert same(last["optimizer"]["state"], after["optimizer"]["state"])
+    if before:
+        whole = *flags, "--max_iters=9", "--log_interval=100" # a line of the log reads what is late
+        ended(poisoned_batches(corpus, tmp_path / "whole", bad, {4}, *whole, before=before))
+        ended(poisoned_batches(corpus, out, bad, {}, *whole, "--resume", before=before))
+        ends = [{**state(o), "config": None} for o in (out, tmp_path / "whole")]
+        assert same(*ends)
 
 
-def test_a_non_finite_batch_of_the_drafting_cell_costs_the_model_nothing(corpus, tmp_path):
-    done = spoiled("""
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ("adamw", "fadam", "adam_mini", "muon"))
+def test_a_gpu_skips_a_batch_and_resumes(optimizer, corpus, tmp_path, device="cuda"):
+    """Here a hook is the poison: on a GPU the loss is computed elsewhere."""
+    code = "def nan(step, params):\n    for p in params.values(): p.grad *= float('nan') if step == 3 else 1"
+    (tmp_path / "h.py").write_text(code, encoding="utf-8")
+    flags = (f"--optimizer={optimizer}", f"--update_hooks={tmp_path / 'h.py'}:nan", f"--device={device}",
+             "--checkpoint_interval=3", "--log_interval=100")
+    assert "BATCH SKIPPED (1 so far)" in train(corpus, tmp_path / "o", "--max_iters=4", *flags).stdout
+    last, after = load_checkpoint(tmp_path / "o/ckpt.prev.pt"), load_checkpoint(tmp_path / "o/ckpt.pt")
+    assert (last["step"], after["step"], after["skipped"]) == (3, 4, 1)
+    assert same(last["model"], after["model"])
+    assert same(last["optimizer"]["state"], after["optimizer"]["state"])
+    train(corpus, tmp_path / "o", "--max_iters=8", "--resume", *flags)
+    after = load_checkpoint(tmp_path / "o/ckpt.pt")
+    assert (after["step"], after["skipped"]) == (8, 1)
+    assert all(int(one["step"]) == 7 for one in after["optimizer"]["state"].values() if "step" in one)
+
+
+@pytest.mark.parametrize("before", ("", LATE), ids=("at once", "late"))
+def test_a_non_finite_batch_of_the_drafting_cell_costs_the_model_nothing(before, corpus, tmp_path):
+    done = spoiled(before + """
 import model
 real, calls = model.Ahead.loss, []
 model.Ahead.loss = lambda *a: real(*a) * (float("nan") if calls.append(1) or len(calls) == 4 else 1)
 """, corpus, tmp_path / "with", "--max_iters=10", "--n_ahead=2")
-    assert "beside the model has a gradient of norm nan" in ended(done).stdout
+    assert "step 3: what learns beside the model has a gradient of norm nan" in ended(done).stdout
     train(corpus, tmp_path / "without", "--max_iters=10")
     a, b = state(tmp_path / "with")["model"], state(tmp_path / "without")["model"]
     assert all(torch.equal(a[k], b[k]) for k in b) and all(v.isfinite().all() for v in a.values())
 
 
-def test_many_non_finite_batches_stop_the_run(corpus, tmp_path):
+@pytest.mark.parametrize("before", ("", LATE), ids=("at once", "late"))
+def test_many_non_finite_batches_stop_the_run(before, corpus, tmp_path):
     bad = {1, 3, 5, *range(7, 99)} # the first three are not in a row
-    done = poisoned_batches(corpus, tmp_path / "o", "nan", bad, "--max_iters=60", "--checkpoint_interval=3")
+    done = poisoned_batches(corpus, tmp_path / "o", "nan", bad, "--max_iters=60", "--checkpoint_interval=3",
+                            before=before)
     assert done.returncode == 1 and "6 non-finite batches in a row" in done.stderr
-    assert "SKIPPED (9 so far)" in done.stdout
-    assert load_checkpoint(tmp_path / "o/ckpt.pt")["step"] <= 10 # and what was saved is finite
+    assert "SKIPPED (9 so far)" in done.stdout and "SKIPPED (10" not in done.stdout
+    assert load_checkpoint(tmp_path / "o/ckpt.pt")["step"] <= 11 # and what was saved is finite
     assert all(v.isfinite().all() for v in load_checkpoint(tmp_path / "o/ckpt.pt")["model"].values())
+
+
+def test_a_late_run_is_the_run(whole, corpus, tmp_path):
+    """Reading losses a step later changes no weight, no line of the log and nothing in a checkpoint."""
+    ended(spoiled(LATE, corpus, tmp_path / "o", "--max_iters=60"))
+    assert same(state(whole[0]), state(tmp_path / "o")) and timeless(whole[0]) == timeless(tmp_path / "o")
+
+
+def test_auto_compiles_where_it_pays():
+    """train.py's own estimate, for config/train_shakespeare_diffmla_gpu.py and for 200 steps of it."""
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    body = [node for node in tree.body if getattr(node, "name", "") == "compiling_pays"]
+    config = runpy.run_path(str(ROOT / "config/train_shakespeare_diffmla_gpu.py"))
+    names = {"config": GPTConfig(vocab_size=65, n_layer=config["n_layer"]), "flops_per_step": 1e12,
+             "gradient_accumulation_steps": 1, "kind": "cuda"}
+    exec(compile(ast.Module(body, []), "train.py", "exec"), names)
+    for steps, pays in ((config["max_iters"], True), (200, False)):
+        names["max_iters"] = steps
+        gain, cost = names["compiling_pays"]()
+        assert (gain > 2 * cost) == pays and 20 <= cost <= 60
 
 
 def test_a_failing_compiler_is_said_aloud(corpus, tmp_path):
