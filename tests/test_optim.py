@@ -333,8 +333,8 @@ def check_triton(cls, knobs, device, shapes, sizes, dtype=torch.float32):
         moments = [opt.state[p][k] for p in params for k in ("m", "f" if cls is FAdam else "v")]
         ends.append([*(p.detach() for p in params), *moments])
     for exact, loop, ours in zip(*ends, strict=True):
-        # 2^-21: Triton's roots and quotients are off by 2 units in the last place
-        rounding = 2**-21 if dtype == torch.float32 else 2**-6
+        # 2^-20: of Triton's roots, quotients and powers each is off by up to 2 units in the last place
+        rounding = 2**-20 if dtype == torch.float32 else 2**-6
         allowed = 2 * (loop - exact).abs().max() + rounding * exact.abs().max()
         assert (ours - exact).abs().max() <= allowed, (cls, knobs, shapes, sizes)
 
