@@ -209,7 +209,7 @@ class GPT(nn.Module):
         T, windows = idx.size(1), 1
         start, length, room, front = 0, T, self.block_size, self.n_thought
         if cache is not None: # it holds the thoughts already, so none are put in front
-            start, length, room, front = cache.length, cache.longest() + T, cache.capacity, 0
+            start, length, room, front = cache.length, cache.end(T) - cache.front, cache.capacity, 0
         if length > room:
             if cache is not None or self.memory is None:
                 raise ValueError(f"{length} tokens do not fit into block_size={room}; give the last {room}")
@@ -363,7 +363,7 @@ class Pass:
     real    (B, T'), False for padding among the tokens that a router let continue; None: no padding
     """
     def __init__(self, idx, start=0, front=0, windows=1, table=None, cache=None, notes=None):
-        self.idx, self.start = idx, start # (B, windows T); position of the first token, an int or (B,)
+        self.idx, self.start = idx, start # (B, windows T); position of the first token, as Cache.length
         self.front, self.windows, self.table, self.cache = front, windows, table, cache
         self.notes = {} if notes is None else notes
         self.stage, self.real, self.mask = 0, None, None
@@ -403,7 +403,10 @@ class Cache:
 
     layers   per layer the tensors (B, heads, front + capacity, width) that its cache_layout lists. A token at
              position p lies at place front + p in all of them; the thoughts lie in front.
-    length   how many tokens count: an int, or (B,) where rows differ. Lowering it rolls back.
+    length   how many tokens count: an int, or (B,) where rows differ. Lowering it rolls back. Or a number on
+             the device, (), together with `bucket`.
+    bucket   attention reads this many places, whatever the length: shapes are then known without asking the
+             device for it, and one CUDA graph serves every length. 0: as many places as count.
     alive    (stages - 1, B, front + capacity): whether the token at a place reached that stage. If not, its
              place holds nothing in the layers of the stage, and the mask hides it.
     memory   (B, heads, segments + 1, slots, width) or None: what a Memory held as each segment began
@@ -414,6 +417,7 @@ class Cache:
         self.layers = [[zeros(batch_size, heads, front + capacity, width) for heads, width in layout]
                        for layout in layouts]
         self.capacity, self.front, self.length, self.device = capacity, front, 0, device
+        self.bucket = 0
         self.alive = torch.zeros(routers, batch_size, front + capacity, dtype=torch.bool, device=device)
         self.memory = None
         if memory:
@@ -421,8 +425,11 @@ class Cache:
             shape = batch_size, heads, capacity // self.segment + 1, slots, width
             self.memory = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
-    def longest(self) -> int:
-        return int(self.length.max()) if torch.is_tensor(self.length) else self.length
+    def end(self, T: int) -> int:
+        """How many places attention reads once T more tokens are stored."""
+        if self.bucket:
+            return self.bucket
+        return self.front + T + (int(self.length.max()) if torch.is_tensor(self.length) else self.length)
 
     def rows(self, part: slice) -> "Cache":
         """A view of some rows, at length 0: what is stored through it is stored in this cache."""
@@ -433,14 +440,16 @@ class Cache:
 
     def places_for(self, start, T):
         """-> places, end, mask: where T tokens are stored, how many places count, which ones each sees.
-        places: an int, the first of a run, or (B, T). mask (1 or B, 1, T, S), or None where none is needed:
-        a single token sees all before it, and a run from place 0 is plain causal attention.
+        places: a slice, (T,), or (B, T) where rows differ. mask (1 or B, 1, T, S), or None where none is
+        needed: a single token sees all before it, and a run from place 0 is plain causal attention.
         """
-        first, end = self.front + start, self.front + self.longest() + T
-        places, mask = first, None
-        if torch.is_tensor(start): # (B,): every row has its own places
-            places = first[:, None] + torch.arange(T, device=self.device) # (B, T)
-            mask = torch.arange(end, device=self.device) <= places[:, None, :, None]
+        first, end = self.front + start, self.end(T)
+        places, mask = slice(first, end), None
+        if torch.is_tensor(start): # () or (B,)
+            places = first[..., None] + torch.arange(T, device=self.device) # (T,) or (B, T)
+            mask = torch.arange(end, device=self.device) <= places.view(-1, 1, T, 1)
+            if self.bucket: # as numbers to add, which SDPA would make of them again in every layer
+                mask = torch.zeros_like(mask, dtype=self.layers[0][0].dtype).masked_fill(~mask, -torch.inf)
         elif first > 0 and T > 1:
             mask = causal_mask(T, end, self.device)
         if len(self.alive): # drafts that were rolled back may have marked these places as alive
@@ -451,11 +460,11 @@ class Cache:
     def append(self, layer, places, end, *parts):
         """Stores parts (B, heads, T, width) of a layer -> what it holds up to `end`, (B, heads, S, width)."""
         for store, x in zip(self.layers[layer], parts):
-            if torch.is_tensor(places): # (B, T): each token of each row at its own place
+            if torch.is_tensor(places) and places.dim() == 2: # each token of each row at its own place
                 batch = torch.arange(len(x), device=x.device)[:, None]
                 store[batch, :, places] = x.transpose(1, 2).to(store.dtype)
             else:
-                store[:, :, places : places + x.size(2)] = x
+                store[:, :, places] = x.to(store.dtype)
         return [store[:, :, :end].type_as(x) for store, x in zip(self.layers[layer], parts)]
 
     def enter_stage(self, stage, places, end, real):
@@ -473,7 +482,7 @@ class Cache:
         """Places as a tensor (B, T)."""
         if torch.is_tensor(places):
             return places
-        return torch.arange(places, end, device=self.device).expand(self.alive.size(1), -1)
+        return torch.arange(places.start, end, device=self.device).expand(self.alive.size(1), -1)
 
     def truncate(self, n: "int | torch.Tensor") -> None:
         """Forget all but the first n tokens; n: an int, or (B,). ValueError if there are fewer."""
@@ -602,9 +611,9 @@ NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 def positions(start, T, device):
-    """Positions of T tokens: (T,) from an int, or (B, 1, T) from the first position of each row (B,)."""
+    """Positions of T tokens: (T,) from one first position, or (B, 1, T) from that of each row, (B,)."""
     steps = torch.arange(T, device=device)
-    return start[:, None, None] + steps if torch.is_tensor(start) else start + steps
+    return start[:, None, None] + steps if torch.is_tensor(start) and start.dim() else start + steps
 
 
 class Learned(nn.Module):
@@ -698,7 +707,7 @@ def attend(q, k, v, mask=None, scale=None):
     if mask is None and T > 1:
         mask = causal_mask(T, S, q.device)
     # The H/K heads that share a key head become H/K times as many queries: no cached key is copied.
-    if mask is not None and H != K:
+    if mask is not None and H != K and T > 1: # a single query's mask broadcasts
         mask = torch.cat([mask] * (H // K), dim=2) # (1 or B, 1, H/K T, S); repeat() is slower
     q = q.reshape(B, K, H // K * T, D)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale) # (B, K, H/K T, D)

@@ -22,7 +22,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,9 @@ draft = "auto" # what drafts with --speculative: ahead (the n_ahead cell) | ngra
 # where NO_COLOR is set, each token has a line: 0.12  'a'
 uncertainty = False
 interactive = False # ask for prompts until `quit`
+# graph: steps of fixed shape, on CUDA a graph each (class Decoder)   compiled: fused by torch.compile as well
+# eager: kernel by kernel                                             auto: graph on CUDA, else eager
+decode = "auto" # how plain decoding runs: auto | eager | graph | compiled
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 
 
@@ -119,15 +123,19 @@ def move_window(model, cache, idx, old, new):
 @torch.no_grad()
 def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
            top_p: float = 1.0, min_p: float = 0.0, generator: torch.Generator | None = None,
-           use_cache: bool = True, watch: Callable | None = None) -> Iterator[torch.Tensor]:
+           use_cache: bool = True, watch: Callable | None = None, graph: bool = False,
+           compile: bool = False) -> Iterator[torch.Tensor]:
     """Yields max_new_tokens tensors (B, 1), each drawn given all tokens before it. idx (B, T): the prompt.
     watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each token is drawn from.
+    graph: by a Decoder, which makes CUDA many times as fast; where it cannot, that is said. compile: see there.
     """
     check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
-    was_training, L = model.training, model.block_size
-    model.eval()
-    cache, start = model.new_cache(idx.size(0)) if use_cache else None, 0
-    try:
+    if graph and Decoder.takes(model, use_cache, watch):
+        decoder = Decoder(model, len(idx), temperature, top_k, top_p, min_p, generator, compile)
+        yield from decoder.stream(idx, max_new_tokens)
+        return
+    L, cache, start = model.block_size, model.new_cache(idx.size(0)) if use_cache else None, 0
+    with evaluating(model):
         for _ in range(max_new_tokens):
             old, start = start, window_start(idx.size(1), L)
             if not use_cache and model.memory is not None: # the memory of all earlier windows, computed anew
@@ -143,8 +151,114 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
             token = torch.multinomial(p, 1, generator=generator) # (B, 1)
             idx = torch.cat([idx, token], dim=1)
             yield token
+
+
+@contextmanager
+def evaluating(model):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
+
+
+class Decoder:
+    """Plain decoding in steps of fixed shape, which never wait for the host: the tokens of stream.
+
+    A step reads the token at `position`, a number on the device, and writes the next one behind it. On CUDA
+    it is captured once as a graph, and one call then launches all its kernels. Launched one by one they take
+    the host 20 to 40 us each, 46 ms for a token of a 124M model. Elsewhere the step runs as it is.
+    Attention reads S places and masks those behind the position. S is a power of two, or all places there
+    are, and grows with the text: each S has its own graph.
+    compile: torch.compile fuses the step's kernels before the capture, which takes up to minutes for each S.
+    """
+    AHEAD = 16 # steps launched before their tokens are read; after a stop token the others are in vain
+    SHORTEST = 128 # the smallest S
+    OPTIONS = {"coordinate_descent_tuning": True} # products with one row become kernels fused with the others
+
+    def __init__(self, model: GPT, rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 min_p: float = 0.0, generator: torch.Generator | None = None, compile: bool = False):
+        self.model, self.cache, self.generator = model, model.new_cache(rows), generator
+        self.sampling, weight = (temperature, top_k, top_p, min_p), model.embed.weight
+        zeros = partial(torch.zeros, dtype=torch.long, device=weight.device)
+        self.position, self.ids = zeros(()), zeros(rows, model.block_size + 1) # the window, a token beyond it
+        self.noise = widen(weight.new_empty(rows, model.config.vocab_size)) if temperature else None
+        options = self.OPTIONS if weight.is_cuda else None
+        self.run = torch.compile(self.step, dynamic=False, options=options) if compile else self.step
+        self.captures, self.graphs = weight.is_cuda, {}
+
+    @staticmethod
+    def takes(model: GPT, use_cache: bool = True, watch: Callable | None = None) -> bool:
+        """Whether a Decoder can write this. If not, it prints why."""
+        why = ("depths choose the layers of each token on the host" if len(model.routers) else
+               "a memory is filled by the host's count of tokens" if model.memory is not None else
+               "it keeps no h for watch (--uncertainty)" if watch else
+               "it has no form without a cache" if not use_cache else "")
+        if why:
+            print(f"decoding kernel by kernel, not as a graph: {why}", file=sys.stderr)
+        return not why
+
+    def step(self):
+        """position and ids -> both with one token more."""
+        at = self.position[None] # a view, which moves with the position
+        self.cache.length = self.position
+        h = self.model.trunk(self.ids.index_select(1, at), self.cache) # (B, 1, C)
+        p = self.model.logits(h)[:, -1] # (B, V)
+        if self.noise is not None: # the winner of this race is what torch.multinomial draws from the noise
+            p = distribution(p, *self.sampling) / self.noise
+        self.position += 1
+        self.ids.index_copy_(1, at, p.argmax(-1, keepdim=True))
+
+    def prepare(self, position: int, count: int) -> Callable:
+        """What to call for each of `count` steps from this position."""
+        places = self.cache.front + position + count
+        most = self.cache.front + self.cache.capacity
+        S = self.cache.bucket = min(most, max(self.SHORTEST, 2 ** (places - 1).bit_length()))
+        if not self.captures:
+            return self.run
+        if S not in self.graphs:
+            with torch.cuda.device_of(self.ids):
+                self.graphs[S] = self.capture(position)
+        return self.graphs[S].replay
+
+    def capture(self, position):
+        """The graph of a step. Steps before it let Triton compile and cuBLAS allocate; each starts anew."""
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.run()
+                self.position.fill_(position)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph
+
+    @torch.no_grad()
+    def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
+        """Yields max_new_tokens tensors (B, 1), on the CPU. idx (B, T): the prompt."""
+        check_sampling(idx, *self.sampling, max_new_tokens)
+        L, ids, cache = self.model.block_size, self.ids, self.cache
+        window = idx[:, window_start(idx.size(1), L) :]
+        with evaluating(self.model):
+            while max_new_tokens > 0: # once for each window
+                n = window.size(1) # tokens there are
+                ids[:, :n] = window
+                cache.length = cache.bucket = 0
+                if n > 1:
+                    self.model.trunk(window[:, :-1], cache)
+                self.position.fill_(n - 1)
+                while n <= L and max_new_tokens > 0:
+                    count = min(self.AHEAD, L + 1 - n, max_new_tokens)
+                    step = self.prepare(n - 1, count)
+                    for _ in range(count):
+                        if self.noise is not None:
+                            self.noise.exponential_(generator=self.generator)
+                        step()
+                    yield from ids[:, n : n + count].to("cpu", copy=True).split(1, dim=1)
+                    n, max_new_tokens = n + count, max_new_tokens - count
+                window = ids[:, window_start(n, L) :].clone()
 
 
 def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
@@ -159,15 +273,21 @@ def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: fl
     if speculative:
         writer = Speculation(model, idx, temperature, top_k, top_p, min_p, generator)
         return writer.generate(max_new_tokens, stop)
-    ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-    stops, out = torch.tensor(list(stop), dtype=idx.dtype, device=idx.device), [idx]
     tokens = stream(model, idx, max_new_tokens, temperature, top_k, top_p, min_p, generator, use_cache, watch)
-    for token in tokens:
+    return until_stopped(idx, tokens, stop)
+
+
+def until_stopped(idx, tokens, stop):
+    """idx (B, T) and the tensors (B, 1) that `tokens` yields, until each row has a token of `stop`."""
+    device, idx = idx.device, idx.cpu()
+    ended = torch.zeros(idx.size(0), 1, dtype=torch.bool)
+    stops, out = torch.tensor(list(stop), dtype=idx.dtype), [idx]
+    for token in map(torch.Tensor.cpu, tokens):
         out.append(torch.where(ended, out[-1][:, -1:], token)) # a row that has ended repeats its last token
         ended = ended | torch.isin(token, stops)
         if ended.all():
             break
-    return torch.cat(out, dim=1)
+    return torch.cat(out, dim=1).to(device)
 
 
 def generate_with_uncertainty(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
@@ -496,11 +616,25 @@ def show(pairs):
     return len(written)
 
 
+@lru_cache(1) # a conversation captures its graphs once, and anew where it changes how tokens are drawn
+def decoder(rows, *sampling):
+    return Decoder(model, rows, *sampling, generator, compile=decode == "compiled")
+
+
+def plain_tokens(ids, count, watch=None):
+    """stream's tokens, in the way that `decode` asks for."""
+    sampling = temperature, top_k, top_p, min_p
+    wanted = decode in ("graph", "compiled") or decode == "auto" and device.startswith("cuda")
+    if wanted and Decoder.takes(model, watch=watch):
+        return decoder(len(ids), *sampling).stream(ids, count)
+    return stream(model, ids, count, *sampling, generator, watch=watch)
+
+
 def continue_one(ids, writer):
     """Streams one continuation as it is drawn."""
     scores = [0.0] # the last one is of the newest token; without watch it stays 0
     watch = (lambda *last: scores.append(model.uncertainty(*last).item())) if uncertainty else None
-    plain = stream(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, generator, watch=watch)
+    plain = plain_tokens(ids, max_new_tokens, watch)
     tokens = itertools.islice(writer, max_new_tokens) if writer else (token.item() for token in plain)
     return show((token, scores[-1]) for token in tokens)
 
@@ -509,10 +643,12 @@ def continue_many(ids, writer):
     """num_samples continuations in one batch, printed one below the other."""
     stop = () if tokenizer.eot is None else (tokenizer.eot,)
     sampling = dict(top_k=top_k, top_p=top_p, min_p=min_p, generator=generator, stop=stop)
-    write = generate_with_uncertainty if uncertainty else generate
-    out = (writer.generate(max_new_tokens, stop) if writer else
-           write(model, ids, max_new_tokens, temperature, **sampling))
-    out, scores = out if uncertainty else (out, torch.zeros(out.shape))
+    if uncertainty:
+        out, scores = generate_with_uncertainty(model, ids, max_new_tokens, temperature, **sampling)
+    else:
+        out = (writer.generate(max_new_tokens, stop) if writer else
+               until_stopped(ids, plain_tokens(ids, max_new_tokens), stop))
+        scores = torch.zeros(out.shape)
     for i, (row, of_row) in enumerate(zip(out[:, ids.size(1) :].tolist(), scores.tolist())):
         if i: # answer() has printed the first prompt
             print(safe(tokenizer.readable(ids[0].tolist())), end=lines)
@@ -524,29 +660,29 @@ def continue_many(ids, writer):
 def answer(text):
     """Prints the prompt and its continuations; how fast they came, and from what model, on stderr."""
     ids = encode(text).expand(num_samples, -1)
-    with user_errors(), autocast:
+    with user_errors():
         check_sampling(ids, temperature, top_k, top_p, min_p, max_new_tokens)
         how = temperature, top_k, top_p, min_p, generator, draft
         writer = Speculation(model, ids, *how) if speculative else None
     print(safe(text), end=lines, flush=True)
-    with autocast:
-        began = time.perf_counter()
-        count = (continue_one if num_samples == 1 else continue_many)(ids, writer)
-        rate = count / (time.perf_counter() - began)
-        print(f"{count} tokens, {rate:.0f} tokens/s; {about}", file=sys.stderr)
-        if writer:
-            times = f"{speed_up(writer, ids):.1f} times as fast as plain cached decoding"
-            print(f"{writer}; {times}", file=sys.stderr)
+    began = time.perf_counter()
+    count = (continue_one if num_samples == 1 else continue_many)(ids, writer)
+    rate = count / (time.perf_counter() - began)
+    print(f"{count} tokens, {rate:.0f} tokens/s; {about}", file=sys.stderr)
+    if writer:
+        times = f"{speed_up(writer, ids):.1f} times as fast as plain cached decoding"
+        print(f"{writer}; {times}", file=sys.stderr)
 
 
 def speed_up(writer, ids):
     """Tokens per second of the writer's steps over those of plain decoding: 100 tokens at most, unprinted."""
-    few = max(1, min(100, writer.timed // num_samples))
+    few, state = max(1, min(100, writer.timed // num_samples)), generator.get_state()
     for count in (2, few): # the first time to warm up
         began = time.perf_counter()
-        for _ in stream(model, ids, count, temperature, top_k, top_p, min_p):
+        for _ in plain_tokens(ids, count):
             pass
     plain = few * num_samples / (time.perf_counter() - began)
+    generator.set_state(state) # the next answer of a conversation does not depend on this
     return writer.timed / max(writer.seconds, 1e-9) / plain
 
 
@@ -587,6 +723,8 @@ if __name__ == "__main__":
         raise UserError("num_samples and max_new_tokens must be at least 1")
     if not 0 <= seed < 2**64:
         raise UserError(f"seed={seed} must be in [0, 2**64)")
+    if decode not in ("auto", "eager", "graph", "compiled"):
+        raise UserError(f"decode={decode!r} is none of auto, eager, graph, compiled")
     if draft != "auto" and not speculative:
         raise UserError(f"draft={draft} is of speculative decoding; add --speculative, or drop it")
     if uncertainty and (speculative or interactive):
@@ -607,6 +745,6 @@ if __name__ == "__main__":
         if uncertainty:
             model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
         generator = torch.Generator(device).manual_seed(seed)
-    half = device.startswith("cuda") and dtype != "float32"
-    autocast = torch.autocast("cuda", getattr(torch, dtype)) if half else nullcontext()
+    if device.startswith("cuda"): # half the bytes, and no cast of a weight for each token as under autocast
+        model.to(getattr(torch, dtype))
     converse() if interactive else answer(start)
