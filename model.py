@@ -443,15 +443,16 @@ class Cache:
         places: a slice, (T,), or (B, T) where rows differ. mask (1 or B, 1, T, S), or None where none is
         needed: a single token sees all before it, and a run from place 0 is plain causal attention.
         """
-        first, end = self.front + start, self.end(T)
-        places, mask = slice(first, end), None
+        first, end, mask = self.front + start, self.end(T), None
         if torch.is_tensor(start): # () or (B,)
             places = first[..., None] + torch.arange(T, device=self.device) # (T,) or (B, T)
             mask = torch.arange(end, device=self.device) <= places.view(-1, 1, T, 1)
             if self.bucket: # as numbers to add, which SDPA would make of them again in every layer
                 mask = torch.zeros_like(mask, dtype=self.layers[0][0].dtype).masked_fill(~mask, -torch.inf)
-        elif first > 0 and T > 1:
-            mask = causal_mask(T, end, self.device)
+        else:
+            places = slice(first, end)
+            if first > 0 and T > 1:
+                mask = causal_mask(T, end, self.device)
         if len(self.alive): # drafts that were rolled back may have marked these places as alive
             table = self.place_table(places, end)
             self.alive.scatter_(2, table.expand(len(self.alive), -1, -1), False)

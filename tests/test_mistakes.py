@@ -113,6 +113,7 @@ SLIPS = {
                                "model_size was '', now 'nano'"),
     "windows that nothing connects": ("train.py --windows=2", "--memory_slots=16"),
     "depths of another model": ("train.py --depths=2,5", "n_layer=1"),
+    "decoding of no kind": ("sample.py --out_dir={d}/run --decode=fast", "auto, eager, graph, compiled"),
     "drafts of nobody": ("sample.py --out_dir={d}/run --speculative --draft=early", "auto, ahead, ngram"),
     "drafts that nobody asked for": ("sample.py --out_dir={d}/run --draft=ngram", "--speculative"),
     "more windows than text": ("train.py --memory_slots=2 --windows=900", "lower --windows"),

@@ -22,7 +22,7 @@ import kernels
 import model as M
 from conftest import ROOT
 from model import GPT, GPTConfig
-from sample import distribution, window_start
+from sample import Decoder, distribution, stream, window_start
 from optim import build_optimizer, declarations
 
 SMALL = dict(vocab_size=29, block_size=16, n_layer=2, n_head=4, n_embd=32)
@@ -302,6 +302,65 @@ def test_cache_or_not_the_same_text_past_block_size(row):
     assert torch.equal(cached, plain) and cached.shape == (2, 41)
     drawn = [model.generate(idx, 5, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     assert torch.equal(*drawn)
+
+
+def text(model, idx, length, temperature, **how):
+    """What stream writes from one seed, (B, length)."""
+    generator = torch.Generator(idx.device).manual_seed(1)
+    return torch.cat([*stream(model, idx, length, temperature, generator=generator, **how)], dim=1)
+
+
+@every_row
+def test_steps_of_fixed_shape_write_the_same_text(row, monkeypatch):
+    """Greedy, and drawn from one seed. S grows from 4 to all places; the window moves; the prompt is longer."""
+    monkeypatch.setattr(Decoder, "SHORTEST", 4)
+    model = build(row, 0.15).double()
+    for temperature, T in ((0, 1), (1.0, 20)):
+        idx = tokens(model, 2, T)
+        plain, fixed = (text(model, idx, 30, temperature, top_k=20, top_p=0.9, graph=on) for on in (False, True))
+        assert torch.equal(plain, fixed) and fixed.shape == (2, 30)
+
+
+@pytest.mark.parametrize("attention", [
+    pytest.param(name, marks=() if name == "diff_mla" else deep) for name in CHOICES["attention"]])
+def test_a_step_of_fixed_shape_compiles_without_a_break(attention, monkeypatch):
+    """One graph for each S, in which nothing asks the device for a number."""
+    monkeypatch.setattr(Decoder, "SHORTEST", 4)
+    model = build({"attention": attention, "qk_norm": True, "thought_tokens": 2}, 0.3).double().eval()
+    idx, graphs = tokens(model, 2, 1), []
+    torch._dynamo.reset()
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    decoder = Decoder(model, 2, temperature=0)
+    decoder.AHEAD, decoder.run = 2, torch.compile(decoder.step, backend=keep, dynamic=False)
+    assert torch.equal(torch.cat([*decoder.stream(idx, 30)], 1), text(model, idx, 30, 0))
+    assert len(graphs) == 4 # S = 4, 8, 16, and all 18
+    assert not any(node.target == "item" for graph in graphs for node in graph.graph.nodes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", (0, 1.0))
+@pytest.mark.parametrize("compile", (False, True))
+@pytest.mark.parametrize("attention", CHOICES["attention"])
+def test_a_graph_on_a_gpu_writes_the_same_text(attention, compile, temperature, monkeypatch):
+    """In fp32 the ordinary path's tokens; in bf16 those of the captured steps launched one by one."""
+    monkeypatch.setattr(Decoder, "SHORTEST", 8)
+    monkeypatch.setattr(Decoder, "OPTIONS", {}) # tuning takes a minute
+    torch._dynamo.reset()
+    model = build({"attention": attention, "qk_norm": True}, 0.15).cuda()
+    idx = tokens(model, 3, 5).cuda()
+    plain = text(model, idx, 40, temperature).cpu()
+    assert torch.equal(plain, text(model, idx, 40, temperature, graph=True, compile=compile))
+    texts, model = [], model.bfloat16()
+    for captures in (True, False):
+        generator = torch.Generator("cuda").manual_seed(1)
+        decoder = Decoder(model, 3, temperature, generator=generator, compile=compile)
+        decoder.captures = captures
+        texts.append(torch.cat([*decoder.stream(idx, 40)], dim=1))
+    assert torch.equal(*texts)
 
 
 def test_window_moves_by_halves():
@@ -935,6 +994,9 @@ def test_sampling_follows_the_distribution(n):
     share = torch.bincount(drawn, minlength=29) / n
     assert (share[p == 0] == 0).all()
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all() # five standard errors
+    drawn = next(Decoder(model, n, 1.3, top_p=0.9).stream(idx.expand(n, -1), 1))[:, 0]
+    share = torch.bincount(drawn, minlength=29) / n
+    assert (share[p == 0] == 0).all() and ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 
 def test_stop_tokens():

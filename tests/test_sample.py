@@ -1,4 +1,6 @@
 """sample.py and bench.py through their command lines, on a run of a few steps."""
+import contextlib
+import io
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import bench
 from configurator import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from processes import ROOT, run, start
+from sample import stream
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,23 @@ def test_the_text_is_the_models(trained):
 def test_the_seed_decides(trained):
     a, b, c = (sample(trained, "--max_new_tokens=60", f"--seed={s}").stdout for s in (1, 1, 2))
     assert a == b != c
+
+
+@pytest.mark.parametrize("flags", [[], ["--num_samples=3"], ["--interactive"]], ids=str)
+def test_steps_of_fixed_shape_write_the_seeds_text(trained, flags):
+    """Through window moves, in several rows, and in a conversation that reuses one Decoder."""
+    said = "to be\nthat\ntemperature=0.5\nto be\n" if "--interactive" in flags else None
+    eager, graph = (sample(trained, "--start=to be", "--max_new_tokens=40", f"--decode={name}", *flags,
+                           input=said).stdout for name in ("eager", "graph"))
+    assert eager == graph and "to be" in graph
+
+
+def test_what_steps_of_fixed_shape_do_not_do_is_said():
+    for change, words in ((dict(depths=(1, 2)), "depths"), (dict(memory_slots=2), "memory")):
+        model = GPT(GPTConfig(vocab_size=9, block_size=8, n_layer=2, n_head=2, n_embd=16, **change))
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            assert len([*stream(model, torch.zeros(1, 1, dtype=torch.long), 3, graph=True)]) == 3
+        assert words in err.getvalue() and err.getvalue().count("\n") == 1
 
 
 def test_several_samples(trained):
