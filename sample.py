@@ -183,10 +183,11 @@ class Decoder:
         self.sampling, weight = (temperature, top_k, top_p, min_p), model.embed.weight
         zeros = partial(torch.zeros, dtype=torch.long, device=weight.device)
         self.position, self.ids = zeros(()), zeros(rows, model.block_size + 1) # the window, a token beyond it
-        self.noise = widen(weight.new_empty(rows, model.config.vocab_size)) if temperature else None
-        options = self.OPTIONS if weight.is_cuda else None
-        self.run = torch.compile(self.step, dynamic=False, options=options) if compile else self.step
-        self.captures, self.graphs = weight.is_cuda, {}
+        self.noise = widen(weight.new_ones(rows, model.config.vocab_size))
+        self.random = [self.noise.exponential_] if temperature else [] # drawn anew before each step
+        self.compiled = partial(torch.compile, dynamic=False, options=self.OPTIONS if weight.is_cuda else None)
+        self.compiled = self.compiled if compile else lambda step: step
+        self.run, self.captures, self.graphs = self.compiled(self.step), weight.is_cuda, {}
 
     @staticmethod
     def takes(model: GPT, use_cache: bool = True, watch: Callable | None = None) -> bool:
@@ -205,60 +206,72 @@ class Decoder:
         self.cache.length = self.position
         h = self.model.trunk(self.ids.index_select(1, at), self.cache) # (B, 1, C)
         p = self.model.logits(h)[:, -1] # (B, V)
-        if self.noise is not None: # the winner of this race is what torch.multinomial draws from the noise
+        if self.sampling[0]: # the winner of this race is what torch.multinomial draws from the noise
             p = distribution(p, *self.sampling) / self.noise
         self.position += 1
         self.ids.index_copy_(1, at, p.argmax(-1, keepdim=True))
 
-    def prepare(self, position: int, count: int) -> Callable:
-        """What to call for each of `count` steps from this position."""
-        places = self.cache.front + position + count
+    def launch(self, run: Callable, position: int, count: int, width: int = 1):
+        """`count` steps from this position, each of which writes at most `width` tokens."""
+        places = self.cache.front + position + count * width
         most = self.cache.front + self.cache.capacity
         S = self.cache.bucket = min(most, max(self.SHORTEST, 2 ** (places - 1).bit_length()))
-        if not self.captures:
-            return self.run
-        if S not in self.graphs:
-            with torch.cuda.device_of(self.ids):
-                self.graphs[S] = self.capture(position)
-        return self.graphs[S].replay
+        if self.captures:
+            if (run, S) not in self.graphs:
+                with torch.cuda.device_of(self.ids):
+                    self.graphs[run, S] = self.capture(run)
+            run = self.graphs[run, S].replay
+        for _ in range(count):
+            for draw_anew in self.random:
+                draw_anew(generator=self.generator)
+            run()
 
-    def capture(self, position):
-        """The graph of a step. Steps before it let Triton compile and cuBLAS allocate; each starts anew."""
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    def state(self):
+        """What a step reads from the step before, beside the places of cache and ids before its position."""
+        return [self.position]
+
+    def capture(self, run):
+        """The graph of a step. Steps before it let Triton compile and cuBLAS allocate; none of them counts."""
+        side, graph, state = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [t.clone() for t in self.state()]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self.run()
-                self.position.fill_(position)
+                run()
+                for tensor, value in zip(self.state(), state):
+                    tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
-            self.run()
+            run()
         return graph
+
+    def write(self, n, most):
+        """Launches steps behind the n tokens of the window -> how many tokens they write."""
+        count = min(self.AHEAD, self.model.block_size + 1 - n, most)
+        self.launch(self.run, n - 1, count)
+        return count
+
+    def refill(self, window):
+        """Fills the cache with all tokens but the newest -> their h (B, T - 1, C), or None."""
+        self.cache.length = self.cache.bucket = 0
+        return self.model.trunk(window[:, :-1], self.cache) if window.size(1) > 1 else None
 
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
         """Yields max_new_tokens tensors (B, 1), on the CPU. idx (B, T): the prompt."""
         check_sampling(idx, *self.sampling, max_new_tokens)
-        L, ids, cache = self.model.block_size, self.ids, self.cache
-        window = idx[:, window_start(idx.size(1), L) :]
+        L, window = self.model.block_size, idx[:, window_start(idx.size(1), self.model.block_size) :]
         with evaluating(self.model):
             while max_new_tokens > 0: # once for each window
                 n = window.size(1) # tokens there are
-                ids[:, :n] = window
-                cache.length = cache.bucket = 0
-                if n > 1:
-                    self.model.trunk(window[:, :-1], cache)
+                self.ids[:, :n] = window
+                self.refill(window)
                 self.position.fill_(n - 1)
                 while n <= L and max_new_tokens > 0:
-                    count = min(self.AHEAD, L + 1 - n, max_new_tokens)
-                    step = self.prepare(n - 1, count)
-                    for _ in range(count):
-                        if self.noise is not None:
-                            self.noise.exponential_(generator=self.generator)
-                        step()
-                    yield from ids[:, n : n + count].to("cpu", copy=True).split(1, dim=1)
+                    count = self.write(n, max_new_tokens)
+                    new = self.ids[:, n : n + min(count, max_new_tokens)].to("cpu", copy=True)
+                    yield from new.split(1, dim=1)
                     n, max_new_tokens = n + count, max_new_tokens - count
-                window = ids[:, window_start(n, L) :].clone()
+                window = self.ids[:, window_start(n, L) : n].clone()
 
 
 def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
@@ -523,6 +536,67 @@ class Speculation:
         return f"{self.tokens / max(1, self.forwards) / len(self.rows):.2f} tokens per forward, {rate}"
 
 
+class DraftingDecoder(Decoder):
+    """Speculation in steps of fixed shape, for one row: n drafts of the Ahead cell and the forward that judges
+    them are one graph. Every step drafts n tokens, but for the last ones of a window, which have no room.
+    """
+    STEPS = 4 # launched before their tokens are read
+
+    def __init__(self, model: GPT, rows: int = 1, *sampling, **how): # rows must be 1; sampling, how: Decoder's
+        super().__init__(model, rows, *sampling, **how)
+        self.n, weight = min(model.config.n_ahead, model.block_size - 1), model.embed.weight
+        self.h = weight.new_zeros(1, weight.size(1)) # (1, C) the trunk's output at the last token in the cache
+        self.races = self.noise.repeat(self.n + 1, 1) # (n+1, V) each draft's, and the last token's
+        self.u = self.races.new_full((1, self.n), 0.5)
+        self.random += [self.races.exponential_, self.u.uniform_] if self.random else []
+        self.run_drafts = self.compiled(self.draft_and_judge)
+        self.forwards = self.tokens = self.timed = 0
+        self.seconds = 0.0
+
+    def state(self):
+        return [self.position, self.h]
+
+    def draft_and_judge(self):
+        model, at, sampling = self.model, self.position[None], self.sampling
+        last = self.ids.index_select(1, at) # (1, 1)
+        s, x, drafts, q = self.h, last[:, 0], [], []
+        for race in self.races[:-1]:
+            s = model.extras["ahead"](s, F.embedding(x, model.embed.weight)) # (1, C)
+            q.append(distribution(model.logits(s), *sampling)) # (1, V)
+            drafts.append(x := (q[-1] / race).argmax(-1)) # (1,)
+        drafts, q = torch.stack(drafts, dim=1), torch.stack(q, dim=1) # (1, n), (1, n, V)
+        self.cache.length = self.position
+        h = model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (1, n+1, C)
+        keep, rest = judge(distribution(model.logits(h), *sampling), q, drafts)
+        kept = (self.u < keep).cumprod(1).sum(1) # (1,): drafts before the first rejection
+        token = (rest.index_select(1, kept) / self.races[-1]).argmax(-1) # (1, 1)
+        wrote = F.pad(drafts, (0, 1)).index_copy(1, kept, token) # (1, n+1), of which kept + 1 count
+        self.ids.index_copy_(1, at + 1 + torch.arange(self.n + 1, device=at.device), wrote)
+        self.h.copy_(h.index_select(1, kept)[:, 0])
+        self.position += kept[0] + 1
+
+    def write(self, n, most):
+        room = self.model.block_size + 1 - n
+        count = min(self.STEPS, room // (self.n + 1), -(-most // (self.n + 1)))
+        if not count:
+            return super().write(n, min(room, most))
+        graphs, began = len(self.graphs), time.perf_counter()
+        self.launch(self.run_drafts, n - 1, count, self.n + 1)
+        wrote = self.position.item() + 1 - n
+        if self.forwards and len(self.graphs) == graphs: # a capture is no part of the speed
+            self.seconds, self.timed = self.seconds + time.perf_counter() - began, self.timed + wrote
+        self.forwards, self.tokens = self.forwards + count, self.tokens + wrote
+        return wrote
+
+    def refill(self, window):
+        h = super().refill(window)
+        self.h.zero_() if h is None else self.h.copy_(h[:, -1]) # any h gives valid drafts
+
+    def __str__(self):
+        mean = self.tokens / max(1, self.forwards)
+        return f"{mean:.2f} tokens per forward, {max(0, mean - 1) / self.n:.0%} of the drafts kept"
+
+
 # --- the command line ---------------------------------------------------------------------------------------
 
 ADJUSTABLE = ["temperature", "top_k", "top_p", "min_p", "max_new_tokens"] # at the prompt
@@ -616,26 +690,41 @@ def show(pairs):
     return len(written)
 
 
-@lru_cache(1) # a conversation captures its graphs once, and anew where it changes how tokens are drawn
-def decoder(rows, *sampling):
-    return Decoder(model, rows, *sampling, generator, compile=decode == "compiled")
+@lru_cache(2) # a conversation captures its graphs once, and anew where it changes how tokens are drawn
+def decoder(kind, *sampling):
+    return kind(model, num_samples, *sampling, generator=generator, compile=decode == "compiled")
+
+
+def graphs_wanted(watch=None):
+    wanted = decode in ("graph", "compiled") or decode == "auto" and device.startswith("cuda")
+    return wanted and Decoder.takes(model, watch=watch)
 
 
 def plain_tokens(ids, count, watch=None):
     """stream's tokens, in the way that `decode` asks for."""
     sampling = temperature, top_k, top_p, min_p
-    wanted = decode in ("graph", "compiled") or decode == "auto" and device.startswith("cuda")
-    if wanted and Decoder.takes(model, watch=watch):
-        return decoder(len(ids), *sampling).stream(ids, count)
+    if graphs_wanted(watch):
+        return decoder(Decoder, *sampling).stream(ids, count)
     return stream(model, ids, count, *sampling, generator, watch=watch)
+
+
+def speculation(ids):
+    """What writes with --speculative."""
+    sampling = temperature, top_k, top_p, min_p
+    if num_samples == 1 and draft != "ngram" and "ahead" in model.extras and graphs_wanted():
+        return decoder(DraftingDecoder, *sampling)
+    return Speculation(model, ids, *sampling, generator, draft)
 
 
 def continue_one(ids, writer):
     """Streams one continuation as it is drawn."""
     scores = [0.0] # the last one is of the newest token; without watch it stays 0
     watch = (lambda *last: scores.append(model.uncertainty(*last).item())) if uncertainty else None
-    plain = plain_tokens(ids, max_new_tokens, watch)
-    tokens = itertools.islice(writer, max_new_tokens) if writer else (token.item() for token in plain)
+    if isinstance(writer, Speculation):
+        tokens = itertools.islice(writer, max_new_tokens)
+    else:
+        drawn = writer.stream(ids, max_new_tokens) if writer else plain_tokens(ids, max_new_tokens, watch)
+        tokens = (token.item() for token in drawn)
     return show((token, scores[-1]) for token in tokens)
 
 
@@ -662,8 +751,7 @@ def answer(text):
     ids = encode(text).expand(num_samples, -1)
     with user_errors():
         check_sampling(ids, temperature, top_k, top_p, min_p, max_new_tokens)
-        how = temperature, top_k, top_p, min_p, generator, draft
-        writer = Speculation(model, ids, *how) if speculative else None
+        writer = speculation(ids) if speculative else None
     print(safe(text), end=lines, flush=True)
     began = time.perf_counter()
     count = (continue_one if num_samples == 1 else continue_many)(ids, writer)

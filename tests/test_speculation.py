@@ -12,7 +12,7 @@ import torch
 import model as M
 import sample as S
 from model import GPT, GPTConfig
-from sample import Speculation, draw, judge
+from sample import DraftingDecoder, Speculation, draw, judge
 
 ATTENTION = [dict(attention="mha"), dict(attention="mha", n_kv_head=1), dict(attention="mla"),
              dict(attention="diff", diff_form="v1"), dict(attention="diff"),
@@ -270,6 +270,87 @@ def test_drafts_are_kept_as_often_as_theory_says(monkeypatch):
     for _ in range(60):
         writer.step()
     assert writer.kept / writer.drafted == pytest.approx(sum(want) / len(want), abs=0.02)
+
+
+# --- in steps of fixed shape ---
+
+
+@pytest.mark.parametrize("change", [
+    *ATTENTION, dict(residual="mhc"), dict(block_size=2, n_ahead=1),
+    dict(thought_tokens=2, position="learned", logit_softcap=5.0)], ids=str)
+def test_steps_of_fixed_shape_write_the_same_greedy_text(change, monkeypatch):
+    """Through all S, window moves, and the plain steps at a window's end."""
+    monkeypatch.setattr(S.Decoder, "SHORTEST", 4)
+    model = build(**{"vocab_size": 4, "block_size": 32, **change})
+    for T in (1, 40):
+        idx = torch.randint(4, (1, T))
+        writer = DraftingDecoder(model, 1, 0.0)
+        text = torch.cat([idx, *writer.stream(idx, 90)], dim=1)
+        assert torch.equal(text, model.generate(idx, 90, temperature=0)) and (T > 1 or writer.forwards)
+
+
+def test_a_step_of_fixed_shape_follows_the_naive_rule():
+    """Its drafts and the tokens that it keeps are those of naive_judge for the random numbers it drew."""
+    model, n, lengths = build(scale=0.15, vocab_size=6, n_ahead=3), 3, Counter()
+    how = 1.3, 0, 0.9 # temperature, top_k, top_p
+    idx = torch.randint(6, (1, 5))
+    for seed in range(30):
+        writer = DraftingDecoder(model, 1, *how, generator=torch.Generator().manual_seed(seed))
+        writer.STEPS = 1
+        next(writer.stream(idx, 8)) # one step
+        wrote = writer.ids[0, 5 : 5 + writer.tokens].tolist()
+        with torch.no_grad():
+            s, x, drafts, q = model.trunk(idx[:, :-1])[:, -1], idx[:, -1], [], []
+            for race in writer.races[:n]:
+                s = model.extras["ahead"](s, model.embed(x))
+                q.append(S.distribution(model.logits(s), *how)[0])
+                x = (q[-1] / race).argmax()[None]
+                drafts.append(x.item())
+            h = model.trunk(torch.tensor([idx[0].tolist() + drafts]))[0, 4:]
+            p = S.distribution(model.logits(h), *how) # (n + 1, V)
+        want = []
+        for i in range(n):
+            want.append(S.naive_judge(p[i], q[i], drafts[i], writer.u[0, i],
+                                      lambda rest: (rest / writer.races[n]).argmax().item()))
+            if want[-1] != drafts[i]:
+                break
+        else:
+            want.append((p[n] / writer.races[n]).argmax().item())
+        assert wrote == want
+        lengths[len(want)] += 1
+    assert len(lengths) == n + 1 # every number of kept drafts occurred
+
+
+def test_a_drafting_step_compiles_without_a_break():
+    model, graphs = build(attention="diff_mla"), []
+    torch._dynamo.reset()
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    idx = torch.randint(17, (1, 3))
+    texts = []
+    for compiled in (False, True):
+        writer = DraftingDecoder(model, 1, 1.0, generator=torch.Generator().manual_seed(1))
+        if compiled:
+            writer.run_drafts = torch.compile(writer.draft_and_judge, backend=keep, dynamic=False)
+        texts.append(torch.cat([*writer.stream(idx, 12)], dim=1))
+    assert torch.equal(*texts) and len(graphs) == 1
+    assert not any(node.target == "item" for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", (False, True))
+def test_drafts_in_a_graph_on_a_gpu_write_the_same_greedy_text(compile, monkeypatch):
+    monkeypatch.setattr(S.Decoder, "SHORTEST", 8)
+    monkeypatch.setattr(S.Decoder, "OPTIONS", {})
+    torch._dynamo.reset()
+    model = build(attention="diff_mla", vocab_size=4, block_size=32).float().cuda()
+    idx = torch.randint(4, (1, 5), device="cuda")
+    writer = DraftingDecoder(model, 1, 0.0, compile=compile)
+    text = torch.cat([*writer.stream(idx, 90)], dim=1)
+    assert torch.equal(text, model.generate(idx, 90, temperature=0)[:, 5:].cpu()) and writer.forwards
 
 
 # --- what it does beside ---
