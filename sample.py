@@ -127,7 +127,8 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
            compile: bool = False) -> Iterator[torch.Tensor]:
     """Yields max_new_tokens tensors (B, 1), each drawn given all tokens before it. idx (B, T): the prompt.
     watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each token is drawn from.
-    graph: by a Decoder, which makes CUDA many times as fast; where it cannot, that is said. compile: see there.
+    graph: let a Decoder write, which is many times as fast on CUDA; it prints why, where it cannot. compile:
+    see Decoder.
     """
     check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
     if graph and Decoder.takes(model, use_cache, watch):
@@ -185,9 +186,9 @@ class Decoder:
         self.position, self.ids = zeros(()), zeros(rows, model.block_size + 1) # the window, a token beyond it
         self.noise = widen(weight.new_ones(rows, model.config.vocab_size))
         self.random = [self.noise.exponential_] if temperature else [] # drawn anew before each step
-        self.compiled = partial(torch.compile, dynamic=False, options=self.OPTIONS if weight.is_cuda else None)
-        self.compiled = self.compiled if compile else lambda step: step
-        self.run, self.captures, self.graphs = self.compiled(self.step), weight.is_cuda, {}
+        options = self.OPTIONS if weight.is_cuda else None
+        self.fused = partial(torch.compile, dynamic=False, options=options) if compile else lambda step: step
+        self.run, self.captures, self.graphs = self.fused(self.step), weight.is_cuda, {}
 
     @staticmethod
     def takes(model: GPT, use_cache: bool = True, watch: Callable | None = None) -> bool:
@@ -231,7 +232,7 @@ class Decoder:
         return [self.position]
 
     def capture(self, run):
-        """The graph of a step. Steps before it let Triton compile and cuBLAS allocate; none of them counts."""
+        """The graph of a step. Before it, steps that do not count let Triton compile and cuBLAS allocate."""
         side, graph, state = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [t.clone() for t in self.state()]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -537,19 +538,19 @@ class Speculation:
 
 
 class DraftingDecoder(Decoder):
-    """Speculation in steps of fixed shape, for one row: n drafts of the Ahead cell and the forward that judges
-    them are one graph. Every step drafts n tokens, but for the last ones of a window, which have no room.
+    """Speculation in steps of fixed shape, for one row. n drafts of the Ahead cell, and the forward that judges
+    them, are one graph. The last tokens of a window, which have no room for n drafts, are written one by one.
     """
     STEPS = 4 # launched before their tokens are read
 
-    def __init__(self, model: GPT, rows: int = 1, *sampling, **how): # rows must be 1; sampling, how: Decoder's
+    def __init__(self, model: GPT, rows: int = 1, *sampling, **how): # as Decoder; rows is 1
         super().__init__(model, rows, *sampling, **how)
         self.n, weight = min(model.config.n_ahead, model.block_size - 1), model.embed.weight
-        self.h = weight.new_zeros(1, weight.size(1)) # (1, C) the trunk's output at the last token in the cache
+        self.h = weight.new_zeros(1, weight.size(1)) # the trunk's output at the last token in the cache
         self.races = self.noise.repeat(self.n + 1, 1) # (n+1, V) each draft's, and the last token's
         self.u = self.races.new_full((1, self.n), 0.5)
         self.random += [self.races.exponential_, self.u.uniform_] if self.random else []
-        self.run_drafts = self.compiled(self.draft_and_judge)
+        self.run_drafts = self.fused(self.draft_and_judge)
         self.forwards = self.tokens = self.timed = 0
         self.seconds = 0.0
 
@@ -594,7 +595,7 @@ class DraftingDecoder(Decoder):
 
     def __str__(self):
         mean = self.tokens / max(1, self.forwards)
-        return f"{mean:.2f} tokens per forward, {max(0, mean - 1) / self.n:.0%} of the drafts kept"
+        return f"{mean:.2f} tokens per forward, {max(0, mean - 1) / self.n:.0%} of drafts kept"
 
 
 # --- the command line ---------------------------------------------------------------------------------------

@@ -312,12 +312,13 @@ def text(model, idx, length, temperature, **how):
 
 @every_row
 def test_steps_of_fixed_shape_write_the_same_text(row, monkeypatch):
-    """Greedy, and drawn from one seed. S grows from 4 to all places; the window moves; the prompt is longer."""
+    """Greedy, and drawn from one seed; S grows, the window moves, a prompt is longer than block_size."""
     monkeypatch.setattr(Decoder, "SHORTEST", 4)
     model = build(row, 0.15).double()
     for temperature, T in ((0, 1), (1.0, 20)):
         idx = tokens(model, 2, T)
-        plain, fixed = (text(model, idx, 30, temperature, top_k=20, top_p=0.9, graph=on) for on in (False, True))
+        how = dict(temperature=temperature, top_k=20, top_p=0.9)
+        plain, fixed = (text(model, idx, 30, **how, graph=on) for on in (False, True))
         assert torch.equal(plain, fixed) and fixed.shape == (2, 30)
 
 

@@ -175,10 +175,12 @@ def test_a_damaged_best_is_said_and_the_newest_is_used(trained, tmp_path):
 @pytest.mark.parametrize("draft", ["ahead", "ngram"])
 def test_speculative_text_is_the_same(trained, draft):
     flags = ["--start=to be", "--max_new_tokens=60", "--temperature=0"]
-    plain, ours = (sample(trained, *flags, *more) for more in ([], ["--speculative", f"--draft={draft}"]))
-    assert ours.stdout == plain.stdout and ours.stdout.startswith("to be")
-    assert all(words in ours.stderr
-               for words in ("tokens per forward", "drafts kept", "plain cached decoding"))
+    plain = sample(trained, *flags).stdout
+    for decode in ("eager", "graph"):
+        ours = sample(trained, *flags, "--speculative", f"--draft={draft}", f"--decode={decode}")
+        assert ours.stdout == plain and plain.startswith("to be")
+        for words in ("tokens per forward", "drafts kept", "times as fast as plain cached decoding"):
+            assert words in ours.stderr
 
 
 def test_speculative_samples_of_several_rows(trained):

@@ -292,7 +292,7 @@ def test_steps_of_fixed_shape_write_the_same_greedy_text(change, monkeypatch):
 def test_a_step_of_fixed_shape_follows_the_naive_rule():
     """Its drafts and the tokens that it keeps are those of naive_judge for the random numbers it drew."""
     model, n, lengths = build(scale=0.15, vocab_size=6, n_ahead=3), 3, Counter()
-    how = 1.3, 0, 0.9 # temperature, top_k, top_p
+    how = 3.0, 0, 0.9 # temperature, top_k, top_p
     idx = torch.randint(6, (1, 5))
     for seed in range(30):
         writer = DraftingDecoder(model, 1, *how, generator=torch.Generator().manual_seed(seed))
