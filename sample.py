@@ -1,7 +1,8 @@
 """All decoding of nanoSLM, and the command line that writes text from a checkpoint of train.py.
 
 From Python, use GPT.generate of model.py, or stream and Speculation below, which give tokens as they come.
-Read distribution and stream first, then naive_judge, on which speculative decoding rests.
+Read distribution and stream first, then Decoder, by which a GPU writes the tokens of stream, and naive_judge,
+on which speculative decoding rests.
 
   python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:"
   python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95     the newest run below out
