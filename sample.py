@@ -539,8 +539,8 @@ class Speculation:
 
 
 class DraftingDecoder(Decoder):
-    """Speculation in steps of fixed shape, for one row. n drafts of the Ahead cell, and the forward that judges
-    them, are one graph. The last tokens of a window, which have no room for n drafts, are written one by one.
+    """Speculation in steps of fixed shape, for one row: one graph drafts n tokens by the Ahead cell and judges
+    them. Tokens at the end of a window, where n drafts have no room, are written one by one.
     """
     STEPS = 4 # launched before their tokens are read
 
@@ -560,7 +560,7 @@ class DraftingDecoder(Decoder):
 
     def draft_and_judge(self):
         model, at, sampling = self.model, self.position[None], self.sampling
-        last = self.ids.index_select(1, at) # (1, 1)
+        last = self.ids.index_select(1, at) # (1, 1), not yet in the cache
         s, x, drafts, q = self.h, last[:, 0], [], []
         for race in self.races[:-1]:
             s = model.extras["ahead"](s, F.embedding(x, model.embed.weight)) # (1, C)
