@@ -539,8 +539,8 @@ class Speculation:
 
 
 class DraftingDecoder(Decoder):
-    """Speculation in steps of fixed shape, for one row: one graph drafts n tokens by the Ahead cell and judges
-    them. Tokens at the end of a window, where n drafts have no room, are written one by one.
+    """Speculation in steps of fixed shape, for one row: a graph drafts n tokens by the Ahead cell and judges
+    them. At the end of a window, where n drafts have no room, tokens are written one by one.
     """
     STEPS = 4 # launched before their tokens are read
 
