@@ -758,8 +758,8 @@ def gpu_decode() -> Iterator[dict]:
                 arms[way] = partial(lambda text: list(itertools.islice(text, new)), text)
             first = next(iter(arms))
             for way, (median, ratio, low, high) in in_turn(arms, 1, turns).items():
-                yield row(f"{label}, {way}", B * new / median, "tokens/s", first, 1 / ratio, 1 / high, 1 / low,
-                          digits=0, bound=B * 1e9 * copy / read)
+                yield row(f"{label}, {way}", B * new / median, "tokens/s", first, 1 / ratio, 1 / high,
+                          1 / low, digits=0, bound=B * 1e9 * copy / read)
 
 
 def gpu_optimizers() -> Iterator[dict]:
