@@ -153,43 +153,54 @@ def rmsnorm_reference(x, weight=None, eps=1e-6):
     return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.type_as(x), eps)
 
 
-# A program of this kernel handles one row: `tl.program_id(0)` says which. It works on a vector of BLOCK
-# numbers, the row's C rounded up to a power of two. A mask keeps the lanes beyond C from touching memory.
+# A program of this kernel handles a tile of ROWS rows: `tl.program_id(0)` says which. BLOCK is the row's C
+# rounded up to a power of two. A mask keeps the lanes beyond C, and those beyond the last row, from memory.
 @jit
-def rmsnorm_forward_kernel(p_x, p_w, p_y, C, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) # 64 bits: row * C may pass 2^31
+def rmsnorm_forward_kernel(p_x, p_w, p_y, rows, C, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS) # 64 bits: row * C may pass 2^31
     i_c = tl.arange(0, BLOCK)
-    inside = i_c < C
-    x = tl.load(p_x + row * C + i_c, mask=inside, other=0.0).to(tl.float32) # lanes beyond C add 0 to the sum
-    y = x / tl.sqrt(tl.sum(x * x, axis=0) / C + eps) # (BLOCK,)
-    if p_w is not None: # Triton compiles None as a constant, so this branch is then not there
-        y = y * tl.load(p_w + i_c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_y + row * C + i_c, y.to(p_y.dtype.element_ty), mask=inside)
+    at, inside = row[:, None] * C + i_c[None, :], (row < rows)[:, None] & (i_c < C)[None, :] # (ROWS, BLOCK)
+    x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # lanes beyond C add 0 to the sum
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps) # (ROWS,)
+    y = x * r[:, None]
+    if p_w is not None: # Triton compiles None as a constant: without weights this branch is not there
+        y = y * tl.load(p_w + i_c, mask=i_c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=inside)
 
 
-# The gradient of w is a sum over all rows. Each program adds up ROWS of them in registers and stores its own
-# partial sum; PyTorch adds those up in one order. Atomic additions would give other bits in every run.
+# The gradient of w is a sum over all rows. Each program walks through many tiles, adds up its part in
+# registers and stores it once; PyTorch adds those parts up in one order. Atomic additions would give other
+# bits in every run.
 @jit
 def rmsnorm_backward_kernel(p_x, p_w, p_g, p_gx, p_sums, rows, C, eps, ROWS: tl.constexpr,
                             BLOCK: tl.constexpr):
-    block, i_c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float32) # this program's part of g_w
-    for k in range(ROWS): # one row after the other
-        row = block * ROWS + k
-        inside = (i_c < C) & (row < rows)
-        x = tl.load(p_x + row * C + i_c, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(p_g + row * C + i_c, mask=inside, other=0.0).to(tl.float32)
-        r = 1 / tl.sqrt(tl.sum(x * x, axis=0) / C + eps)
-        sums += g * x * r
-        if p_w is not None: # from here on g is w g
-            g = g * tl.load(p_w + i_c, mask=i_c < C, other=0.0).to(tl.float32)
-        g_x = r * (g - x * (r * r * tl.sum(g * x, axis=0) / C))
-        tl.store(p_gx + row * C + i_c, g_x.to(p_gx.dtype.element_ty), mask=inside)
+    i_c = tl.arange(0, BLOCK)
+    sums, w = tl.zeros((ROWS, BLOCK), tl.float32), 1.0 # sums: this program's part of g_w
     if p_w is not None:
-        tl.store(p_sums + block * C + i_c, sums, mask=i_c < C)
+        w = tl.load(p_w + i_c, mask=i_c < C, other=0.0).to(tl.float32)[None, :]
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        at, inside = row[:, None] * C + i_c[None, :], (row < rows)[:, None] & (i_c < C)[None, :]
+        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(p_g + at, mask=inside, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)[:, None] # (ROWS, 1)
+        sums += g * (x * r)
+        g = g * w
+        g_x = r * (g - x * (r * r * (tl.sum(g * x, axis=1)[:, None] / C)))
+        tl.store(p_gx + at, g_x.to(p_gx.dtype.element_ty), mask=inside)
+    if p_w is not None:
+        tl.store(p_sums + tl.program_id(0) * C + i_c, tl.sum(sums, axis=0), mask=i_c < C)
 
 
-ROWS = 16 # rows whose part of g_w is summed together
+def rmsnorm_tile(C, numbers):
+    """The tile of so many numbers: few rows of a large C, many of a small one. A thread holds numbers / 128."""
+    BLOCK = triton.next_power_of_2(C)
+    return {"ROWS": max(1, numbers // BLOCK), "BLOCK": BLOCK,
+            "num_warps": min(32, max(4, 4 * BLOCK // numbers))}
+
+
+ROWS = 16 # rows whose part of g_w is summed together in C
+PROGRAMS = 512 # parts of g_w in Triton. All run at once: 132 multiprocessors of an H100 hold 4 each
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -204,7 +215,9 @@ class RMSNormFunction(torch.autograd.Function):
             c_library(0).rmsnorm_forward(threads(x.numel()), rows, C, eps, *addresses(x, weight, y))
         else:
             with torch.cuda.device_of(x):
-                rmsnorm_forward_kernel[(rows,)](x, weight, y, C, eps, triton.next_power_of_2(C))
+                tile = rmsnorm_tile(C, 4096)
+                programs = triton.cdiv(rows, tile["ROWS"])
+                rmsnorm_forward_kernel[(programs,)](x, weight, y, rows, C, eps, **tile)
         return y
 
     @staticmethod
@@ -214,16 +227,19 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         C, g = x.size(-1), g.contiguous()
         rows, g_x, sums = x.numel() // C, empty_as(x), None
-        blocks = -(-rows // ROWS) # programs of the backward, rounded up
+        if ctx.path == "c":
+            parts = -(-rows // ROWS) # of the sum g_w
+        else:
+            tile = rmsnorm_tile(C, 2048)
+            parts = min(PROGRAMS, triton.cdiv(rows, tile["ROWS"]))
         if weight is not None:
-            sums = torch.empty(blocks, C, dtype=torch.float32, device=x.device)
+            sums = torch.empty(parts, C, dtype=torch.float32, device=x.device)
         if ctx.path == "c":
             sizes = threads(x.numel()), rows, C, ctx.eps
             c_library(0).rmsnorm_backward(*sizes, *addresses(x, weight, g, g_x, sums))
         else:
             with torch.cuda.device_of(x):
-                rmsnorm_backward_kernel[(blocks,)](x, weight, g, g_x, sums, rows, C, ctx.eps, ROWS,
-                                                   triton.next_power_of_2(C))
+                rmsnorm_backward_kernel[(parts,)](x, weight, g, g_x, sums, rows, C, ctx.eps, **tile)
         return g_x, None if sums is None else sums.sum(0).to(weight.dtype), None, None
 
 
