@@ -298,28 +298,40 @@ def rotate_reference(x, table):
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-# x (A, B, T, P) is read where it lies, with the strides a, b and t. A rotation's transpose is
-# its inverse, so the gradient of x is g rotated by minus the angle: sign -1.
+# x (A, B, T, P) is read where it lies, with the strides a, b and t. A program rotates HEADS tiles of ROWS
+# tokens, each tile at another place of axis B, by one load of the table. It loads pairs side by side, as
+# they lie, and splits them in registers. A rotation's transpose is its inverse, so the gradient of x is g
+# rotated by minus the angle: sign -1.
 @jit
-def rotate_kernel(p_x, p_table, p_y, n, B, T, a, b, t, sign, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # pairs of y
-    row, j = i // PAIRS, 2 * (i % PAIRS) # row of x, place of the pair in it
-    p_x += row // (B * T) * a + row // T % B * b + row % T * t + j
-    p_table += row % T * (2 * PAIRS) + j
-    first = tl.load(p_x, mask=i < n, other=0.0).to(tl.float32)
-    second = tl.load(p_x + 1, mask=i < n, other=0.0).to(tl.float32)
-    cos, sin = tl.load(p_table, mask=i < n, other=0.0), sign * tl.load(p_table + 1, mask=i < n, other=0.0)
-    tl.store(p_y + 2 * i, (first * cos - second * sin).to(p_y.dtype.element_ty), mask=i < n)
-    tl.store(p_y + 2 * i + 1, (first * sin + second * cos).to(p_y.dtype.element_ty), mask=i < n)
+def rotate_kernel(p_x, p_table, p_y, B, T, a, b, t, sign, P: tl.constexpr, HEADS: tl.constexpr,
+                  ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(T, ROWS)
+    i_a, i_t = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    i_a, i_t, i_p = i_a.to(tl.int64), i_t.to(tl.int64), tl.arange(0, BLOCK)
+    inside = (i_t < T)[:, None] & (i_p < P)[None, :] # (ROWS, BLOCK)
+    table = tl.load(p_table + i_t[:, None] * P + i_p[None, :], mask=inside, other=0.0)
+    cos, sin = tl.split(tl.reshape(table, (ROWS, BLOCK // 2, 2))) # (ROWS, BLOCK/2)
+    sin = sign * sin
+    for k in tl.static_range(HEADS):
+        i_b = tl.program_id(1).to(tl.int64) * HEADS + k
+        p_from = p_x + i_a * a + i_b * b + i_t[:, None] * t + i_p[None, :]
+        x = tl.load(p_from, mask=inside & (i_b < B), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
+        y = tl.join(first * cos - second * sin, first * sin + second * cos) # (ROWS, BLOCK/2, 2)
+        p_to = p_y + ((i_a * B + i_b) * T + i_t[:, None]) * P + i_p[None, :]
+        tl.store(p_to, tl.reshape(y, (ROWS, BLOCK)).to(p_y.dtype.element_ty), mask=inside & (i_b < B))
 
 
 def rotate_triton(x, table, sign):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) # contiguous, however x lies
     x = x if x.dim() == 4 else x.reshape(-1, 1, *x.shape[-2:]) # (A, B, T, P)
-    x, pairs = x if x.stride(-1) == 1 else x.contiguous(), x.numel() // 2 # pairs lie in order
-    sizes = pairs, *x.shape[1:3], *x.stride()[:3] # n, B, T, a, b, t of the kernel
+    x = x if x.stride(-1) == 1 else x.contiguous() # pairs lie in order
+    (A, B, T, P), strides = x.shape, x.stride()[:3]
+    BLOCK = triton.next_power_of_2(P)
+    ROWS, HEADS = max(1, 2048 // BLOCK), min(4, triton.next_power_of_2(B)) # a tile of 2,048 numbers
+    grid = A * triton.cdiv(T, ROWS), triton.cdiv(B, HEADS)
     with torch.cuda.device_of(x):
-        rotate_kernel[(triton.cdiv(pairs, 512),)](x, table, y, *sizes, sign, x.size(-1) // 2, 512)
+        rotate_kernel[grid](x, table, y, B, T, *strides, sign, P, HEADS, ROWS, BLOCK)
     return y
 
 
