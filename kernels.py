@@ -193,7 +193,7 @@ def rmsnorm_backward_kernel(p_x, p_w, p_g, p_gx, p_sums, rows, C, eps, ROWS: tl.
 
 
 def rmsnorm_tile(C, numbers):
-    """The tile of so many numbers: few rows of a large C, many of a small one. A thread holds numbers / 128."""
+    """A tile of that many numbers, at least one row. Each thread holds numbers / 128 of them."""
     BLOCK = triton.next_power_of_2(C)
     return {"ROWS": max(1, numbers // BLOCK), "BLOCK": BLOCK,
             "num_warps": min(32, max(4, 4 * BLOCK // numbers))}
@@ -761,14 +761,16 @@ def streams_path(x, *others):
     return path if path != "c" or all(t.dtype == torch.float32 for t in others) else "torch"
 
 
-# A program handles one token and walks through its channels in blocks. Sums over channels stay in registers.
+# A program is one warp. It handles one token and walks through its channels in blocks, 32 numbers of x for
+# each thread at a time. Sums over streams stay within a thread and sums over channels within the warp, so no
+# thread waits at a barrier.
 @jit
 def read_forward_kernel(p_x, p_pre, p_u, C, N: tl.constexpr, BLOCK: tl.constexpr):
     t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
     pre = tl.load(p_pre + t * N + i_n).to(tl.float32)
     for start in range(0, C, BLOCK):
         i_c = start + tl.arange(0, BLOCK)
-        at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
+        at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_c < C)[None, :]
         x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
         u = tl.sum(pre[:, None] * x, axis=0) # (BLOCK,)
         tl.store(p_u + t * C + i_c, u.to(p_u.dtype.element_ty), mask=i_c < C)
@@ -781,7 +783,7 @@ def read_backward_kernel(p_x, p_pre, p_g, p_gx, p_gpre, C, N: tl.constexpr, BLOC
     g_pre = tl.zeros((N,), tl.float32) # summed over the channels
     for start in range(0, C, BLOCK):
         i_c = start + tl.arange(0, BLOCK)
-        at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
+        at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_c < C)[None, :]
         x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
         g = tl.load(p_g + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
         g_pre += tl.sum(x * g[None, :], axis=1)
@@ -789,44 +791,43 @@ def read_backward_kernel(p_x, p_pre, p_g, p_gx, p_gpre, C, N: tl.constexpr, BLOC
     tl.store(p_gpre + t * N + i_n, g_pre.to(p_gpre.dtype.element_ty))
 
 
+# Tiles are (out, in, channel) here; an operand without one of these axes has a 1 in its place. All operands
+# then share one layout of registers, and no product moves numbers between threads.
 @jit
 def write_forward_kernel(p_x, p_y, p_post, p_res, p_out, C, N: tl.constexpr, BLOCK: tl.constexpr):
-    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
-    post = tl.load(p_post + t * N + i_n).to(tl.float32)
+    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    i_out, i_in = i_n[:, None, None], i_n[None, :, None]
+    post = tl.load(p_post + t * N + i_out).to(tl.float32) # (N, 1, 1)
+    res = tl.load(p_res + t * N * N + i_out * N + i_in).to(tl.float32) # (N, N, 1)
     for start in range(0, C, BLOCK):
-        i_c = start + tl.arange(0, BLOCK)
-        y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
-        out = post[:, None] * y[None, :] # (N, BLOCK)
-        for i in range(N): # column i of res times stream i
-            column = tl.load(p_res + t * N * N + i_n * N + i).to(tl.float32) # (N,) [out]
-            x = tl.load(p_x + t * N * C + i * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
-            out += column[:, None] * x[None, :]
-        at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
-        tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=inside)
+        i_c = start + tl.arange(0, BLOCK)[None, None, :]
+        x = tl.load(p_x + t * N * C + i_in * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, N, BLOCK)
+        y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, 1, BLOCK)
+        out = tl.sum(res * x, axis=1, keep_dims=True) + post * y # (N, 1, BLOCK)
+        tl.store(p_out + t * N * C + i_out * C + i_c, out.to(p_out.dtype.element_ty), mask=i_c < C)
 
 
 @jit
 def write_backward_kernel(p_x, p_y, p_post, p_res, p_g, p_gx, p_gy, p_gpost, p_gres, C, N: tl.constexpr,
                           BLOCK: tl.constexpr):
-    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
-    i_nn = i_n[:, None] * N + i_n[None, :]
-    post = tl.load(p_post + t * N + i_n).to(tl.float32)
-    res = tl.load(p_res + t * N * N + i_nn).to(tl.float32) # [out, in]
-    g_post, g_res = tl.zeros((N,), tl.float32), tl.zeros((N, N), tl.float32)
+    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    i_out, i_in = i_n[:, None, None], i_n[None, :, None]
+    post = tl.load(p_post + t * N + i_out).to(tl.float32) # (N, 1, 1)
+    res = tl.load(p_res + t * N * N + i_out * N + i_in).to(tl.float32) # (N, N, 1)
+    g_post, g_res = tl.zeros((N, 1, 1), tl.float32), tl.zeros((N, N, 1), tl.float32)
     for start in range(0, C, BLOCK):
-        i_c = start + tl.arange(0, BLOCK)
-        at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_n >= 0)[:, None] & (i_c < C)[None, :]
-        g = tl.load(p_g + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
-        y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
-        g_post += tl.sum(g * y[None, :], axis=1) # (N,)
-        g_res += tl.sum(g[:, None, :] * x[None, :, :], axis=2) # (N, N) from (N, N, BLOCK)
-        g_x = tl.sum(res[:, :, None] * g[:, None, :], axis=0) # (N, BLOCK): res^T g
-        tl.store(p_gx + at, g_x.to(p_gx.dtype.element_ty), mask=inside)
-        g_y = tl.sum(post[:, None] * g, axis=0) # (BLOCK,)
+        i_c = start + tl.arange(0, BLOCK)[None, None, :]
+        x = tl.load(p_x + t * N * C + i_in * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, N, BLOCK)
+        g = tl.load(p_g + t * N * C + i_out * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (N, 1, BLOCK)
+        y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, 1, BLOCK)
+        g_x = tl.sum(res * g, axis=0, keep_dims=True) # (1, N, BLOCK): res^T g
+        tl.store(p_gx + t * N * C + i_in * C + i_c, g_x.to(p_gx.dtype.element_ty), mask=i_c < C)
+        g_y = tl.sum(post * g, axis=0, keep_dims=True) # (1, 1, BLOCK)
         tl.store(p_gy + t * C + i_c, g_y.to(p_gy.dtype.element_ty), mask=i_c < C)
-    tl.store(p_gpost + t * N + i_n, g_post.to(p_gpost.dtype.element_ty))
-    tl.store(p_gres + t * N * N + i_nn, g_res.to(p_gres.dtype.element_ty))
+        g_res += tl.sum(g * x, axis=2, keep_dims=True)
+        g_post += tl.sum(g * y, axis=2, keep_dims=True)
+    tl.store(p_gpost + t * N + i_out, g_post.to(p_gpost.dtype.element_ty))
+    tl.store(p_gres + t * N * N + i_out * N + i_in, g_res.to(p_gres.dtype.element_ty))
 
 
 STREAMS_KERNELS = {"read_forward": read_forward_kernel, "read_backward": read_backward_kernel,
@@ -841,7 +842,7 @@ def streams(path, function, x, *tensors):
         getattr(c_library(N), function)(threads(x.numel()), tokens, C, *addresses(x, *tensors))
     else:
         with torch.cuda.device_of(x):
-            STREAMS_KERNELS[function][(tokens,)](x, *tensors, C, N, min(512, triton.next_power_of_2(C)))
+            STREAMS_KERNELS[function][(tokens,)](x, *tensors, C, N, 1024 // N, num_warps=1)
 
 
 class Streams(torch.autograd.Function):
