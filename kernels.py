@@ -1171,9 +1171,10 @@ def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_
 
 
 @jit
-def mhc_product_backward_kernel(p_x, p_phi, p_gz, p_factor, p_gx, p_gphi, tokens, width, COLUMNS: tl.constexpr,
-                                BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr):
-    """g_x = g_z phi + factor x, and parts of g_phi = g_z^T x: a program sums over every so many tokens."""
+def mhc_product_backward_kernel(p_x, p_phi, p_gz, p_factor, p_gx, p_gphi, tokens, width,
+                                COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+                                PADDED: tl.constexpr):
+    """g_x = g_z phi + factor x, and parts of g_phi = g_z^T x. Programs on axis 1 share the tokens."""
     i_c, i_k = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, PADDED)
     of_phi = (i_c < width)[:, None] & (i_k < COLUMNS)[None, :]
     at_phi = i_k[None, :] * width + i_c[:, None]
@@ -1192,15 +1193,8 @@ def mhc_product_backward_kernel(p_x, p_phi, p_gz, p_factor, p_gx, p_gphi, tokens
     tl.store(p_gphi + tl.program_id(1) * COLUMNS * width + at_phi, g_phi, mask=of_phi)
 
 
-def product_tile(columns):
-    """64 tokens, and 64 channels where few columns leave registers free. tl.dot takes 16 columns or more."""
-    padded = max(16, triton.next_power_of_2(columns))
-    few = padded <= 32
-    return {"COLUMNS": columns, "BLOCK": 64, "BLOCK_C": 64 if few else 32, "PADDED": padded,
-            "num_warps": 4 if few else 8, "num_stages": 3}
-
-
-PARTS = 16 # of the sum g_phi over tokens
+def padded(columns):
+    return max(16, triton.next_power_of_2(columns)) # tl.dot takes 16 columns or more
 
 
 def product(a, b):
@@ -1208,8 +1202,23 @@ def product(a, b):
     return torch.mm(a, b, out=torch.empty(a.size(0), b.size(1), dtype=a.dtype, device=a.device))
 
 
+def product_backward(x, phi, g_z, factor, path):
+    """The gradients of x (tokens, N C) and phi (2 N + N^2, N C)."""
+    (tokens, width), columns = x.shape, phi.size(0)
+    if path == "c" or columns > 32: # for Triton, the parts of 80 columns take more registers than there are
+        wide = x.float()
+        g_x = product(g_z, phi.float()).addcmul_(factor.unsqueeze(1), wide).to(x.dtype)
+        return g_x, product(g_z.t(), wide).to(phi.dtype)
+    parts = min(16, triton.cdiv(tokens, 32)) # of the sum g_phi over tokens
+    g_x, g_phi = empty_as(x), torch.empty(parts, *phi.shape, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        mhc_product_backward_kernel[(triton.cdiv(width, 64), parts)](
+            x, phi, g_z, factor, g_x, g_phi, tokens, width, columns, 32, 64, padded(columns))
+    return g_x, g_phi.sum(0).to(phi.dtype)
+
+
 class Coefficients(torch.autograd.Function):
-    """It keeps z and mean(x^2) for backward, 25 numbers per token at N = 4. C leaves large products to BLAS."""
+    """It keeps z and mean(x^2) for backward, 25 numbers per token at N = 4. C leaves products to BLAS."""
 
     @staticmethod
     def forward(ctx, h, phi, alpha, b, iters, eps, path):
@@ -1227,8 +1236,10 @@ class Coefficients(torch.autograd.Function):
             z = torch.empty(tokens, len(b), dtype=torch.float32, device=x.device)
             programs, block = tiles(tokens, N)
             with torch.cuda.device_of(x):
-                mhc_product_kernel[(triton.cdiv(tokens, 64),)](x, phi, z, square, tokens, width,
-                                                               **product_tile(len(b)))
+                # 80 columns take the registers of twice as many warps for half as many channels
+                channels, warps = (64, 4) if N < 8 else (32, 8)
+                mhc_product_kernel[(triton.cdiv(tokens, 64),)](x, phi, z, square, tokens, width, len(b), 64,
+                                                               channels, padded(len(b)), num_warps=warps)
                 mhc_forward_kernel[(programs,)](z, square, alpha, b, pre, post, res, tokens, iters, eps,
                                                 SINKHORN_EPS, N, block)
         ctx.save_for_backward(x, phi, alpha, b, z, square)
@@ -1250,17 +1261,12 @@ class Coefficients(torch.autograd.Function):
             scratch = scratch_c(N, iters)
             tensors = addresses(*inputs, g_z, factor, sums, scratch)
             c_library(N).mhc_backward(threads(), tokens, width, iters, eps, *tensors)
-            g_x, g_phi = product(g_z, phi).addcmul_(factor.unsqueeze(1), x), product(g_z.t(), x)
         else:
             scratch = torch.empty(programs * 2 * iters * block * N, dtype=torch.float32, device=x.device)
             with torch.cuda.device_of(x):
                 mhc_backward_kernel[(programs,)](*inputs, g_z, factor, sums, scratch, tokens, width, iters,
                                                  eps, SINKHORN_EPS, N, block)
-                tile, parts = product_tile(len(b)), min(PARTS, triton.cdiv(tokens, 64))
-                grid = triton.cdiv(width, tile["BLOCK_C"]), parts
-                g_x, g_phi = empty_as(x), torch.empty(parts, *phi.shape, dtype=torch.float32, device=x.device)
-                mhc_product_backward_kernel[grid](x, phi, g_z, factor, g_x, g_phi, tokens, width, **tile)
-                g_phi = g_phi.sum(0).to(phi.dtype) # (2 N + N^2, N C)
+        g_x, g_phi = product_backward(x, phi, g_z, factor, ctx.path)
         g_alpha, g_b = sums.sum(0, dtype=torch.float64).split([3, len(b)])
         return g_x.view(ctx.shape), g_phi, g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None, None
 
