@@ -1,6 +1,7 @@
 """Each kernel is compared with its own PyTorch reference in fp64.
 
-The allowed error is twice the error of the reference in fp32, never a number found by trying. Upstream
+The allowed error is twice the error of the reference in fp32, or follows from the stated errors of a GPU's
+instructions; it is never a number found by trying. Upstream
 gradients are random, because the gradient of a plain sum through rows that sum to 1 is 0, in a right kernel
 and in a wrong one.
 
@@ -8,7 +9,9 @@ The tests of Triton run here in a second process, under TRITON_INTERPRET=1, beca
 where a kernel is defined. With `pytest -m gpu` they run on the GPU.
 """
 import itertools
+import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -25,6 +28,10 @@ from model import GPT, GPTConfig
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = tuple(ACTIVATIONS)
 COUNTS = (1, 5, 63, 100, 1000)
+# Triton compiles exp to ex2.approx.ftz.f32 and / to div.full.f32, each within 2 units in the last place (PTX
+# ISA, "Floating Point Instructions"). The exact instructions that torch uses are within 1/2, so that each
+# operation of Triton's is at most 4 times as far off. The interpreter computes like torch.
+APPROXIMATE = 2 if INTERPRETED or not torch.cuda.is_available() else 4
 needs_c = pytest.mark.skipif(c_library(0) is None, reason="no C compiler")
 interpreted = pytest.mark.skipif(not INTERPRETED,
                                  reason="run by test_triton_interpreted in a process with TRITON_INTERPRET=1")
@@ -48,15 +55,15 @@ def gradients(f, tensors, dtype, g):
     return [y.detach(), *torch.autograd.grad(y, inputs, g.to(y.dtype))]
 
 
-def no_worse(ours, torchs, exact, what):
-    """The largest error of ours is at most twice the largest error of torch's.
+def no_worse(ours, torchs, exact, what, factor=2):
+    """The largest error of ours is at most twice (factor times) the largest error of torch's.
 
     ours may hold only the first few of the numbers in torchs and exact, because torch's error of a single
     number can be 0 by luck. Triton's interpreter truncates fp32 to bf16, where torch and a GPU round: there,
     each error is at most one unit in the last place of bf16.
     """
     for i, (a, b, c) in enumerate(zip(ours, torchs, exact, strict=True)):
-        allowed = 2 * (b.double() - c).abs().max() + 1e-9 * c.abs().max()
+        allowed = factor * (b.double() - c).abs().max() + 1e-9 * c.abs().max()
         if INTERPRETED and a.dtype == torch.bfloat16:
             allowed = 2**-7 * c[:len(a)].abs() + 2**-20 * c.abs().max()
         b, c = b[:len(a)], c[:len(a)]
@@ -254,7 +261,8 @@ def check_sinkhorn(path, device, n, counts, iterations, stds, dtype=torch.float3
             launches.clear()
             ours = gradients(lambda x: sinkhorn(x, iters), [x[:count]], dtype, g[:count])
             assert launches == {("sinkhorn", path): 1, ("sinkhorn backward", path): 1}
-            no_worse(ours, torchs, exact, f"{count} matrices of {n}, {iters} iterations, std {std}")
+            what = f"{count} matrices of {n}, {iters} iterations, std {std}"
+            no_worse(ours, torchs, exact, what, APPROXIMATE)
 
 
 @needs_c
@@ -340,9 +348,9 @@ def check_coefficients(path, device, N, counts, iterations, stds, dtype=torch.fl
             ours = all_gradients(function, [inputs[0][:count], *parameters], g_some)
             assert launches == {("mhc_coefficients", path): 1, ("mhc_coefficients backward", path): 1}
             what = f"{count} tokens of {N} streams, {iters} iterations, std {std}, {dtype}"
-            no_worse(ours[:4], torchs[:4], exact[:4], what)
+            no_worse(ours[:4], torchs[:4], exact[:4], what, APPROXIMATE)
             sums = all_gradients(reference, [doubles[0][:count], *doubles[1:]], g_some)[4:]
-            bounds = 2 * of_phi, *(2 * count**0.5 * error for error in of_one)
+            bounds = APPROXIMATE * of_phi, *(APPROXIMATE * count**0.5 * error for error in of_one)
             for name, a, c, bound in zip(("phi", "alpha", "b"), ours[4:], sums, bounds, strict=True):
                 error, allowed = (a.double() - c).abs(), bound + torch.finfo(a.dtype).eps * c.abs().max()
                 assert a.shape == c.shape and a.dtype == torch.float32
@@ -723,17 +731,19 @@ def check_activation(path, device, name, counts, dtype=torch.float32):
 
         inputs = [x] + [up] * gating + eps
         torchs, exact = (gradients(reference, inputs, d, g) for d in (dtype, torch.float64))
-        # eps has one gradient, a sum: rounding its terms and adding them up costs about this much of them
+        # eps has one gradient, a sum of these terms. In units of 2^-24 a term is off by 4 for ex2.approx, by
+        # 3 x^2 / 2 for three roundings of its argument, by 3 for the products, by 1 for the rounding of the
+        # result, and by 1 for each of the log2(count) additions of a tree.
         terms = g.double() * (up.double() if gating else 1) * x.double() * (-x.double().square() / 2).exp()
         for count in counts:
             launches.clear()
             ours = gradients(ours_of, [x[:count]] + [up[:count]] * gating + eps, dtype, g[:count])
             assert launches == {(what, path): 1, (what + " backward", path): 1}
             if eps:
-                some = terms[:count]
-                assert abs(ours.pop() - some.sum()) <= 2**-22 * some.square().sum().sqrt() * count**0.5
-            k = len(ours)
-            no_worse(ours, torchs[:k], exact[:k], f"{count} of {what}, std {std}, {dtype}")
+                units = 8 + 1.5 * x[:count].double().square() + math.log2(count)
+                assert abs(ours.pop() - terms[:count].sum()) <= 2**-24 * (units * terms[:count].abs()).sum()
+            k, label = len(ours), f"{count} of {what}, std {std}, {dtype}"
+            no_worse(ours, torchs[:k], exact[:k], label, APPROXIMATE)
         if gating: # side by side in one tensor: the same numbers
             F = max(k for k in (1, 7, 100) if k <= most)
             rows = most // F
@@ -845,53 +855,111 @@ def test_triton_interpreted_all():
     in_the_interpreter("by_interpreter")
 
 
+class Recorder:
+    """Stands in for a kernel and remembers its launches as what Triton would compile them for."""
+
+    def __init__(self, kernel, found):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **options):
+        names = self.kernel.arg_names
+        values = dict(zip(names, args), **{k: options.pop(k) for k in names if k in options})
+        types, constants, divisible = {}, {}, {}
+        for i, param in enumerate(self.kernel.params):
+            value = values[param.name]
+            if isinstance(value, torch.Tensor):
+                types[param.name] = NAMES_IN_TRITON[value.dtype]
+            elif param.is_constexpr or value is None or value == 1 and isinstance(value, int):
+                types[param.name], constants[(i,)] = "constexpr", value
+            else:
+                types[param.name] = "i32" if isinstance(value, int) else "fp32"
+            if types[param.name][0] == "*" or types[param.name] == "i32" and value % 16 == 0:
+                divisible[(i,)] = [["tt.divisibility", 16]] # as at a launch: the compiler may load vectors
+        key = self.kernel.__name__, str(types), str(constants), str(divisible), str(options)
+        self.found[key] = self.kernel, types, constants, divisible, options
+
+
+NAMES_IN_TRITON = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+                   torch.int64: "*i64"}
+
+
+def all_launches(monkeypatch):
+    """Each operation forward and backward on a few tokens, of the widths of real models and an odd one."""
+    found = {}
+    monkeypatch.setattr(kernels, "path_for", lambda *args, **kwargs: "triton")
+    monkeypatch.setattr(kernels, "KERNEL", "triton")
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+    for table in (vars(kernels), kernels.STREAMS_KERNELS):
+        for name, kernel in list(table.items()):
+            if isinstance(kernel, kernels.triton.JITFunction) and kernel.arg_names[0].startswith("p_"):
+                monkeypatch.setitem(table, name, Recorder(kernel, found))
+
+    def run(f, *tensors):
+        y = f(*(t.requires_grad_() for t in tensors))
+        torch.autograd.backward(y, [torch.empty_like(t) for t in (y if isinstance(y, tuple) else (y,))])
+
+    for dtype in (torch.bfloat16, torch.float32):
+        def like(*shape, dtype=dtype):
+            return torch.randn(shape, dtype=dtype)
+
+        for C in (64, 100, 768, 2048, 8192):
+            run(kernels.rmsnorm, like(32, C), like(C))
+        run(kernels.rmsnorm, like(32, 768))
+        for heads, P in ((12, 64), (1, 32), (2, 6)):
+            run(lambda x: kernels.rope(x, torch.arange(32)), like(16, heads, 32, P))
+        for name, C in itertools.product(NAMES, (768, 96)):
+            eps = [torch.tensor(0.3)] * (name == "crrelu")
+            run(lambda x, *e: activate(x, name, *e), like(32, C), *eps)
+            run(lambda x, up, *e: gated(x, up, name, *e), like(32, C), like(32, C), *eps)
+            run(lambda x, *e: kernels.gated_pair(x, name, *e), like(32, 2 * C), *eps)
+        for V in (1000, 50304):
+            run(lambda x, w: kernels.linear_cross_entropy(x, w, torch.arange(32)), like(32, 16), like(V, 16))
+        for N, C in itertools.product((2, 4, 8), (768, 100)):
+            run(sinkhorn, like(256, N, N))
+            run(kernels.read_streams, like(32, N, C), like(32, N))
+            run(kernels.write_streams, like(32, N, C), like(32, C), like(32, N), like(32, N, N))
+            columns = 2 * N + N * N
+            parameters = [like(*s, dtype=torch.float32) for s in ((columns, N * C), (3,), (columns,))]
+            run(kernels.mhc_coefficients, like(32, N, C), *parameters)
+    return list(found.values())
+
+
 @pytest.mark.deep
 @pytest.mark.skipif(INTERPRETED or kernels.triton is None, reason="needs triton's compiler")
-def test_triton_compiles(monkeypatch, tmp_path):
-    """Each kernel compiles to a binary for an H100, which needs no GPU.
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_triton_compiles(arch, monkeypatch, tmp_path):
+    """For A100, H100 and B200, which needs no GPU: no variable spills from registers, and bf16 moves in vectors.
 
-    The interpreter runs code that the compiler refuses, for instance a variable that changes its shape.
+    The interpreter runs code that the compiler refuses, for instance a variable that changes its shape. The
+    table of registers that -s shows is in bench_results/README.md.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-    def binary(kernel, *args): # "*fp32" and "i32" are types, all else constants
-        known = ("*fp32", "*bf16", "*i64", "i32", "fp32")
-        types = {k: v if v in known else "constexpr" for k, v in zip(kernel.arg_names, args, strict=True)}
-        constants = {(i,): v for i, v in enumerate(args) if types[kernel.arg_names[i]] == "constexpr"}
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-        return kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-
-    for w in (None, "*bf16"):
-        assert binary(kernels.rmsnorm_forward_kernel, "*bf16", w, "*bf16", "i32", "fp32", 512)
-        assert binary(kernels.rmsnorm_backward_kernel, "*bf16", w, "*bf16", "*bf16", w and "*fp32",
-                      *["i32"] * 2, "fp32", 16, 512)
-    for x in ("*fp32", "*bf16"):
-        assert binary(kernels.rotate_kernel, x, "*fp32", x, *["i32"] * 6, "fp32", 8, 512)
-    for z, gradient in itertools.product(("*fp32", "*bf16"), (False, True)):
-        assert binary(kernels.cross_entropy_kernel, z, "*i64", "*fp32", "i32", gradient, 4096)
-    for n in (2, 4, 8):
-        assert binary(kernels.sinkhorn_forward_kernel, *["*bf16"] * 2, *["i32"] * 2, 1e-6, n, 1024 // n**2)
-        assert binary(kernels.sinkhorn_backward_kernel, *["*fp32"] * 4, *["i32"] * 2, 1e-6, n, 1024 // n**2)
-        columns, block = 2 * n + n * n, 1024 // n**2
-        for x in ("*fp32", "*bf16"):
-            assert binary(kernels.mhc_product_kernel, x, *["*fp32"] * 3, *["i32"] * 2,
-                          columns, 32, 64, {2: 16, 4: 32, 8: 128}[n])
-            assert binary(kernels.mhc_forward_kernel, *["*fp32"] * 4, *[x] * 3, *["i32"] * 2,
-                          "fp32", 1e-6, n, block)
-            assert binary(kernels.mhc_backward_kernel, *["*fp32"] * 4, *[x] * 3, *["*fp32"] * 4, *["i32"] * 3,
-                          "fp32", 1e-6, n, block)
-        for name, many in (("read_forward", 3), ("read_backward", 5),
-                           ("write_forward", 5), ("write_backward", 9)):
-            assert binary(kernels.STREAMS_KERNELS[name], *["*bf16"] * many, "i32", n, 512)
-    for name, (up, x) in itertools.product(NAMES, ((None, "*fp32"), ("*bf16", "*bf16"))):
-        eps = "*fp32" if name == "crrelu" else None
-        assert binary(kernels.activation_forward_kernel, x, up, eps, x, "i32", 0, name, 1024)
-        assert binary(kernels.activation_forward_kernel, x, None, eps, x, "i32", 96, name, 1024)
-        assert binary(kernels.activation_backward_kernel, x, up, eps, x, x, up, eps, "i32", 0, name, 1024)
-        assert binary(kernels.activation_backward_kernel, x, None, eps, x, x, None, eps, "i32", 96,
-                      name, 1024)
+    tool = os.path.join(os.path.dirname(kernels.triton.__file__), "backends/nvidia/bin/cuobjdump")
+    names, spilled = set(), []
+    for kernel, types, constants, divisible, options in all_launches(monkeypatch):
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=divisible)
+        built = kernels.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        (tmp_path / "cubin").write_bytes(built.asm["cubin"])
+        command = [tool, "--dump-resource-usage", str(tmp_path / "cubin")]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = (int(re.search(word + r":(\d+)", usage).group(1)) for word in ("REG", "STACK"))
+        what = f"{kernel.__name__} {types.get('p_x', '')} {[*constants.values()]} {options}"
+        print(f"sm_{arch} {registers:3} registers, {stack} bytes spilled: {what}")
+        names.add(kernel.__name__)
+        spilled += [f"{stack} bytes: {what}"] * (stack > 0)
+        family = kernel.__name__.split("_")[0]
+        even = family == "rotate" and constants[(9,)] >= 32 or family in ("rmsnorm", "read", "write") and any(
+            kernel.arg_names[i] == "C" for (i,) in divisible)
+        if even and types["p_x"] == "*bf16":
+            for access in ("ld", "st"):
+                assert re.search(access + r"\.global\.v[248]\.b32", built.asm["ptx"]), what
+    assert len(names) == (ROOT / "kernels.py").read_text(encoding="utf-8").count("_kernel(p_")
+    assert not spilled, "\n".join(spilled)
 
 
 @interpreted
@@ -942,13 +1010,15 @@ def test_streams_by_interpreter(N, poisoned):
 @interpreted
 def test_rmsnorm_rows_by_interpreter(poisoned):
     use_kernel("triton")
-    check_rmsnorm("triton", "cpu", ((20, 63),)) # two programs of the backward, the second not full
+    check_rmsnorm("triton", "cpu", ((40, 63),)) # two programs of the backward, the second not full
 
 
 @interpreted
-def test_rmsnorm_by_interpreter(poisoned):
+def test_rmsnorm_by_interpreter(poisoned, monkeypatch):
     use_kernel("triton")
-    check_rmsnorm("triton", "cpu", ((100, 5), (50, 63), (70, 100)))
+    check_rmsnorm("triton", "cpu", ((100, 5), (50, 63), (3, 3000)))
+    monkeypatch.setattr(kernels, "PROGRAMS", 2) # each walks through several tiles
+    check_rmsnorm("triton", "cpu", ((100, 63), (70, 100)))
     for dtype in (torch.float16, torch.bfloat16):
         check_rmsnorm("triton", "cpu", ((70, 63),), dtype)
 
