@@ -314,7 +314,7 @@ def all_gradients(f, inputs, g):
     return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, inputs, upstream)]
 
 
-def check_coefficients(path, device, N, counts, iterations, stds, dtype=torch.float32):
+def check_coefficients(path, device, N, counts, iterations, stds, dtype=torch.float32, C=7):
     """The bounds of alpha and b come from torch's error of one token, that of phi from its error of all.
 
     The gradients of alpha and b are sums over tokens. They have few numbers, alpha's only 3, so torch's
@@ -324,7 +324,7 @@ def check_coefficients(path, device, N, counts, iterations, stds, dtype=torch.fl
     number of tokens, so torch's error over all tokens bounds it.
     """
     for iters, std in itertools.product(iterations, stds):
-        h, *parameters = (t.to(device) for t in coefficient_inputs(N, 7, 1000, std))
+        h, *parameters = (t.to(device) for t in coefficient_inputs(N, C, 1000, std))
         inputs = [h.to(dtype), *parameters]
         g = [torch.randn(1000, *s, device=device).to(dtype) for s in ((N,), (N,), (N, N))]
 
@@ -1007,6 +1007,7 @@ def test_coefficients_by_interpreter(N, poisoned, monkeypatch):
     check_coefficients("triton", "cpu", N, (1, 5, 63, 100), (1, 3), (1, 8))
     check_coefficients("triton", "cpu", N, (100,), (20,), (3,))
     check_coefficients("triton", "cpu", N, (1000,), (3,), (3,))
+    check_coefficients("triton", "cpu", N, (100,), (1,), (1,), C=48) # several blocks of channels
     for dtype in (torch.float16, torch.bfloat16):
         check_coefficients("triton", "cpu", N, (63,), (3,), (1,), dtype)
 
@@ -1058,7 +1059,7 @@ def test_rope_by_interpreter(poisoned):
 @pytest.mark.gpu
 def test_rope_gpu(poisoned):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        check_rope("triton", "cuda", ROPE_SHAPES, dtype)
+        check_rope("triton", "cuda", (*ROPE_SHAPES, (3, 12, 100, 64)), dtype)
 
 
 @interpreted
@@ -1077,14 +1078,14 @@ def test_cross_entropy_gpu(poisoned, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rmsnorm_gpu(dtype, poisoned):
-    check_rmsnorm("triton", "cuda", SHAPES, dtype)
+    check_rmsnorm("triton", "cuda", (*SHAPES, (20_000, 64), (100, 768), (5, 8192)), dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("N", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_streams_gpu(N, dtype, poisoned):
-    check_streams("triton", "cuda", N, ((1, 1), (5, 63), (63, 100), (3, 1000)), dtype)
+    check_streams("triton", "cuda", N, ((1, 1), (5, 63), (63, 100), (3, 1000), (500, 768)), dtype)
 
 
 @pytest.mark.gpu
@@ -1092,6 +1093,7 @@ def test_streams_gpu(N, dtype, poisoned):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_coefficients_gpu(N, dtype, poisoned):
     check_coefficients("triton", "cuda", N, COUNTS, (1, 3, 20), (1, 3, 8), dtype)
+    check_coefficients("triton", "cuda", N, (1000,), (3,), (1,), dtype, C=768) # vector loads
 
 
 @pytest.mark.gpu
