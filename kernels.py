@@ -907,30 +907,31 @@ def sinkhorn_reference(logits, iters=20):
     return m.to(logits.dtype)
 
 
-# A program handles a tile (BLOCK, N, N) of BLOCK matrices. The backward runs the iterations once more and
+# A program is one warp with a tile (N, BLOCK, N) of BLOCK matrices [out, matrix, in]. Triton spreads a tile
+# over threads from the last axes on, so the axis of matrices in the middle gives whole matrices to a thread
+# (parts of them at N = 8): sums need few exchanges or none. The backward runs the iterations once more and
 # keeps only the divisors, in memory, because a loop cannot index registers. It then walks back through the
 # iterates by x = y s, and reverses y = x / s by g_x = (g_y - sum(g_y * y)) / s.
 @jit
 def matrices(i_matrix, count, apart, N: tl.constexpr):
-    """Offsets and mask of a tile (BLOCK, N, N), whose matrices begin `apart` from each other."""
+    """Offsets and mask of a tile (N, BLOCK, N), whose matrices begin `apart` from each other."""
     i_n = tl.arange(0, N)
-    offsets = i_matrix[:, None, None] * apart + i_n[None, :, None] * N + i_n[None, None, :]
-    every = (i_n >= 0)[None, :, None] & (i_n >= 0)[None, None, :]
-    return offsets, (i_matrix < count)[:, None, None] & every
+    offsets = i_n[:, None, None] * N + i_matrix[None, :, None] * apart + i_n[None, None, :]
+    return offsets, (i_matrix < count)[None, :, None]
 
 
 @jit
 def softmax_out(x):
-    e = tl.exp(x - tl.max(x, axis=1)[:, None, :]) # no overflow: the largest is 1
-    return e / tl.sum(e, axis=1)[:, None, :]
+    e = tl.exp(x - tl.max(x, axis=0)[None, :, :]) # no overflow: the largest is 1
+    return e / tl.sum(e, axis=0)[None, :, :]
 
 
 @jit
 def iterate(x, iters, EPS: tl.constexpr):
-    m = softmax_out(x) + EPS # (BLOCK, N, N) [matrix, out, in]
+    m = softmax_out(x) + EPS # (N, BLOCK, N) [out, matrix, in]
     m = m / (tl.sum(m, axis=2)[:, :, None] + EPS) # rows sum to 1
     for _ in range(1, iters):
-        m = m / (tl.sum(m, axis=1)[:, None, :] + EPS) # columns, then rows again
+        m = m / (tl.sum(m, axis=0)[None, :, :] + EPS) # columns, then rows again
         m = m / (tl.sum(m, axis=2)[:, :, None] + EPS)
     return m
 
@@ -939,29 +940,31 @@ def iterate(x, iters, EPS: tl.constexpr):
 def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """The logits and the gradient of H -> the gradient of the logits."""
     p = softmax_out(x)
-    # This program's divisors (2 iters, BLOCK, N): of columns at 2 i, of rows at 2 i + 1
+    # This program's divisors (2 iters, BLOCK N): of columns (BLOCK, N) at 2 i, of rows (N, BLOCK) at 2 i + 1
     p_sums = p_scratch + tl.program_id(0).to(tl.int64) * (2 * iters * BLOCK * N)
-    p_sums += tl.arange(0, BLOCK)[:, None] * N + tl.arange(0, N)[None, :]
-    y = p + EPS # (BLOCK, N, N)
+    i_n, i_matrix = tl.arange(0, N), tl.arange(0, BLOCK)
+    at_columns = i_matrix[:, None] * N + i_n[None, :]
+    at_rows = BLOCK * N + i_n[:, None] * BLOCK + i_matrix[None, :]
+    y = p + EPS # (N, BLOCK, N)
     for i in range(iters):
         if i > 0:
-            columns = tl.sum(y, axis=1) + EPS # (BLOCK, N)
-            tl.store(p_sums + 2 * i * (BLOCK * N), columns)
-            y = y / columns[:, None, :]
-        rows = tl.sum(y, axis=2) + EPS # (BLOCK, N)
-        tl.store(p_sums + (2 * i + 1) * (BLOCK * N), rows)
+            columns = tl.sum(y, axis=0) + EPS # (BLOCK, N)
+            tl.store(p_sums + 2 * i * (BLOCK * N) + at_columns, columns)
+            y = y / columns[None, :, :]
+        rows = tl.sum(y, axis=2) + EPS # (N, BLOCK)
+        tl.store(p_sums + 2 * i * (BLOCK * N) + at_rows, rows)
         y = y / rows[:, :, None]
     tl.debug_barrier() # a thread may load what another one stored
     for j in range(iters):
         i = iters - 1 - j
-        rows = tl.load(p_sums + (2 * i + 1) * (BLOCK * N))
+        rows = tl.load(p_sums + 2 * i * (BLOCK * N) + at_rows)
         g = (g - tl.sum(g * y, axis=2)[:, :, None]) / rows[:, :, None]
         y = y * rows[:, :, None] # the iterate before this division
         if i > 0:
-            columns = tl.load(p_sums + 2 * i * (BLOCK * N))
-            g = (g - tl.sum(g * y, axis=1)[:, None, :]) / columns[:, None, :]
-            y = y * columns[:, None, :]
-    return p * (g - tl.sum(g * p, axis=1)[:, None, :]) # back through the softmax
+            columns = tl.load(p_sums + 2 * i * (BLOCK * N) + at_columns)
+            g = (g - tl.sum(g * y, axis=0)[None, :, :]) / columns[None, :, :]
+            y = y * columns[None, :, :]
+    return p * (g - tl.sum(g * p, axis=0)[None, :, :]) # back through the softmax
 
 
 @jit
@@ -984,8 +987,9 @@ def sinkhorn_backward_kernel(p_x, p_gy, p_gx, p_scratch, count, iters, EPS: tl.c
 
 
 def tiles(count, n):
-    """(number of programs, matrices of each), so that a tile holds 1,024 numbers."""
-    return -(-count // (1024 // n**2)), 1024 // n**2
+    """(number of programs, matrices of each): one a thread, but at n = 8 one for two threads."""
+    block = 32 if n < 8 else 16
+    return -(-count // block), block
 
 
 def scratch_c(n, iters):
@@ -1007,7 +1011,8 @@ class Sinkhorn(torch.autograd.Function):
         else:
             programs, block = tiles(count, n)
             with torch.cuda.device_of(x):
-                sinkhorn_forward_kernel[(programs,)](x, y, count, iters, SINKHORN_EPS, n, block)
+                sinkhorn_forward_kernel[(programs,)](x, y, count, iters, SINKHORN_EPS, n, block,
+                                                num_warps=1)
         return y
 
     @staticmethod
@@ -1025,7 +1030,7 @@ class Sinkhorn(torch.autograd.Function):
             scratch = torch.empty(programs * 2 * iters * block * n, dtype=torch.float32, device=x.device)
             with torch.cuda.device_of(x):
                 sinkhorn_backward_kernel[(programs,)](x, g, g_x, scratch, count, iters, SINKHORN_EPS, n,
-                                                      block)
+                                                      block, num_warps=1)
         return g_x, None, None
 
 
@@ -1128,9 +1133,9 @@ def mhc_forward_kernel(p_z, p_square, p_alpha, p_b, p_pre, p_post, p_res, tokens
         y, p_to = (1 + k) / (1 + tl.exp(-x)), p_pre if k == 0 else p_post
         tl.store(p_to + i_t[:, None] * N + i_n[None, :], y.to(p_to.dtype.element_ty), mask=gate)
     at, inside = matrices(i_t, tokens, COLUMNS, N)
-    z = tl.load(p_z + 2 * N + at, mask=inside, other=0.0) * r[:, None, None]
+    z = tl.load(p_z + 2 * N + at, mask=inside, other=0.0) * r[None, :, None]
     b = tl.load(p_b + 2 * N + i_n[:, None] * N + i_n[None, :]).to(tl.float32)
-    m = iterate(tl.load(p_alpha + 2).to(tl.float32) * z + b[None, :, :], iters, EPS)
+    m = iterate(tl.load(p_alpha + 2).to(tl.float32) * z + b[:, None, :], iters, EPS)
     at, inside = matrices(i_t, tokens, N * N, N)
     tl.store(p_res + at, m.to(p_res.dtype.element_ty), mask=inside)
 
@@ -1159,14 +1164,14 @@ def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_
     at, inside = matrices(i_t, tokens, N * N, N)
     g = tl.load(p_gres + at, mask=inside, other=0.0).to(tl.float32)
     at, inside = matrices(i_t, tokens, COLUMNS, N)
-    z = tl.load(p_z + 2 * N + at, mask=inside, other=0.0) * r[:, None, None]
+    z = tl.load(p_z + 2 * N + at, mask=inside, other=0.0) * r[None, :, None]
     a, i_nn = tl.load(p_alpha + 2).to(tl.float32), i_n[:, None] * N + i_n[None, :]
-    x = a * z + tl.load(p_b + 2 * N + i_nn).to(tl.float32)[None, :, :]
+    x = a * z + tl.load(p_b + 2 * N + i_nn).to(tl.float32)[:, None, :]
     g = iterate_back(x, g, p_scratch, iters, EPS, N, BLOCK)
-    dots = tl.sum(tl.sum(g * z, axis=2), axis=1) # (BLOCK,)
+    dots = tl.sum(tl.sum(g * z, axis=2), axis=0) # (BLOCK,)
     tl.store(p_sums + 2, tl.sum(dots, axis=0))
-    tl.store(p_sums + 3 + 2 * N + i_nn, tl.sum(g, axis=0))
-    tl.store(p_gz + 2 * N + at, a * g * r[:, None, None], mask=inside)
+    tl.store(p_sums + 3 + 2 * N + i_nn, tl.sum(g, axis=1))
+    tl.store(p_gz + 2 * N + at, a * g * r[None, :, None], mask=inside)
     tl.store(p_factor + i_t, -(back + a * dots) * r * r / width, mask=i_t < tokens)
 
 
@@ -1241,7 +1246,7 @@ class Coefficients(torch.autograd.Function):
                 mhc_product_kernel[(triton.cdiv(tokens, 64),)](x, phi, z, square, tokens, width, len(b), 64,
                                                                channels, padded(len(b)), num_warps=warps)
                 mhc_forward_kernel[(programs,)](z, square, alpha, b, pre, post, res, tokens, iters, eps,
-                                                SINKHORN_EPS, N, block)
+                                                SINKHORN_EPS, N, block, num_warps=1)
         ctx.save_for_backward(x, phi, alpha, b, z, square)
         ctx.shape, ctx.N, ctx.iters, ctx.eps, ctx.path = h.shape, N, iters, eps, path
         front = h.shape[:-2]
@@ -1265,7 +1270,7 @@ class Coefficients(torch.autograd.Function):
             scratch = torch.empty(programs * 2 * iters * block * N, dtype=torch.float32, device=x.device)
             with torch.cuda.device_of(x):
                 mhc_backward_kernel[(programs,)](*inputs, g_z, factor, sums, scratch, tokens, width, iters,
-                                                 eps, SINKHORN_EPS, N, block)
+                                                 eps, SINKHORN_EPS, N, block, num_warps=1)
         g_x, g_phi = product_backward(x, phi, g_z, factor, ctx.path)
         g_alpha, g_b = sums.sum(0, dtype=torch.float64).split([3, len(b)])
         return g_x.view(ctx.shape), g_phi, g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None, None
