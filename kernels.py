@@ -929,10 +929,10 @@ def softmax_out(x):
 @jit
 def iterate(x, iters, EPS: tl.constexpr):
     m = softmax_out(x) + EPS # (N, BLOCK, N) [out, matrix, in]
-    m = m / (tl.sum(m, axis=2)[:, :, None] + EPS) # rows sum to 1
+    m = m * (1 / (tl.sum(m, axis=2) + EPS))[:, :, None] # rows sum to 1; one division a row
     for _ in range(1, iters):
-        m = m / (tl.sum(m, axis=0)[None, :, :] + EPS) # columns, then rows again
-        m = m / (tl.sum(m, axis=2)[:, :, None] + EPS)
+        m = m * (1 / (tl.sum(m, axis=0) + EPS))[None, :, :] # columns, then rows again
+        m = m * (1 / (tl.sum(m, axis=2) + EPS))[:, :, None]
     return m
 
 
@@ -940,7 +940,7 @@ def iterate(x, iters, EPS: tl.constexpr):
 def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """The logits and the gradient of H -> the gradient of the logits."""
     p = softmax_out(x)
-    # This program's divisors (2 iters, BLOCK N): of columns (BLOCK, N) at 2 i, of rows (N, BLOCK) at 2 i + 1
+    # This program's divisors (2 iters, BLOCK N): for columns (BLOCK, N) at 2 i, for rows (N, BLOCK) at 2 i + 1
     p_sums = p_scratch + tl.program_id(0).to(tl.int64) * (2 * iters * BLOCK * N)
     i_n, i_matrix = tl.arange(0, N), tl.arange(0, BLOCK)
     at_columns = i_matrix[:, None] * N + i_n[None, :]
@@ -950,19 +950,19 @@ def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLO
         if i > 0:
             columns = tl.sum(y, axis=0) + EPS # (BLOCK, N)
             tl.store(p_sums + 2 * i * (BLOCK * N) + at_columns, columns)
-            y = y / columns[None, :, :]
+            y = y * (1 / columns)[None, :, :]
         rows = tl.sum(y, axis=2) + EPS # (N, BLOCK)
         tl.store(p_sums + 2 * i * (BLOCK * N) + at_rows, rows)
-        y = y / rows[:, :, None]
+        y = y * (1 / rows)[:, :, None]
     tl.debug_barrier() # a thread may load what another one stored
     for j in range(iters):
         i = iters - 1 - j
         rows = tl.load(p_sums + 2 * i * (BLOCK * N) + at_rows)
-        g = (g - tl.sum(g * y, axis=2)[:, :, None]) / rows[:, :, None]
+        g = (g - tl.sum(g * y, axis=2)[:, :, None]) * (1 / rows)[:, :, None]
         y = y * rows[:, :, None] # the iterate before this division
         if i > 0:
             columns = tl.load(p_sums + 2 * i * (BLOCK * N) + at_columns)
-            g = (g - tl.sum(g * y, axis=0)[None, :, :]) / columns[None, :, :]
+            g = (g - tl.sum(g * y, axis=0)[None, :, :]) * (1 / columns)[None, :, :]
             y = y * columns[None, :, :]
     return p * (g - tl.sum(g * p, axis=0)[None, :, :]) # back through the softmax
 

@@ -1,9 +1,8 @@
 """Each kernel is compared with its own PyTorch reference in fp64.
 
 The allowed error is twice the error of the reference in fp32, or follows from the stated errors of a GPU's
-instructions; it is never a number found by trying. Upstream
-gradients are random, because the gradient of a plain sum through rows that sum to 1 is 0, in a right kernel
-and in a wrong one.
+instructions; it is never a number found by trying. Upstream gradients are random, because the gradient of a
+plain sum through rows that sum to 1 is 0, in a right kernel and in a wrong one.
 
 The tests of Triton run here in a second process, under TRITON_INTERPRET=1, because Triton reads this variable
 where a kernel is defined. With `pytest -m gpu` they run on the GPU.
@@ -29,9 +28,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = tuple(ACTIVATIONS)
 COUNTS = (1, 5, 63, 100, 1000)
 # Triton compiles exp to ex2.approx.ftz.f32 and / to div.full.f32, each within 2 units in the last place (PTX
-# ISA, "Floating Point Instructions"). The exact instructions that torch uses are within 1/2, so that each
-# operation of Triton's is at most 4 times as far off. The interpreter computes like torch.
-APPROXIMATE = 2 if INTERPRETED or not torch.cuda.is_available() else 4
+# ISA, "Floating Point Instructions"), so that x (1 / s) is within 2 1/2. Torch's division is within 1/2, its
+# exp within 1: no operation of Triton's is more than 5 times as far off. The interpreter computes like torch.
+APPROXIMATE = 2 if INTERPRETED or not torch.cuda.is_available() else 5
 needs_c = pytest.mark.skipif(c_library(0) is None, reason="no C compiler")
 interpreted = pytest.mark.skipif(not INTERPRETED,
                                  reason="run by test_triton_interpreted in a process with TRITON_INTERPRET=1")
@@ -951,8 +950,8 @@ def test_triton_compiles(arch, monkeypatch, tmp_path):
         what = f"{kernel.__name__} {types.get('p_x', '')} {[*constants.values()]} {options}"
         print(f"sm_{arch} {registers:3} registers, {stack} bytes spilled: {what}")
         names.add(kernel.__name__)
-        # Two numbers are allowed: RMSNorm's backward in fp32 on an A100, and under triton 3.6 mhc_product in fp32
-        # at N = 2 and an odd C on an H100.
+        # Two numbers are allowed: RMSNorm's backward in fp32 on an A100 has them, and under triton 3.6
+        # mhc_product in fp32 at N = 2 and C = 100 on an H100.
         spilled += [f"{stack} bytes: {what}"] * (stack > 8)
         family = kernel.__name__.split("_")[0]
         even = family == "rotate" and constants[(9,)] >= 32 or family in ("rmsnorm", "read", "write") and any(
