@@ -940,7 +940,7 @@ def iterate(x, iters, EPS: tl.constexpr):
 def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """The logits and the gradient of H -> the gradient of the logits."""
     p = softmax_out(x)
-    # This program's divisors (2 iters, BLOCK N): for columns (BLOCK, N) at 2 i, for rows (N, BLOCK) at 2 i + 1
+    # This program's divisors (2 iters, BLOCK N): columns' (BLOCK, N) at 2 i, rows' (N, BLOCK) at 2 i + 1
     p_sums = p_scratch + tl.program_id(0).to(tl.int64) * (2 * iters * BLOCK * N)
     i_n, i_matrix = tl.arange(0, N), tl.arange(0, BLOCK)
     at_columns = i_matrix[:, None] * N + i_n[None, :]
