@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (ACTIVATIONS, activate, few_rows, gated_pair, linear_cross_entropy, mhc_coefficients,
-                     mhc_gates, read_streams, rmsnorm, rope_table, rotate, widen, write_streams)
+                     mhc_gates, pad_vocabulary, product_dtype, read_streams, rmsnorm, rope_table, rotate,
+                     widen, write_streams)
 
 
 # --- the configuration --------------------------------------------------------------------------------------
@@ -250,9 +251,7 @@ class GPT(nn.Module):
         dtype: if None, that of autocast where it is on, else that of the weights.
         """
         weight, memory = self.embed.weight, self.memory
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(weight.device.type)
-            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        dtype = dtype or product_dtype(weight)
         layouts = [block.attention.cache_layout for block in self.blocks]
         layouts += [memory.cache_layout] if memory else []
         cache = Cache(layouts, batch_size, self.block_size + spare, dtype, weight.device, self.n_thought,
@@ -1390,7 +1389,8 @@ def blend(h, deep, p):
     return torch.lerp(h, deep, p.view(*p.shape, *[1] * (h.dim() - 2)).type_as(h))
 
 
-_AHEAD_LOGITS = 2**22 # most logits of Ahead.loss held at once: 16 MB a copy, about six copies alive
+# Most logits of Ahead.loss held at once: 16 MB a copy on a CPU, 1 GB on CUDA, about six copies alive.
+_AHEAD_LOGITS, _AHEAD_LOGITS_CUDA = 2**22, 2**28
 
 
 class Ahead(nn.Module):
@@ -1437,17 +1437,20 @@ class Ahead(nn.Module):
             return h.new_zeros(())
         guesses = torch.stack(guesses, dim=2).flatten(0, 1) # (B T, n, C)
         counts = torch.stack(counts, dim=2).flatten(0, 1) # (B T, n)
-        # A few rows at a time; backward computes their logits again.
-        rows = max(1, _AHEAD_LOGITS // (self.depth * model.config.vocab_size))
+        # A few rows at a time; backward computes their logits again. The head is cast once for all of them.
+        weight = model.head.weight.detach()
+        dtype = product_dtype(weight)
+        weight = pad_vocabulary(weight, dtype) if h.is_cuda else weight.to(dtype)
+        rows = max(1, (_AHEAD_LOGITS_CUDA if h.is_cuda else _AHEAD_LOGITS) // (self.depth * len(weight)))
         parts = zip(*(t.split(rows) for t in (h.flatten(0, 1), guesses, counts)))
-        sums = [checkpoint(self.loss_of_rows, model, *part, use_reentrant=False) for part in parts]
+        sums = [checkpoint(self.loss_of_rows, model, weight, *part, use_reentrant=False) for part in parts]
         return sum(sums) / counts.sum().clamp(min=1)
 
     @staticmethod
-    def loss_of_rows(model, h, guesses, counts): # (rows, C), (rows, n, C), (rows, n) -> ()
-        weight = model.head.weight.detach()
-        want = model.cap(widen(F.linear(h.unsqueeze(1), weight))) # (rows, 1, V)
-        got = model.cap(widen(F.linear(guesses, weight))) # (rows, n, V)
+    def loss_of_rows(model, weight, h, guesses, counts): # (V or more, C), (rows, C), (rows, n, C), (rows, n)
+        V = model.config.vocab_size
+        want = model.cap(widen(F.linear(h.unsqueeze(1), weight)[..., :V])) # (rows, 1, V)
+        got = model.cap(widen(F.linear(guesses, weight)[..., :V])) # (rows, n, V)
         return -((want.softmax(-1) * got.log_softmax(-1)).sum(-1) * counts).sum()
 
     def flops(self, T): # of `depth` cells and heads and the model's head, on a quarter of the tokens

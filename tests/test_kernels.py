@@ -448,6 +448,7 @@ def check_cross_entropy(path, device, monkeypatch, shapes, dtypes=(torch.float32
     """Several chunks and one; gradients of 2, 1 and 0 inputs; ignored targets; a softcap; large logits."""
     for (rows, V, C), chunk, cap, dtype in itertools.product(shapes, (300, 10**6), (0.0, 5.0), dtypes):
         monkeypatch.setattr(kernels, "CROSS_ENTROPY_CHUNK", chunk)
+        monkeypatch.setattr(kernels, "CROSS_ENTROPY_CHUNK_CUDA", chunk)
         monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
         x, w = (torch.randn(n, C, device=device).to(dtype) for n in (rows, V))
         g, targets = torch.randn((), device=device), torch.randint(V, (rows,), device=device)
@@ -484,6 +485,18 @@ def test_cross_entropy_torch(poisoned, monkeypatch):
     check_cross_entropy("torch", "cpu", monkeypatch, CE_SHAPES, (torch.float32, torch.bfloat16))
     use_kernel("auto")
     check_cross_entropy("torch", "cpu", monkeypatch, ((5, 63, 7),), (torch.float64,))
+
+
+def test_cross_entropy_chunks_and_padding():
+    """GPT-2's vocabulary on a GPU: four chunks of 4,096 rows, each row at a multiple of 256 bytes."""
+    assert kernels.rows_of_a_chunk(16384, 50304, cuda=True) == 4096
+    assert kernels.rows_of_a_chunk(6000, 50304, cuda=True) == 3072
+    assert kernels.rows_of_a_chunk(16384, 50304, cuda=False) == 249
+    assert kernels.rows_of_a_chunk(9, 65, cuda=True) == 9
+    for V, width in ((50257, 50304), (50304, 50304), (1025, 1152), (1040, 1040), (65, 65)):
+        assert kernels.pad_vocabulary(torch.empty(V, 2, device="meta"), torch.half).shape == (width, 2)
+    w = kernels.pad_vocabulary(torch.ones(1025, 2), torch.bfloat16)
+    assert w.dtype == torch.bfloat16 and (w[:1025] == 1).all() and (w[1025:] == 0).all()
 
 
 def test_cross_entropy_edges(monkeypatch):
@@ -684,6 +697,59 @@ def test_layouts_torch(monkeypatch):
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
     use_kernel("torch")
     check_layouts("torch", "cpu")
+
+
+# --- torch.compile sees an operation on streams as one node ---
+
+
+def check_nodes(path, device, dtype=torch.float32, layouts=(lambda t: t,)):
+    """The numbers, dtypes and gradients are those of eager mode, on the path that eager mode takes. The first
+    input is in fp32, the others in dtype, as autocast mixes them.
+    """
+    for name, layout in itertools.product(("sinkhorn", "mhc_coefficients", "read_streams", "write_streams"),
+                                          layouts):
+        shapes, f = OPERATIONS[name]
+        first, *others = (layout(torch.randn(s, device=device)) for s in shapes)
+        inputs, found, paths = [first, *(t.to(dtype) for t in others)], [], []
+        torch._dynamo.reset() # it compiles one function 8 times at most
+        for call in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
+            launches.clear()
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            y = call(*leaves)
+            y = y if isinstance(y, tuple) else (y,)
+            torch.manual_seed(1)
+            grads = torch.autograd.grad(y, leaves, [torch.randn_like(t) for t in y])
+            found.append([*y, *grads])
+            paths.append(dict(launches))
+        assert paths[0] == paths[1], (name, paths)
+        assert path is None or {ran for _, ran in launches} == {path}, (name, paths)
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, msg=lambda m: f"{name}: {m}")
+
+
+@needs_c
+def test_nodes_c():
+    check_nodes("c", "cpu")
+
+
+def test_nodes_of_layouts_and_dtypes():
+    check_nodes(None, "cpu", layouts=LAYOUTS.values())
+    check_nodes(None, "cpu", torch.bfloat16) # C takes fp32 alone
+    use_kernel("torch")
+    check_nodes("torch", "cpu")
+
+
+def test_a_node_of_which_one_output_is_used():
+    h, *parameters = (t.requires_grad_() for t in coefficient_inputs(4, 6, 5))
+    torch._dynamo.reset()
+
+    def post(*inputs):
+        return kernels.mhc_coefficients(*inputs, 3)[1]
+
+    calls = post, torch.compile(post, backend="aot_eager", fullgraph=True)
+    want, got = (torch.autograd.grad(f(h, *parameters).square().sum(), (h, *parameters)) for f in calls)
+    torch.testing.assert_close(got, want)
 
 
 # --- activations: the references ---
@@ -1042,6 +1108,19 @@ def test_layouts_by_interpreter():
     check_layouts("triton", "cpu", ("strided",))
 
 
+@interpreted
+def test_nodes_by_interpreter(poisoned):
+    use_kernel("triton")
+    check_nodes("triton", "cpu")
+    check_nodes("triton", "cpu", torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nodes_gpu(dtype):
+    check_nodes("triton", "cuda", dtype)
+
+
 @pytest.mark.gpu
 def test_layouts_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
@@ -1068,10 +1147,62 @@ def test_cross_entropy_by_interpreter(poisoned, monkeypatch):
     check_cross_entropy("triton", "cpu", monkeypatch, CE_SHAPES[1:3], (torch.float16,))
 
 
+def check_padded(monkeypatch, rows, V, C, cap, device="cpu"):
+    """Autocast and a vocabulary that is padded: as near to fp64 as F.cross_entropy of F.linear."""
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_PADDED", 0)
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_CHUNK", 2 * 128)
+    x, w = torch.randn(rows, C, device=device), torch.randn(V, C, device=device)
+    g = torch.tensor(1.7, device=device)
+    assert len(kernels.pad_vocabulary(w, torch.float32)) == 128
+    targets = torch.randint(V, (rows,), device=device)
+    targets[1::3] = -1
+
+    def results(f, dtype):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.float32):
+            return gradients(lambda x, w: f(x, w, targets, cap), [x, w], dtype, g)
+
+    exact = results(kernels.linear_cross_entropy_reference, torch.float64)
+    torchs = results(kernels.linear_cross_entropy_reference, torch.float32)
+    ours = results(kernels.linear_cross_entropy, torch.float32)
+    for a, b, c in zip(ours, torchs, exact, strict=True):
+        slack = 2 * (b.double() - c).abs().max() + 2 * torch.finfo(torch.bfloat16).eps * c.abs().max()
+        assert a.shape == b.shape and a.dtype == b.dtype and ((a.double() - c).abs() <= slack).all()
+
+
+@interpreted
+def test_padded_rows_by_interpreter(poisoned, monkeypatch):
+    use_kernel("triton")
+    check_padded(monkeypatch, 5, 63, 7, 0.0)
+    check_padded(monkeypatch, 5, 127, 7, 5.0)
+
+
+@interpreted
+def test_padded_cross_entropy_by_interpreter(poisoned, monkeypatch):
+    use_kernel("triton")
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY_PADDED", 0)
+    check_cross_entropy("triton", "cpu", monkeypatch, CE_SHAPES[:4])
+
+
 @pytest.mark.gpu
 def test_cross_entropy_gpu(poisoned, monkeypatch):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    check_cross_entropy("triton", "cuda", monkeypatch, CE_SHAPES, dtypes)
+    shapes = (*CE_SHAPES, (600, 100, 5), (300, 1031, 7)) # chunks of 256 rows, and a vocabulary that is padded
+    check_cross_entropy("triton", "cuda", monkeypatch, shapes, dtypes)
+    check_padded(monkeypatch, 600, 63, 7, 5.0, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_cross_entropy_never_waits_for_the_gpu(kernel):
+    use_kernel(kernel)
+    x, w = (torch.randn(n, 64, device="cuda", requires_grad=True) for n in (5000, 5003))
+    targets = torch.randint(5003, (5000,), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.linear_cross_entropy(x, w, targets).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

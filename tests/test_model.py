@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import model as M
@@ -507,6 +508,25 @@ def test_the_loss_of_a_cell_without_targets_is_zero():
     assert list(model.eval()(idx, targets)[1]) == ["ce"] # the rest is for training
 
 
+def test_a_cell_casts_the_head_once(monkeypatch):
+    """However many pieces its loss has, and although the backward of each makes its logits again."""
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            casts.extend([args[0].shape] if func == torch.ops.aten._to_copy.default else [])
+            return func(*args, **(kwargs or {}))
+
+    model = build({"n_ahead": 3}, 0.3)
+    idx, cell = tokens(model, 8, 9), model.extras["ahead"]
+    monkeypatch.setattr(M, "_AHEAD_LOGITS", cell.depth * 29 * 4) # 4 of the 18 rows in a piece
+    h = model.trunk(idx).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        with Casts():
+            cell.loss(model, h, idx, idx, {}).backward()
+    assert casts.count(model.head.weight.shape) == 1
+
+
 def test_shapes_and_dtypes():
     model = build({})
     idx = tokens(model, 2, 9)
@@ -594,11 +614,16 @@ def test_half_precision_is_near_and_finite(change, whole):
         assert near.isfinite().all() and (near - exact).norm() < roundings * 2**-8 * exact.norm()
 
 
+RESIDUALS = (dict(residual="plain"), dict(residual="hyper"), dict(residual="mhc"),
+             dict(residual="mhc", h_res="permutations"), dict(residual="hyper", n_stream=3))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS, ids=str)
 @pytest.mark.parametrize("attention", [
     pytest.param(name, marks=() if name == "diff_mla" else deep) for name in CHOICES["attention"]])
-def test_the_model_compiles_without_a_break(attention):
+def test_the_model_compiles_without_a_break(attention, residual):
     """The graph that torch.compile sees, real rotations included, computes what the eager model does."""
-    model = build({"attention": attention, "qk_norm": True}, 0.3)
+    model = build({"attention": attention, "qk_norm": True, **residual}, 0.3)
     idx = tokens(model, 2, 16)
     torch._dynamo.reset() # it compiles a forward 8 times at most, and other files' tests have
     graphs = []
@@ -609,8 +634,13 @@ def test_the_model_compiles_without_a_break(attention):
 
     compiled = torch.compile(model, backend=keep, fullgraph=True)
     for _ in range(10): # more than torch.compile would compile again before it gives up
-        torch.testing.assert_close(compiled(idx, idx)[0], model(idx, idx)[0], atol=1e-4, rtol=1e-4)
+        (ours, loss), (logits, exact) = compiled(idx, idx), model(idx, idx)
+        torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
     assert len(graphs) == 1
+    parameters = list(model.parameters())
+    grads = (torch.autograd.grad(found["ce"], parameters) for found in (loss, exact))
+    for (name, _), a, b in zip(model.named_parameters(), *grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("attention", CHOICES["attention"])

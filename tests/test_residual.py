@@ -221,15 +221,18 @@ def test_stream_stats_of_depths_begin_anew_where_other_tokens_come():
 @pytest.mark.skipif(c_library(0) is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.deep
 @pytest.mark.parametrize("knobs", [
-    dict(residual="hyper"), dict(residual="mhc", activation="crrelu", glu=True)], ids=str)
+    dict(residual="hyper"), dict(residual="hyper", n_stream=3, gradient_checkpointing=True),
+    dict(residual="mhc", activation="crrelu", glu=True), dict(residual="mhc", h_res="permutations"),
+    dict(residual="plain")], ids=str)
 def test_compiled_gradients_are_the_eager_ones(knobs):
-    """The compiler, given the whole of hyper-connections, made others."""
+    """The compiler, given the formulas of hyper-connections, makes others."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, "n_layer": 2}, qk_norm=True, **knobs))
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     idx, found = torch.randint(29, (2, 16)), []
-    for forward in (model, torch.compile(model)):
+    torch._dynamo.reset()
+    for forward in (model, torch.compile(model, fullgraph=True)):
         model.zero_grad()
         forward(idx, idx)[1]["ce"].backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters()})
