@@ -57,7 +57,7 @@ runs = "out/shakespeare_nanogpt,out/shakespeare_mha,out/shakespeare_diffmla" # c
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
 compiled = True # kernels, step: time torch.compile too
-only = "" # step: the models whose name contains this
+only = "" # kernels, step, decode: those whose name contains this
 large = False # optimizers: also at 97.5M parameters; takes 4 GB
 save = True # write bench_results/<device>.json, and the picture of curves
 
@@ -516,6 +516,8 @@ def kernel_times() -> Iterator[dict]:
     for t in (getattr(torch, name) for name in dtype.split(",")):
         print(f"kernels: {str(t).removeprefix('torch.')}, {batch_size} x {block_size} tokens of {n_embd}")
         for label, formula, kernel, other, inputs, forward, both in kernel_cases(t):
+            if only not in label:
+                continue
             give = partial(compare, unit="GB/s", bound=copy)
             arms = {"eager": formula, **({"kernel": kernel} if kernel else {})}
             with torch.no_grad():
@@ -735,8 +737,10 @@ def gpu_decode() -> Iterator[dict]:
     copy, _ = ceilings()
     gpt2 = dict(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
     shapes = {"124M": gpt2, "350M": dict(n_layer=24, n_head=16, n_embd=1024)}
-    new, turns = 2 * Decoder.AHEAD, 3 # tokens of a turn: whole launches of the graph
+    new, turns = Decoder.AHEAD, 3 # tokens of a turn: a whole launch of the graph
     for size, attention in itertools.product(shapes, ("mha", "diff_mla")):
+        if only not in f"{size}, {attention}":
+            continue
         config = dict(n_layer=1, n_head=2, n_embd=64) if dry else shapes[size]
         model = build(**config, vocab_size=65 if dry else 50304, block_size=2048, attention=attention)
         model = model.to(torch.bfloat16).eval()
@@ -1100,7 +1104,7 @@ if __name__ == "__main__":
         raise UserError(f"dtype={strange.pop()!r} is none of bfloat16, float32")
     torch._dynamo.config.fail_on_recompile_limit_hit = True # or eager code would be timed as compiled
     if on_gpu:
-        torch.cuda.set_device(device) # events and graphs are of the current device
+        torch.cuda.set_device(torch.device(device).index or 0) # events and graphs are of the current device
         torch.set_float32_matmul_precision("high") # TF32, as train.py has it
     os.makedirs(os.path.join(HERE, "bench_results"), exist_ok=True)
     description, commit = hardware(), git_commit() # now: the results themselves will change the checkout

@@ -1,7 +1,7 @@
 # GPT-2's smallest shape, 124M parameters as in nanoGPT, with rotary positions, RMSNorm, q/k norm and ReLU^2.
 # python train.py config/gpt2_124m.py --dataset=path/to/text
-# For one GPU with 40 GB: bf16, compiled, half a million tokens a step. Without --dataset it trains on Python's
-# standard library: enough to see the speed, far too little text for this model.
+# For one GPU with 40 GB: bf16, compiled, half a million tokens a step. Without --dataset it trains on the
+# standard library of Python: enough to see the speed, far too little text for this model.
 
 out_dir = "out/gpt2_124m"
 dataset = "pystdlib"
