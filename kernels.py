@@ -1275,7 +1275,7 @@ class Coefficients(torch.autograd.Function):
             z = torch.empty(tokens, len(b), dtype=torch.float32, device=x.device)
             programs, block = tiles(tokens, N)
             with torch.cuda.device_of(x):
-                # 128 tokens share a tile of phi. 80 columns leave registers for half as many, and half the channels.
+                # 128 tokens share a tile of phi. 80 columns leave registers for half as many of each.
                 block_t, channels = (128, 64) if N < 8 else (64, 32)
                 mhc_product_kernel[(triton.cdiv(tokens, block_t),)](
                     x, phi, z, square, tokens, width, len(b), block_t, channels, padded(len(b)), num_warps=8)
