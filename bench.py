@@ -1117,5 +1117,5 @@ if __name__ == "__main__":
                 results.append(result)
         finally: # what was measured before Ctrl-C or an error stays measured
             if save:
-                keep(name, description, commit, results)
+                keep(f"{name}, {only}" if only else name, description, commit, results)
         print(json.dumps({"suite": name, "device": description, "results": results}))
