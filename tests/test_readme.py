@@ -160,10 +160,16 @@ def test_readmes_own_hook_runs(copy):
 def test_readme_names_what_exists():
     assert len(TEXT.splitlines()) <= 220
     for folder, text in ((ROOT, TEXT), (ROOT / "bench_results", RESULTS)):
-        titles = re.findall(r"^#+ (.*)", text, re.M)
-        anchors = {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
         for link in re.findall(r"\]\(([^)]+)\)", text):
-            assert link.startswith("http") or link in anchors or (folder / link).exists(), link
+            path, _, anchor = link.partition("#")
+            there = path.startswith("http") or not path or (folder / path).exists()
+            pointed_at = (folder / path).read_text(encoding="utf-8") if anchor and path else text
+            assert there and (not anchor or anchor in anchors_of(pointed_at)), link
+
+
+def anchors_of(text):
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)", text, re.M)}
 
 
 def test_the_reading_path_names_what_exists():
