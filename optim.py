@@ -34,7 +34,7 @@ from kernels import INTERPRETED, c_library, floats, integers, jit, pointers, thr
 OPTIMIZERS = ("adamw", "fadam", "adam_mini", "muon")
 FUSED = ("cuda", "cpu") # devices for which torch has AdamW as one kernel: 5 times as fast on a CPU
 LATE = ("cuda",) # devices that decide themselves whether to skip a batch, see step_where_finite
-IN_TRITON = triton and {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+IN_TRITON = {getattr(torch, t): getattr(tl, t) for t in ("float32", "bfloat16", "float16") if triton}
 CHUNK = 16384 # numbers that a program of fadam_kernel has
 BLOCK = 1024 # numbers that a program of either kernel handles at a time
 
@@ -57,12 +57,10 @@ def declarations(model: nn.Module) -> dict[nn.Parameter, Declared]:
             if not hasattr(module, "role"):
                 raise TypeError(f"{type(module).__name__} ({name}) owns parameters but declares no role; "
                                 "add `role = ...` to the class")
+            what = module.role, getattr(module, "fused", (len(p),)), getattr(module, "blocks", None)
             if p.dim() < 2 or module.role == "vector": # the bias of a Linear is a vector, its weight is not
-                declared = Declared("vector", (), (), p in beside)
-            else:
-                fused, blocks = getattr(module, "fused", (len(p),)), getattr(module, "blocks", None)
-                declared = Declared(module.role, fused, blocks, p in beside)
-            found.setdefault(p, declared) # a tied head comes after the embedding that owns its weight
+                what = "vector", (), ()
+            found.setdefault(p, Declared(*what, p in beside)) # a tied head comes after the embedding
     return {p: declared for p, declared in found.items() if p.requires_grad}
 
 
@@ -112,28 +110,43 @@ class Base(torch.optim.Optimizer):
                 self.update(params, [p.grad for p in params], group)
         return loss
 
-    def form_of(self, params: list) -> str:
-        """loop, c or triton. RuntimeError if form="c" or "triton" was asked for and cannot run."""
-        form, device, dtype = self.form, params[0].device, params[0].dtype
-        alike = all(p.device == device and p.dtype == dtype and p.is_contiguous() for p in params)
-        if form in ("auto", "triton") and alike and triton is not None and dtype in IN_TRITON and (
-                device.type == "cuda" or INTERPRETED and form == "triton"):
+    def form_of(self, params: list, able: bool = True) -> str:
+        """loop, c or triton. RuntimeError if the form that was asked for cannot run, as where able=False."""
+        form, kind, dtype = self.form, params[0].device.type, params[0].dtype
+        able = able and all(p.device == params[0].device and p.dtype == dtype and p.is_contiguous()
+                            for p in params)
+        on_gpu = kind == "cuda" or INTERPRETED and form == "triton"
+        if able and form in ("auto", "triton") and on_gpu and dtype in IN_TRITON:
             return "triton"
-        fits_c = alike and device.type == "cpu" and dtype == torch.float32
-        if form in ("auto", "c") and fits_c and c_library(0) is not None:
+        if able and form in ("auto", "c") and (kind, dtype) == ("cpu", torch.float32) and c_library(0):
             return "c"
         if form in ("c", "triton"):
-            needs = {"c": "fp32 parameters on a CPU, and a C compiler",
-                     "triton": "parameters of one dtype, at most fp32, on CUDA, and Triton"}[form]
-            raise RuntimeError(f"form={form!r} needs contiguous {needs}; use form='auto'")
+            raise RuntimeError(f"form={form!r} cannot run here; use form='auto'\nc needs contiguous fp32 "
+                               "parameters on a CPU and a compiler; triton contiguous ones of one dtype, at "
+                               "most fp32, on CUDA; FAdam needs p=0.5 for both")
         return "loop"
 
-    def skips(self, form: str) -> bool:
-        """Is this step to be left out? Loop and C ask, because they count steps on the host."""
-        return form != "triton" and self.found_inf is not None and bool(self.found_inf)
+    def run(self, form: str, params: list, grads: list, group: dict, shapes: list) -> None:
+        """The update in one of its forms. shapes: for each parameter {name of a moment: its shape}."""
+        if form != "triton" and self.found_inf: # loop and C count steps on the host, so they ask
+            return
+        states = [self.state_of(p, form == "triton", shape) for p, shape in zip(params, shapes)]
+        if form == "triton":
+            new = 1 if self.found_inf is None else 1 - self.found_inf
+            torch._foreach_add_([s["step"] for s in states], new)
+        else:
+            for s in states:
+                s["step"] += 1
+        lists = ([s[key] for s in states] for key in (*shapes[0], "step"))
+        {"loop": self.loop, "c": self.in_c, "triton": self.in_triton}[form](
+            params, [g.contiguous() for g in grads], *lists, group)
 
-    def state_of(self, p, form, **shapes):
-        """The state of p; before its first step, zeros of these shapes."""
+    def state_of(self, p: nn.Parameter, counts_there: bool, shapes: dict) -> dict:
+        """The state of p; before its first step, zeros of these shapes.
+
+        counts_there: a kernel counts the steps, in a tensor beside p; else Python, in an int. A resumed run
+        may do it in the other way.
+        """
         state = self.state[p]
         if "m" not in state:
             state["step"] = 0
@@ -142,22 +155,10 @@ class Base(torch.optim.Optimizer):
         if any(state[key].shape != shape for key, shape in shapes.items()): # C would write past the end
             raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is that of another; "
                              "load the state_dict of the same model")
-        # Triton counts steps on the device. A run may go on elsewhere, in another form.
-        if torch.is_tensor(state["step"]) != (form == "triton"):
+        if torch.is_tensor(state["step"]) != counts_there:
             step = int(state["step"])
-            state["step"] = torch.full((), float(step), device=p.device) if form == "triton" else step
+            state["step"] = p.new_tensor(step, dtype=torch.float32) if counts_there else step
         return state
-
-    def counted(self, states: list) -> list:
-        """The number of steps of each state, with this one: Python's numbers, or tensors on the device."""
-        if torch.is_tensor(states[0]["step"]):
-            steps = [s["step"] for s in states]
-            one = torch.ones_like(steps[0]) if self.found_inf is None else 1 - self.found_inf
-            torch._foreach_add_(steps, [one] * len(steps))
-        else:
-            for s in states:
-                s["step"] += 1
-        return [s["step"] for s in states]
 
     def on_device(self, lists: tuple, plan: Callable) -> tuple:
         """(addresses, plan, alignment) for a kernel that one launch runs over many tensors.
@@ -166,16 +167,15 @@ class Base(torch.optim.Optimizer):
         once for each list of parameters. A row of it is the work of one program: the index of its tensor, its
         first element, the end, and more. Alignment is 16 if all of them allow loads of 16 bytes, else 1.
         """
-        key, device = tuple(lists[0]), lists[0][0].device
+        sent, device = self.sent.setdefault(tuple(lists[0]), {}), lists[0][0].device
+        if not sent:
+            rows = plan()
+            sent.update(rows=upload(rows, device), even=not any(n % 16 for row in rows for n in row[1:3]))
         addresses = list(map(torch.Tensor.data_ptr, itertools.chain(*zip(*lists))))
-        known, table, rows, even = self.sent.get(key, (None, None, None, None))
-        if rows is None:
-            made = plan()
-            rows, even = upload(made, device), not any(n % 16 for row in made for n in row[1:3])
-        if addresses != known:
-            table, even = upload(addresses, device), even and not any(n % 16 for n in addresses)
-            self.sent[key] = addresses, table, rows, even
-        return table, rows, 16 if even else 1
+        if addresses != sent.get("addresses"):
+            align = 16 if sent["even"] and not any(n % 16 for n in addresses) else 1
+            sent.update(addresses=addresses, table=upload(addresses, device), align=align)
+        return sent["table"], sent["rows"], sent["align"]
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -183,10 +183,9 @@ class Base(torch.optim.Optimizer):
         # from state_dict again.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for p, i in zip(group["params"], saved["params"]):
-                values = state_dict["state"].get(i, {})
-                for key in self.FP32 & values.keys():
-                    if torch.is_tensor(values[key]): # Python's number of steps needs no place
-                        self.state[p][key] = values[key].to(p.device, torch.float32, copy=True)
+                for key, value in state_dict["state"].get(i, {}).items():
+                    if key in self.FP32 and torch.is_tensor(value): # Python's number of steps needs no place
+                        self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
 
 def upload(numbers: list, device: torch.device) -> torch.Tensor:
@@ -199,21 +198,21 @@ def step_where_finite(opt: torch.optim.Optimizer, parts: list[tuple[list, torch.
     """opt.step() for all parts (parameters, bad). Where bad, fp32 (), is 1, weights and state stay.
 
     late: the host does not wait for `bad`. The optimizer reads it on the device as found_inf, the name that
-    torch's fused AdamW has for it. Each part then needs a call of its own.
+    torch's fused AdamW has for it. Each part then needs a call of its own. Gradients may be gone afterwards.
     """
     if not late:
         for p in itertools.chain(*(params for params, bad in parts if bad)):
             p.grad = None # an optimizer passes over what has no gradient
         opt.step()
         return
+    grads = {p: p.grad for params, _ in parts for p in params}
     for params, opt.found_inf in parts:
-        others = [(p, p.grad) for other, _ in parts if other is not params for p in other]
-        for p, _ in others:
+        for p in grads:
             p.grad = None
+        for p in params:
+            p.grad = grads[p]
         if params:
             opt.step()
-        for p, g in others:
-            p.grad = g
     opt.found_inf = None
 
 
@@ -245,13 +244,8 @@ class FAdam(Base):
     FP32 = {"step", "m", "f"}
 
     def update(self, params, grads, group):
-        form = self.form_of(params) if group["p"] == 0.5 else "loop" # C and Triton have the square root alone
-        if self.skips(form):
-            return
-        states = [self.state_of(p, form, m=p.shape, f=p.shape) for p in params]
-        ms, fs, steps = [s["m"] for s in states], [s["f"] for s in states], self.counted(states)
-        {"loop": self.loop, "c": self.in_c, "triton": self.in_triton}[form](
-            params, [g.contiguous() for g in grads], ms, fs, steps, group)
+        form = self.form_of(params, able=group["p"] == 0.5) # C and Triton have the square root alone
+        self.run(form, params, grads, group, [{"m": p.shape, "f": p.shape} for p in params])
 
     def loop(self, params, grads, ms, fs, steps, group):
         lr, beta1, weight_decay = group["lr"], group["betas"][0], group["weight_decay"]
@@ -393,21 +387,18 @@ class AdamMini(Base):
     FP32 = {"step", "v"}
 
     def update(self, params, grads, group):
-        form = self.form_of(params)
-        if self.skips(form):
-            return
-        layouts = [runs(group["blocks"], len(p), p.numel() // len(p)) for p in params]
-        states = [self.state_of(p, form, m=p.shape, v=(sum(count for _, _, count, _ in layout),))
-                  for p, layout in zip(params, layouts)]
-        ms, vs, steps = [s["m"] for s in states], [s["v"] for s in states], self.counted(states)
-        {"loop": self.loop, "c": self.in_c, "triton": self.in_triton}[form](
-            params, [g.contiguous() for g in grads], ms, vs, steps, layouts, group)
+        shapes = [{"m": p.shape, "v": (sum(count for _, _, count, _ in layout),)}
+                  for p, layout in zip(params, self.layouts(params, group))]
+        self.run(self.form_of(params), params, grads, group, shapes)
 
     @staticmethod
-    def each_run(params, grads, ms, vs, steps, layouts, group):
+    def layouts(params, group):
+        return [runs(group["blocks"], len(p), p.numel() // len(p)) for p in params]
+
+    def each_run(self, params, grads, ms, vs, steps, group):
         """Yields (p, g, m, v, run of blocks, step size, correction of v); the step size corrects m."""
         beta1, beta2 = group["betas"]
-        for p, g, m, v, step, layout in zip(params, grads, ms, vs, steps, layouts):
+        for p, g, m, v, step, layout in zip(params, grads, ms, vs, steps, self.layouts(params, group)):
             for place in layout:
                 yield p, g, m, v, place, group["lr"] / (1 - beta1**step), 1 - beta2**step
 
@@ -432,11 +423,11 @@ class AdamMini(Base):
             integers(counts), integers(sizes), floats([*itertools.chain(*zip(*rates))]),
             floats([1 - beta1, 1 - beta2, group["eps"], keep]))
 
-    def in_triton(self, params, grads, ms, vs, steps, layouts, group):
+    def in_triton(self, params, grads, ms, vs, steps, group):
         def plan():
             return [(i, start + k * size, start + (k + 1) * size, first + k)
-                    for i, layout in enumerate(layouts) for start, first, count, size in layout
-                    for k in range(count)]
+                    for i, layout in enumerate(self.layouts(params, group))
+                    for start, first, count, size in layout for k in range(count)]
 
         table, rows, align = self.on_device((params, grads, ms, vs, steps), plan)
         (beta1, beta2), lr, eps, weight_decay = (group[k] for k in ("betas", "lr", "eps", "weight_decay"))
@@ -518,15 +509,16 @@ class Muon(Base):
         (self.loop if group["fused"] else self.adamw)(params, grads, group)
 
     def loop(self, params, grads, group):
-        momentum, updates, bad = group["momentum"], [], self.found_inf
-        for p, g in zip(params, grads):
-            state = self.state[p]
-            if "m" not in state:
-                state["m"] = torch.zeros_like(p)
-            g = g if bad is None else torch.where(bad > 0, state["m"], g) # the mean of m and m is m
-            state["m"].lerp_(g, 1 - momentum) # 4: a mean where Jordan has a sum; 5 takes the scale out
-            updates.append(g.lerp(state["m"], momentum)) # Nesterov's
-        ok = 1 if bad is None else 1 - bad
+        momentum, bad, ok = group["momentum"], self.found_inf, 1
+        for p in params:
+            if "m" not in self.state[p]:
+                self.state[p]["m"] = torch.zeros_like(p)
+        ms = [self.state[p]["m"] for p in params]
+        if bad is not None:
+            ok, is_bad = 1 - bad, bad > 0
+            grads = [torch.where(is_bad, m, g) for m, g in zip(ms, grads)] # the mean of m and m is m
+        torch._foreach_lerp_(ms, grads, 1 - momentum) # 4: a mean for Jordan's sum; 5 takes the scale out
+        updates = torch._foreach_lerp(grads, ms, momentum) # Nesterov's
         torch._foreach_mul_(params, 1 - ok * (group["lr"] * group["weight_decay"]))
         alike = {} # shape -> matrices of all parameters and their updates, for one batched iteration
         for p, update in zip(params, updates):
@@ -539,12 +531,9 @@ class Muon(Base):
             torch._foreach_add_(matrices, ortho.unbind(), alpha=-group["lr"] * 0.2 * max(n, m) ** 0.5) # 6
 
     def adamw(self, params, grads, group):
-        states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
-        for p, s in zip(params, states):
-            if "m" not in s: # torch's kernel counts the steps on the device
-                zeros = torch.zeros((), device=p.device)
-                s.update(step=zeros, m=torch.zeros_like(p), v=torch.zeros_like(p))
+        states = [self.state_of(p, True, {"m": p.shape, "v": p.shape}) for p in params]
         ms, vs, steps = ([s[key] for s in states] for key in ("m", "v", "step"))
+        beta1, beta2 = group["betas"]
         adamw(params, grads, ms, vs, [], steps, fused=params[0].device.type in FUSED, amsgrad=False,
               maximize=False, found_inf=self.found_inf, beta1=beta1, beta2=beta2, lr=group["lr"],
               weight_decay=group["weight_decay"], eps=group["eps"])
@@ -765,16 +754,15 @@ def stream_stats(model):
                 "row_error": (res.sum(-1) - 1).abs().max(), "column_error": (res.sum(-2) - 1).abs().max(),
                 "gain": torch.maximum(size.sum(-1).max(), size.sum(-2).max())}
 
+    def apart(inputs, x): # x (B, T, N, C); without streams (B, T, C)
+        return {"apart": (x - x.mean(-2, keepdim=True)).norm() / x.norm()} if x.dim() == 4 else {}
+
     for block in model.blocks:
         found[block] = apart
         for residual in (block.residual1, block.residual2):
             if hasattr(residual, "mixing"):
                 found[residual.mixing] = functools.partial(mixing, stage_of[block], mixing_at_start(residual))
     return found
-
-
-def apart(inputs, x): # x (B, T, N, C); without streams (B, T, C)
-    return {"apart": (x - x.mean(-2, keepdim=True)).norm() / x.norm()} if x.dim() == 4 else {}
 
 
 def mixing_at_start(residual):
@@ -839,7 +827,7 @@ def watch(model: nn.Module, hooks: list, idx: torch.Tensor, targets: torch.Tenso
 def partition(model: nn.Module) -> None:
     """Prints what each parameter is to each optimizer, and the blocks that Adam-mini makes of it."""
     names, total = {p: name for name, p in model.named_parameters()}, 0
-    later = {p for block in model.blocks[1:] for p in block.parameters()} # like those of the first block
+    later = {*model.blocks[1:].parameters()} # like those of the first block
     row = "{:<42}{:<15}{:<11}{:<7}{:<34}{}".format
     print(row("parameter", "shape", "role", "decay", "Muon, matrices", "Adam-mini, blocks x weights"))
     for p, d in declarations(model).items():

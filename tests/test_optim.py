@@ -152,6 +152,33 @@ def test_the_c_form_is_what_runs_on_a_cpu(cls):
         cls([p], form="fast")
 
 
+@pytest.mark.parametrize("form", ["c", "triton"])
+def test_a_form_that_was_asked_for_is_never_replaced_in_silence(form):
+    """C and Triton know FAdam's square root alone."""
+    p = torch.nn.Parameter(torch.randn(6, 8))
+    p.grad = torch.randn_like(p)
+    FAdam([p], p=0.25).step() # auto takes the loop
+    with pytest.raises(RuntimeError, match="p=0.5"):
+        FAdam([p], p=0.25, form=form).step()
+
+
+def test_loads_of_16_bytes_come_back_with_aligned_gradients():
+    """One gradient that begins elsewhere, such as a view, must not slow down all later steps."""
+    opt, p = FAdam([torch.nn.Parameter(torch.zeros(32))]), torch.zeros(32)
+    found = [opt.on_device(([p], [g]), lambda: [(0, 0, 32)])[2] for g in (p, torch.zeros(33)[1:], p)]
+    assert found == [16, 1, 16]
+
+
+def test_the_count_of_steps_is_fp32_whatever_torchs_default():
+    """Kernels read it as fp32."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float32))
+        assert AdamMini([p]).state_of(p, True, {"m": (3,)})["step"].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("cls", [FAdam, AdamMini])
 def test_c_reads_a_transposed_gradient_and_passes_on_a_nan(cls):
     if c_library(0) is None:
