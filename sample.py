@@ -96,6 +96,9 @@ def distribution(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
     return p
 
 
+NOT_FINITE = "the model's probabilities are not finite: its weights are damaged, or half precision overflows"
+
+
 # --- plain decoding -----------------------------------------------------------------------------------------
 
 
@@ -128,8 +131,8 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
            compile: bool = False) -> Iterator[torch.Tensor]:
     """Yields max_new_tokens tensors (B, 1), each drawn given all tokens before it. idx (B, T): the prompt.
     watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each token is drawn from.
-    graph: let a Decoder write, which is many times as fast on CUDA; it prints why, where it cannot. compile:
-    see Decoder.
+    graph: a Decoder writes, many times as fast on CUDA, and yields on the CPU; where it cannot, it prints why
+    and the ordinary path writes. compile: see Decoder.
     """
     check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
     if graph and Decoder.takes(model, use_cache, watch):
@@ -158,11 +161,13 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
 @contextmanager
 def evaluating(model):
     was_training = model.training
-    model.eval()
+    if was_training: # eval() and train() walk through all modules, so only where they must
+        model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 class Decoder:
@@ -185,6 +190,7 @@ class Decoder:
         self.sampling, weight = (temperature, top_k, top_p, min_p), model.embed.weight
         zeros = partial(torch.zeros, dtype=torch.long, device=weight.device)
         self.position, self.ids = zeros(()), zeros(rows, model.block_size + 1) # the window, a token beyond it
+        self.carried = [self.position] # what a step reads from the step before, beside cache and ids
         self.noise = widen(weight.new_ones(rows, model.config.vocab_size))
         self.random = [self.noise.exponential_] if temperature else [] # drawn anew before each step
         options = self.OPTIONS if weight.is_cuda else None
@@ -209,7 +215,7 @@ class Decoder:
         h = self.model.trunk(self.ids.index_select(1, at), self.cache) # (B, 1, C)
         p = self.model.logits(h)[:, -1] # (B, V)
         if self.sampling[0]: # the winner of this race is what torch.multinomial draws from the noise
-            p = distribution(p, *self.sampling) / self.noise
+            p = torch.div(distribution(p, *self.sampling), self.noise, out=self.noise)
         self.position += 1
         self.ids.index_copy_(1, at, p.argmax(-1, keepdim=True))
 
@@ -228,18 +234,14 @@ class Decoder:
                 draw_anew(generator=self.generator)
             run()
 
-    def state(self):
-        """What a step reads from the step before, beside the places of cache and ids before its position."""
-        return [self.position]
-
     def capture(self, run):
         """The graph of a step. Before it, steps that do not count let Triton compile and cuBLAS allocate."""
-        side, graph, state = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [t.clone() for t in self.state()]
+        side, graph, before = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [t.clone() for t in self.carried]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 run()
-                for tensor, value in zip(self.state(), state):
+                for tensor, value in zip(self.carried, before):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
@@ -273,6 +275,8 @@ class Decoder:
                     new = self.ids[:, n : n + min(count, max_new_tokens)].to("cpu", copy=True)
                     yield from new.split(1, dim=1)
                     n, max_new_tokens = n + count, max_new_tokens - count
+                if any(x.isnan().any() for x in (self.noise, *self.carried)): # each later step has it too
+                    raise ValueError(NOT_FINITE)
                 window = self.ids[:, window_start(n, L) : n].clone()
 
 
@@ -355,6 +359,21 @@ def draw(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(mass, u.unsqueeze(-1) * mass[..., -1:], right=True).squeeze(-1)
 
 
+def draft_by_cell(model, s, x, races, sampling):
+    """A draft of the Ahead cell for each of the races (n, 1 or B, V) -> drafts (B, n), their q (B, n, V).
+
+    s (B, C): the trunk's output before the token x (B,). A race has exponential times: divided by q, the
+    first to arrive is distributed as q, and takes less work than draw().
+    """
+    drafts, q = [], []
+    for race in races:
+        s = model.extras["ahead"](s, F.embedding(x, model.embed.weight)) # (B, C)
+        logits = model.cap(widen(few_rows(s, model.head.weight))) # (B, V); calling no module saves time
+        q.append(distribution(logits, *sampling))
+        drafts.append(x := (q[-1] / race).argmax(-1)) # (B,)
+    return torch.stack(drafts, dim=1), torch.stack(q, dim=1)
+
+
 class Speculation:
     """A text that a model writes, in B rows, each at its own pace. step() is one forward for all rows; where
     windows have moved, one for each row that moved.
@@ -413,16 +432,11 @@ class Speculation:
     @torch.no_grad()
     def step(self) -> list[list[int]]:
         """One forward -> the tokens that each row wrote: none where only other rows' windows moved."""
-        began, was_training = time.perf_counter(), self.model.training
+        began = time.perf_counter()
         old, self.starts = self.starts, [window_start(len(row), self.model.block_size) for row in self.rows]
         moved = [b for b, start in enumerate(self.starts) if start != old[b]]
-        if was_training: # eval() walks through all modules, so only where it must
-            self.model.eval()
-        try:
+        with evaluating(self.model):
             wrote = self.refill(moved, old) if moved else self.draft_and_judge()
-        finally:
-            if was_training:
-                self.model.train()
         for row, tokens in zip(self.rows, wrote):
             row.extend(tokens)
         count = sum(map(len, wrote))
@@ -485,8 +499,7 @@ class Speculation:
         """What the model draws from after h (..., C). ValueError if not finite: draw would take token 0."""
         p = distribution(self.model.logits(h), *self.sampling)
         if not math.isfinite(p.sum()): # the sum is nan if any of its terms is
-            raise ValueError("the model's probabilities are not finite; its weights may be damaged, "
-                             "or half precision overflows")
+            raise ValueError(NOT_FINITE)
         return p
 
     # Drafters: room, the number of drafts that fit into each row -> drafts (B, n), the q (B, n, V) that they
@@ -496,15 +509,9 @@ class Speculation:
         """From the model's Ahead cell and its head."""
         if not any(room):
             return self.ngram(room) # which drafts nothing either, in the right shapes
-        model, s, x = self.model, self.h, self.tensor([row[-1] for row in self.rows])
-        cell, drafts, q = model.extras["ahead"], [], []
-        # The winner of a race of exponential times, divided by q, is distributed as q: less work than draw().
-        for race in -self.uniform(max(room), len(self.rows), model.config.vocab_size).log():
-            s = cell(s, F.embedding(x, model.embed.weight)) # (B, C)
-            logits = model.cap(widen(few_rows(s, model.head.weight))) # (B, V); calling no module saves time
-            q.append(distribution(logits, *self.sampling))
-            drafts.append(x := (q[-1] / race).argmax(-1)) # (B,)
-        return torch.stack(drafts, dim=1), torch.stack(q, dim=1), room
+        races = -self.uniform(max(room), len(self.rows), self.model.config.vocab_size).log()
+        last = self.tensor([row[-1] for row in self.rows])
+        return *draft_by_cell(self.model, self.h, last, races, self.sampling), room
 
     def ngram(self, room, lengths=(6, 4, 3, 2)):
         """From the text: looks up its last 6 tokens, else 4, 3 or 2, and drafts what followed them before."""
@@ -552,21 +559,16 @@ class DraftingDecoder(Decoder):
         self.u = self.races.new_full((1, self.n), 0.5)
         self.random += [self.races.exponential_, self.u.uniform_] if self.random else []
         self.run_drafts = self.fused(self.draft_and_judge)
-        self.forwards = self.tokens = self.timed = 0
-        self.seconds = 0.0
+        self.carried.append(self.h)
 
-    def state(self):
-        return [self.position, self.h]
+    def stream(self, idx, max_new_tokens):
+        self.forwards = self.tokens = self.timed = self.seconds = 0 # of this text, not of those before
+        return super().stream(idx, max_new_tokens)
 
     def draft_and_judge(self):
         model, at, sampling = self.model, self.position[None], self.sampling
         last = self.ids.index_select(1, at) # (1, 1), not yet in the cache
-        s, x, drafts, q = self.h, last[:, 0], [], []
-        for race in self.races[:-1]:
-            s = model.extras["ahead"](s, F.embedding(x, model.embed.weight)) # (1, C)
-            q.append(distribution(model.logits(s), *sampling)) # (1, V)
-            drafts.append(x := (q[-1] / race).argmax(-1)) # (1,)
-        drafts, q = torch.stack(drafts, dim=1), torch.stack(q, dim=1) # (1, n), (1, n, V)
+        drafts, q = draft_by_cell(model, self.h, last[:, 0], self.races[:-1], sampling)
         self.cache.length = self.position
         h = model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (1, n+1, C)
         keep, rest = judge(distribution(model.logits(h), *sampling), q, drafts)
@@ -692,82 +694,80 @@ def show(pairs):
     return len(written)
 
 
+def sampling():
+    return temperature, top_k, top_p, min_p
+
+
 @lru_cache(2) # a conversation captures its graphs once, and anew where it changes how tokens are drawn
 def decoder(kind, *sampling):
     return kind(model, num_samples, *sampling, generator=generator, compile=decode == "compiled")
 
 
-def graphs_wanted(watch=None):
+@lru_cache(1) # so that it says once why it takes none
+def graphs_wanted():
     wanted = decode in ("graph", "compiled") or decode == "auto" and device.startswith("cuda")
-    return wanted and Decoder.takes(model, watch=watch)
+    return wanted and Decoder.takes(model, watch=uncertainty)
 
 
 def plain_tokens(ids, count, watch=None):
     """stream's tokens, in the way that `decode` asks for."""
-    sampling = temperature, top_k, top_p, min_p
-    if graphs_wanted(watch):
-        return decoder(Decoder, *sampling).stream(ids, count)
-    return stream(model, ids, count, *sampling, generator, watch=watch)
+    if graphs_wanted():
+        return decoder(Decoder, *sampling()).stream(ids, count)
+    return stream(model, ids, count, *sampling(), generator, watch=watch)
 
 
 def speculation(ids):
     """What writes with --speculative."""
-    sampling = temperature, top_k, top_p, min_p
     if num_samples == 1 and draft != "ngram" and "ahead" in model.extras and graphs_wanted():
-        return decoder(DraftingDecoder, *sampling)
-    return Speculation(model, ids, *sampling, generator, draft)
+        return decoder(DraftingDecoder, *sampling())
+    return Speculation(model, ids, *sampling(), generator, draft)
 
 
-def continue_one(ids, writer):
-    """Streams one continuation as it is drawn."""
-    scores = [0.0] # the last one is of the newest token; without watch it stays 0
-    watch = (lambda *last: scores.append(model.uncertainty(*last).item())) if uncertainty else None
+def continue_one(ids, writer, scores, watch):
+    """Streams one continuation as it is drawn -> how many tokens."""
     if isinstance(writer, Speculation):
         tokens = itertools.islice(writer, max_new_tokens)
     else:
         drawn = writer.stream(ids, max_new_tokens) if writer else plain_tokens(ids, max_new_tokens, watch)
         tokens = (token.item() for token in drawn)
-    return show((token, scores[-1]) for token in tokens)
+    return show((token, scores[-1].item() if scores else 0.0) for token in tokens)
 
 
-def continue_many(ids, writer):
-    """num_samples continuations in one batch, printed one below the other."""
+def continue_many(ids, writer, scores, watch):
+    """num_samples continuations in one batch, printed one below the other -> how many tokens."""
     stop = () if tokenizer.eot is None else (tokenizer.eot,)
-    sampling = dict(top_k=top_k, top_p=top_p, min_p=min_p, generator=generator, stop=stop)
-    if uncertainty:
-        out, scores = generate_with_uncertainty(model, ids, max_new_tokens, temperature, **sampling)
-    else:
-        out = (writer.generate(max_new_tokens, stop) if writer else
-               until_stopped(ids, plain_tokens(ids, max_new_tokens), stop))
-        scores = torch.zeros(out.shape)
-    for i, (row, of_row) in enumerate(zip(out[:, ids.size(1) :].tolist(), scores.tolist())):
+    out = (writer.generate(max_new_tokens, stop) if writer else
+           until_stopped(ids, plain_tokens(ids, max_new_tokens, watch), stop))[:, ids.size(1) :]
+    scores = torch.cat(scores, dim=1) if scores else torch.zeros(out.shape)
+    for i, (row, of_row) in enumerate(zip(out.tolist(), scores.tolist())):
         if i: # answer() has printed the first prompt
             print(safe(tokenizer.readable(ids[0].tolist())), end=lines)
         show(zip(row, of_row))
         print("---------------")
-    return num_samples * (out.size(1) - ids.size(1))
+    return out.numel()
 
 
 def answer(text):
     """Prints the prompt and its continuations; how fast they came, and from what model, on stderr."""
-    ids = encode(text).expand(num_samples, -1)
+    ids, scores = encode(text).expand(num_samples, -1), []
     with user_errors():
-        check_sampling(ids, temperature, top_k, top_p, min_p, max_new_tokens)
+        check_sampling(ids, *sampling(), max_new_tokens)
         writer = speculation(ids) if speculative else None
     print(safe(text), end=lines, flush=True)
+    watch = (lambda *last: scores.append(model.uncertainty(*last))) if uncertainty else None
     began = time.perf_counter()
-    count = (continue_one if num_samples == 1 else continue_many)(ids, writer)
+    count = (continue_one if num_samples == 1 else continue_many)(ids, writer, scores, watch)
     rate = count / (time.perf_counter() - began)
     print(f"{count} tokens, {rate:.0f} tokens/s; {about}", file=sys.stderr)
     if writer:
-        times = f"{speed_up(writer, ids):.1f} times as fast as plain cached decoding"
-        print(f"{writer}; {times}", file=sys.stderr)
+        fast = f"; {speed_up(writer, ids):.1f} times as fast as plain cached decoding" if writer.timed else ""
+        print(f"{writer}{fast}", file=sys.stderr)
 
 
 def speed_up(writer, ids):
     """Tokens per second of the writer's steps over those of plain decoding: 100 tokens at most, unprinted."""
     few, state = max(1, min(100, writer.timed // num_samples)), generator.get_state()
-    for count in (2, few): # the first time to warm up
+    for count in (few if graphs_wanted() else 2, few): # the first time to warm up, and to capture all graphs
         began = time.perf_counter()
         for _ in plain_tokens(ids, count):
             pass

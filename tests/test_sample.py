@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import bench
 from configurator import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from processes import ROOT, run, start
+import sample as sample_module
 from sample import stream
 
 
@@ -74,6 +76,33 @@ def test_what_steps_of_fixed_shape_do_not_do_is_said():
         with contextlib.redirect_stderr(io.StringIO()) as err:
             assert len([*stream(model, torch.zeros(1, 1, dtype=torch.long), 3, graph=True)]) == 3
         assert words in err.getvalue() and err.getvalue().count("\n") == 1
+
+
+def test_why_no_graph_is_taken_is_said_once(monkeypatch, capsys):
+    """Not by each of the writers of an answer, nor for each answer of a conversation."""
+    knobs = dict(vocab_size=9, block_size=8, n_layer=2, n_head=2, n_embd=16, memory_slots=2, n_ahead=2)
+    model = GPT(GPTConfig(**knobs))
+    for name, value in dict(model=model, decode="graph", generator=None).items():
+        monkeypatch.setattr(sample_module, name, value, raising=False)
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    for _ in range(2):
+        assert isinstance(sample_module.speculation(idx), sample_module.Speculation)
+        assert len([*sample_module.plain_tokens(idx, 3)]) == 3
+    assert capsys.readouterr().err.count("memory") == 1
+
+
+def test_speed_is_of_steps_without_captures(monkeypatch):
+    """All graphs of the timed text have been captured by the text before it."""
+    counts, generator = [], torch.Generator()
+    for name, value in dict(generator=generator, graphs_wanted=lambda: True,
+                            plain_tokens=lambda ids, count: counts.append(count) or []).items():
+        monkeypatch.setattr(sample_module, name, value, raising=False)
+    sample_module.speed_up(SimpleNamespace(timed=50, seconds=1.0), None)
+    assert counts == [50, 50]
+
+
+def test_a_text_too_short_to_be_timed_has_no_speed(trained):
+    assert "times as fast" not in sample(trained, "--speculative", "--max_new_tokens=1").stderr
 
 
 def test_several_samples(trained):

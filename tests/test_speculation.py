@@ -321,6 +321,24 @@ def test_a_step_of_fixed_shape_follows_the_naive_rule():
     assert len(lengths) == n + 1 # every number of kept drafts occurred
 
 
+def test_the_figures_of_a_text_are_its_own():
+    """A conversation reuses the decoder, and its graphs."""
+    writer, idx, seen = DraftingDecoder(build(), 1, 0.0), torch.randint(17, (1, 3)), []
+    for _ in range(2):
+        assert len([*writer.stream(idx, 12)]) == 12
+        seen.append((writer.forwards, writer.tokens))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("kind", [S.Decoder, DraftingDecoder])
+def test_steps_of_fixed_shape_refuse_a_damaged_model(kind):
+    """As stream and Speculation do: the likeliest of NaNs would be token 0, again and again."""
+    model = build()
+    model.blocks[-1].mlp.down.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        list(kind(model, 1, 1.0).stream(torch.randint(17, (1, 3)), 5))
+
+
 def test_a_drafting_step_compiles_without_a_break():
     model, graphs = build(attention="diff_mla"), []
     torch._dynamo.reset()
