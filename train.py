@@ -358,7 +358,7 @@ with user_errors():
 
 # Modules that declare `detached` learn beside the model: their gradients are clipped and their losses judged
 # apart, so that the model takes the same steps with and without them.
-declared = declarations(model)
+declared, named, zero = declarations(model), dict(model.named_parameters()), torch.zeros((), device=device)
 own, beside = ([p for p in declared if declared[p].detached == detached] for detached in (False, True))
 losses_beside = {m.loss_name for m in model.modules() if getattr(m, "detached", False)}
 
@@ -519,17 +519,12 @@ launched, told = [], {} # (step, names, numbers, event) of steps not read yet; {
 def send(step: int, **numbers: torch.Tensor) -> None:
     """Sends the numbers of a step to the host. settle reads them."""
     values = torch.stack([n.float() for n in numbers.values()]).to("cpu", non_blocking=late)
-    arrived = torch.cuda.Event() if kind == "cuda" else None
-    if arrived:
-        arrived.record()
+    arrived = torch.cuda.current_stream(device).record_event() if kind == "cuda" else None
     launched.append((step, numbers.keys(), values, arrived))
 
 
 def settle(ahead: int = 0) -> None:
-    """Reads the numbers of all launched steps but the last `ahead`. Counts skipped batches and says them.
-
-    Ends the run after too many in a row.
-    """
+    """Reads the numbers of all launched steps but the last `ahead`. Too many skipped in a row end the run."""
     while len(launched) > ahead:
         step, names, values, arrived = launched.pop(0)
         if arrived:
@@ -538,12 +533,12 @@ def settle(ahead: int = 0) -> None:
         if not math.isfinite(told["norm_beside"]):
             say(f"step {step}: what learns beside the model has a gradient of norm {told['norm_beside']} "
                 "AND SKIPS IT")
-        run["skipped"] += bool(told["bad"])
         run["skipped_in_a_row"] = run["skipped_in_a_row"] + 1 if told["bad"] else 0
         if told["bad"]:
+            run["skipped"] += 1
             say(f"step {step}: loss {told['ce']}, grad norm {told['norm']}: BATCH SKIPPED "
                 f"({run['skipped']} so far)")
-        if run["skipped_in_a_row"] > (MAX_SKIPPED if dtype != "float16" else 4 * MAX_SKIPPED):
+        if run["skipped_in_a_row"] > MAX_SKIPPED * (4 if dtype == "float16" else 1):
             sys.exit(f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate "
                      f"or use --dtype=float32; {folder / 'ckpt.pt'} holds the last saved state.")
 
@@ -661,11 +656,11 @@ while True:
     micro_batches = next_batch(step)
     losses = gradient(micro_batches)
     scaler.unscale_(opt)
-    noted = run_update_hooks(hooks["update"], step, dict(model.named_parameters()))
+    noted = run_update_hooks(hooks["update"], step, named)
     if sparsity:
         sparsity.mask_gradients(step)
-    norm, norm_beside = (torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf) if params
-                         else torch.zeros((), device=device) for params in (own, beside))
+    norm, norm_beside = (torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf) if params else zero
+                         for params in (own, beside))
 
     # the update. A batch whose loss or gradient is NaN or infinite is skipped: neither the weights nor the
     # optimizer's moments ever see it. What learns beside the model skips its own bad batches alone. The loss
@@ -677,7 +672,7 @@ while True:
     if sparsity and not bad:
         sparsity.finish(step)
     scaler.update()
-    opt.zero_grad(set_to_none=True)
+    opt.zero_grad()
     run["step"] += 1
     send(step, bad=bad, norm=norm, norm_beside=norm_beside, **losses)
     settle(ahead=int(late))

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -730,15 +731,41 @@ def test_a_late_run_is_the_run(whole, corpus, tmp_path):
     assert same(state(whole[0]), state(tmp_path / "o")) and timeless(whole[0]) == timeless(tmp_path / "o")
 
 
+def test_the_numbers_of_a_step_are_awaited_on_the_gpu_that_trains():
+    """With --device=cuda:1 an event in the stream of cuda:0 would say at once that they have arrived."""
+    seen = []
+
+    class Stream:
+        def __init__(self, device="cuda:0"):
+            self.device = device
+
+        def record_event(self, event=None):
+            seen.append(self.device)
+            return event
+
+    class Event:
+        def record(self, stream=None):
+            (stream or Stream()).record_event(self)
+
+    cuda = types.SimpleNamespace(current_stream=Stream, Event=Event)
+    fake = types.SimpleNamespace(cuda=cuda, stack=torch.stack, Tensor=torch.Tensor)
+    names = {"torch": fake, "launched": [], "kind": "cuda", "late": True, "device": "cuda:1"}
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    body = [node for node in tree.body if getattr(node, "name", "") == "send"]
+    exec(compile(ast.Module(body, []), "train.py", "exec"), names)
+    names["send"](3, bad=torch.zeros(()), ce=torch.ones(()))
+    assert seen == ["cuda:1"] and names["launched"][0][2].tolist() == [0, 1]
+
+
 def test_auto_compiles_where_it_pays():
-    """train.py's own estimate, for config/train_shakespeare_diffmla_gpu.py and for 200 steps of it."""
+    """train.py's own estimate for the model of config/train_shakespeare_diffmla_gpu.py on a GPU."""
     tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
     body = [node for node in tree.body if getattr(node, "name", "") == "compiling_pays"]
     config = runpy.run_path(str(ROOT / "config/train_shakespeare_diffmla_gpu.py"))
     names = {"config": GPTConfig(vocab_size=65, n_layer=config["n_layer"]), "flops_per_step": 1e12,
              "gradient_accumulation_steps": 1, "kind": "cuda"}
     exec(compile(ast.Module(body, []), "train.py", "exec"), names)
-    for steps, pays in ((config["max_iters"], True), (200, False)):
+    for steps, pays in ((5000, True), (200, False)):
         names["max_iters"] = steps
         gain, cost = names["compiling_pays"]()
         assert (gain > 2 * cost) == pays and 20 <= cost <= 60
