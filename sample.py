@@ -131,11 +131,11 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
            compile: bool = False) -> Iterator[torch.Tensor]:
     """Yields max_new_tokens tensors (B, 1), each drawn given all tokens before it. idx (B, T): the prompt.
     watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each token is drawn from.
-    graph: a Decoder writes, many times as fast on CUDA, and yields on the CPU; where it cannot, it prints why
-    and the ordinary path writes. compile: see Decoder.
+    graph: a Decoder writes, with a cache, many times as fast on CUDA, and yields on the CPU. Where it cannot
+    it prints why, and the ordinary path writes. compile: see Decoder.
     """
     check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
-    if graph and Decoder.takes(model, use_cache, watch):
+    if graph and Decoder.takes(model, watch):
         decoder = Decoder(model, len(idx), temperature, top_k, top_p, min_p, generator, compile)
         yield from decoder.stream(idx, max_new_tokens)
         return
@@ -198,12 +198,11 @@ class Decoder:
         self.run, self.captures, self.graphs = self.fused(self.step), weight.is_cuda, {}
 
     @staticmethod
-    def takes(model: GPT, use_cache: bool = True, watch: Callable | None = None) -> bool:
+    def takes(model: GPT, watch: object = None) -> bool:
         """Whether a Decoder can write this. If not, it prints why."""
         why = ("depths choose the layers of each token on the host" if len(model.routers) else
                "a memory is filled by the host's count of tokens" if model.memory is not None else
-               "it keeps no h for watch (--uncertainty)" if watch else
-               "it has no form without a cache" if not use_cache else "")
+               "it keeps no h for watch (--uncertainty)" if watch else "")
         if why:
             print(f"decoding kernel by kernel, not as a graph: {why}", file=sys.stderr)
         return not why
@@ -221,9 +220,8 @@ class Decoder:
 
     def launch(self, run: Callable, position: int, count: int, width: int = 1):
         """`count` steps from this position, each of which writes at most `width` tokens."""
-        places = self.cache.front + position + count * width
-        most = self.cache.front + self.cache.capacity
-        S = self.cache.bucket = min(most, max(self.SHORTEST, 2 ** (places - 1).bit_length()))
+        front, last = self.cache.front, self.cache.front + position + count * width - 1 # the last place
+        S = self.cache.bucket = min(front + self.cache.capacity, max(self.SHORTEST, 2 ** last.bit_length()))
         if self.captures:
             if (run, S) not in self.graphs:
                 with torch.cuda.device_of(self.ids):
@@ -573,7 +571,8 @@ class DraftingDecoder(Decoder):
         h = model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (1, n+1, C)
         keep, rest = judge(distribution(model.logits(h), *sampling), q, drafts)
         kept = (self.u < keep).cumprod(1).sum(1) # (1,): drafts before the first rejection
-        token = (rest.index_select(1, kept) / self.races[-1]).argmax(-1) # (1, 1)
+        times = torch.div(rest.index_select(1, kept)[:, 0], self.races[-1], out=self.noise) # (1, V)
+        token = times.argmax(-1, keepdim=True) # (1, 1)
         wrote = F.pad(drafts, (0, 1)).index_copy(1, kept, token) # (1, n+1), of which kept + 1 count
         self.ids.index_copy_(1, at + 1 + torch.arange(self.n + 1, device=at.device), wrote)
         self.h.copy_(h.index_select(1, kept)[:, 0])
@@ -583,7 +582,7 @@ class DraftingDecoder(Decoder):
         room = self.model.block_size + 1 - n
         count = min(self.STEPS, room // (self.n + 1), -(-most // (self.n + 1)))
         if not count:
-            return super().write(n, min(room, most))
+            return super().write(n, most)
         graphs, began = len(self.graphs), time.perf_counter()
         self.launch(self.run_drafts, n - 1, count, self.n + 1)
         wrote = self.position.item() + 1 - n
@@ -725,12 +724,10 @@ def speculation(ids):
 
 def continue_one(ids, writer, scores, watch):
     """Streams one continuation as it is drawn -> how many tokens."""
-    if isinstance(writer, Speculation):
-        tokens = itertools.islice(writer, max_new_tokens)
-    else:
-        drawn = writer.stream(ids, max_new_tokens) if writer else plain_tokens(ids, max_new_tokens, watch)
-        tokens = (token.item() for token in drawn)
-    return show((token, scores[-1].item() if scores else 0.0) for token in tokens)
+    tokens = (writer.stream(ids, max_new_tokens) if isinstance(writer, Decoder) else
+              itertools.islice(writer, max_new_tokens) if writer else
+              plain_tokens(ids, max_new_tokens, watch))
+    return show((int(token), scores[-1].item() if scores else 0.0) for token in tokens)
 
 
 def continue_many(ids, writer, scores, watch):
