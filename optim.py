@@ -138,8 +138,9 @@ class Base(torch.optim.Optimizer):
             for s in states:
                 s["step"] += 1
         lists = ([s[key] for s in states] for key in (*shapes[0], "step"))
-        {"loop": self.loop, "c": self.in_c, "triton": self.in_triton}[form](
-            params, [g.contiguous() for g in grads], *lists, group)
+        how = {"loop": self.loop, "c": self.in_c, "triton": self.in_triton}[form]
+        with torch.cuda.device_of(params[0]): # where Triton launches
+            how(params, [g.contiguous() for g in grads], *lists, group)
 
     def state_of(self, p: nn.Parameter, counts_there: bool, shapes: dict) -> dict:
         """The state of p; before its first step, zeros of these shapes.
@@ -157,7 +158,7 @@ class Base(torch.optim.Optimizer):
                              "load the state_dict of the same model")
         if torch.is_tensor(state["step"]) != counts_there:
             step = int(state["step"])
-            state["step"] = p.new_tensor(step, dtype=torch.float32) if counts_there else step
+            state["step"] = p.new_full((), step, dtype=torch.float32) if counts_there else step
         return state
 
     def on_device(self, lists: tuple, plan: Callable) -> tuple:
@@ -286,11 +287,10 @@ class FAdam(Base):
         table, rows, align = self.on_device((params, grads, ms, fs, steps), plan)
         sums = torch.empty(len(rows), 3, device=params[0].device) # of squares
         (beta1, beta2), *knobs = (group[k] for k in ("betas", "lr", "weight_decay", "eps", "eps2", "clip"))
-        with torch.cuda.device_of(params[0]):
-            for stage in range(3):
-                fadam_kernel[(len(rows),)](
-                    table, rows, sums, self.found_inf, log(beta2), 1 - beta1, 1 - beta2, *knobs, stage,
-                    IN_TRITON[params[0].dtype], align, CHUNK, BLOCK)
+        for stage in range(3):
+            fadam_kernel[(len(rows),)](
+                table, rows, sums, self.found_inf, log(beta2), 1 - beta1, 1 - beta2, *knobs, stage,
+                IN_TRITON[params[0].dtype], align, CHUNK, BLOCK)
 
 
 # A program has CHUNK numbers of one tensor. It is launched three times. Stage 0 adds up the squares of g, of
@@ -431,10 +431,9 @@ class AdamMini(Base):
 
         table, rows, align = self.on_device((params, grads, ms, vs, steps), plan)
         (beta1, beta2), lr, eps, weight_decay = (group[k] for k in ("betas", "lr", "eps", "weight_decay"))
-        with torch.cuda.device_of(params[0]):
-            adam_mini_kernel[(len(rows),)](
-                table, rows, self.found_inf, log(beta1), log(beta2), 1 - beta1, 1 - beta2, lr, eps,
-                1 - lr * weight_decay, IN_TRITON[params[0].dtype], align, BLOCK)
+        adam_mini_kernel[(len(rows),)](
+            table, rows, self.found_inf, log(beta1), log(beta2), 1 - beta1, 1 - beta2, lr, eps,
+            1 - lr * weight_decay, IN_TRITON[params[0].dtype], align, BLOCK)
 
 
 # A program has one block of weights. It reads the gradient twice; the second time it is still in the cache.
@@ -831,12 +830,13 @@ def partition(model: nn.Module) -> None:
     row = "{:<42}{:<15}{:<11}{:<7}{:<34}{}".format
     print(row("parameter", "shape", "role", "decay", "Muon, matrices", "Adam-mini, blocks x weights"))
     for p, d in declarations(model).items():
-        layout = runs(d.blocks, len(p), p[:1].numel())
-        total += sum(count for _, _, count, _ in layout) # also of layers that are not printed
+        blocks = Counter()
+        for _, _, count, size in runs(d.blocks, len(p), p[:1].numel()):
+            blocks[size] += count
+        total += blocks.total() # also of layers that are not printed
         if p in later:
             continue
         matrices = Counter(d.fused if d.role == "matrix" else ())
-        blocks = Counter(size for _, _, count, size in layout for _ in range(count))
         muon = " + ".join(f"{n:,} x {(rows, p.size(1))}" for rows, n in matrices.items()) or "AdamW"
         mini = " + ".join(f"{n:,} x {size:,}" for size, n in blocks.items())
         print(row(names[p], str(tuple(p.shape)), d.role, "no" if d.role == "vector" else "yes", muon, mini))
