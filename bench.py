@@ -1117,6 +1117,6 @@ if __name__ == "__main__":
             for result in suites[name]():
                 results.append(result)
         finally: # what was measured before Ctrl-C or an error stays measured
-            if save:
+            if save and results:
                 keep(f"{name}, {only}" if only else name, description, commit, results)
         print(json.dumps({"suite": name, "device": description, "results": results}))
