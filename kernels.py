@@ -26,8 +26,9 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
+    jit = triton.jit
 except ImportError: # macOS and Windows have none; CUDA tensors then take plain PyTorch
-    triton = None
+    triton, jit = None, lambda function: function
 
     class tl: # stands in for the names that the definitions of kernels mention
         constexpr = None
@@ -36,10 +37,6 @@ except ImportError: # macOS and Windows have none; CUDA tensors then take plain 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL = "auto" # set by use_kernel
 launches = collections.Counter() # (operation, path) -> calls in eager mode: tests see which path ran
-
-
-def jit(function):
-    return function if triton is None else triton.jit(function)
 
 
 # --- which code runs where ----------------------------------------------------------------------------------
@@ -62,9 +59,7 @@ def choose_device(name: str) -> tuple[str, str]:
 
 
 def use_kernel(name: str) -> None:
-    """auto: Triton on CUDA, C on a CPU where there is C, else PyTorch. torch: PyTorch. triton: Triton where
-    there is a kernel for these shapes, an error for a device or dtype that cannot run it.
-    """
+    """auto: Triton on CUDA, C on a CPU, else PyTorch. triton: an error where a device or dtype has none."""
     global KERNEL
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"kernel={name!r} is none of auto, triton, torch")
@@ -77,11 +72,9 @@ def use_kernel(name: str) -> None:
 
 
 def path_for(tensor: torch.Tensor, in_c: int | None = None) -> str:
-    """The code that an operation on this tensor runs: "triton", "torch" or "c".
+    """The code that an operation on this tensor runs: "triton", "torch" or "c". What fails later raises.
 
     in_c: None if the operation has no C, else the n_stream of the c_library that holds it.
-
-    The choice is made before anything runs, from device, dtype and shapes. What fails afterwards raises.
     """
     fits_triton = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if KERNEL == "triton":
@@ -116,14 +109,19 @@ def tally(operation: str, path: str) -> None:
 
 class Context:
     """Stands in for autograd's ctx where autograd is off: Function.apply alone takes 5 us."""
-    saved_tensors = ()
 
     def save_for_backward(self, *tensors):
-        self.saved_tensors = tensors
+        pass
 
 
 def run(function, *args):
     return function.apply(*args) if torch.is_grad_enabled() else function.forward(Context(), *args)
+
+
+def launch(kernel, grid, *args, **options):
+    """Launches a Triton kernel on the GPU of its first argument, which need not be the current GPU."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **options)
 
 
 def empty_as(tensor: torch.Tensor) -> torch.Tensor:
@@ -170,14 +168,16 @@ def rmsnorm_reference(x, weight=None, eps=1e-6):
     return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.type_as(x), eps)
 
 
-# A program of this kernel handles a tile of ROWS rows: `tl.program_id(0)` says which. BLOCK is the row's C
-# rounded up to a power of two. A mask keeps the lanes beyond C, and those beyond the last row, from memory.
+# The GPU runs many programs of this kernel at once. `tl.program_id(0)` says which one this is: it handles a
+# tile of ROWS rows. BLOCK is the row's C rounded up to a power of two, as Triton wants it. The mask `inside`
+# keeps the places beyond C, and those beyond the last row, from being read and written.
 @jit
 def rmsnorm_forward_kernel(p_x, p_w, p_y, rows, C, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS) # 64 bits: row * C may pass 2^31
     i_c = tl.arange(0, BLOCK)
-    at, inside = row[:, None] * C + i_c[None, :], (row < rows)[:, None] & (i_c < C)[None, :] # (ROWS, BLOCK)
-    x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # lanes beyond C add 0 to the sum
+    at = row[:, None] * C + i_c[None, :] # (ROWS, BLOCK)
+    inside = (row < rows)[:, None] & (i_c < C)[None, :]
+    x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # places beyond C add 0 to the sum
     r = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps) # (ROWS,)
     y = x * r[:, None]
     if p_w is not None: # Triton compiles None as a constant: without weights this branch is not there
@@ -185,9 +185,8 @@ def rmsnorm_forward_kernel(p_x, p_w, p_y, rows, C, eps, ROWS: tl.constexpr, BLOC
     tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=inside)
 
 
-# The gradient of w is a sum over all rows. Each program walks through many tiles, adds up its part in
-# registers and stores it once; PyTorch adds those parts up in one order. Atomic additions would give other
-# bits in every run.
+# The gradient of w is a sum over all rows. Each program walks through many tiles, adds up its part of the sum
+# and stores it once; PyTorch then adds the parts. Atomic additions would give other bits in every run.
 @jit
 def rmsnorm_backward_kernel(p_x, p_w, p_g, p_gx, p_sums, rows, C, eps, ROWS: tl.constexpr,
                             BLOCK: tl.constexpr):
@@ -197,7 +196,8 @@ def rmsnorm_backward_kernel(p_x, p_w, p_g, p_gx, p_sums, rows, C, eps, ROWS: tl.
         w = tl.load(p_w + i_c, mask=i_c < C, other=0.0).to(tl.float32)[None, :]
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
-        at, inside = row[:, None] * C + i_c[None, :], (row < rows)[:, None] & (i_c < C)[None, :]
+        at = row[:, None] * C + i_c[None, :] # (ROWS, BLOCK)
+        inside = (row < rows)[:, None] & (i_c < C)[None, :]
         x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(p_g + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)[:, None] # (ROWS, 1)
@@ -231,32 +231,26 @@ class RMSNormFunction(torch.autograd.Function):
         if path == "c":
             c_library(0).rmsnorm_forward(threads(x.numel()), rows, C, eps, *addresses(x, weight, y))
         else:
-            with torch.cuda.device_of(x):
-                tile = rmsnorm_tile(C, 4096)
-                programs = triton.cdiv(rows, tile["ROWS"])
-                rmsnorm_forward_kernel[(programs,)](x, weight, y, rows, C, eps, **tile)
+            tile = rmsnorm_tile(C, 4096)
+            programs = triton.cdiv(rows, tile["ROWS"])
+            launch(rmsnorm_forward_kernel, (programs,), x, weight, y, rows, C, eps, **tile)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         tally("rmsnorm backward", ctx.path)
-        x, weight = ctx.saved_tensors
-        C, g = x.size(-1), g.contiguous()
-        rows, g_x, sums = x.numel() // C, empty_as(x), None
-        if ctx.path == "c":
-            parts = -(-rows // ROWS) # of the sum g_w
-        else:
-            tile = rmsnorm_tile(C, 1024)
-            parts = min(PROGRAMS, triton.cdiv(rows, tile["ROWS"]))
+        (x, weight), g, in_c = ctx.saved_tensors, g.contiguous(), ctx.path == "c"
+        C, g_x, sums = x.size(-1), empty_as(x), None
+        rows, tile = x.numel() // C, None if in_c else rmsnorm_tile(C, 1024)
+        parts = -(-rows // ROWS) if in_c else min(PROGRAMS, triton.cdiv(rows, tile["ROWS"])) # of the sum g_w
         if weight is not None:
             sums = torch.empty(parts, C, dtype=torch.float32, device=x.device)
-        if ctx.path == "c":
+        if in_c:
             sizes = threads(x.numel()), rows, C, ctx.eps
             c_library(0).rmsnorm_backward(*sizes, *addresses(x, weight, g, g_x, sums))
         else:
-            with torch.cuda.device_of(x):
-                rmsnorm_backward_kernel[(parts,)](x, weight, g, g_x, sums, rows, C, ctx.eps, **tile)
+            launch(rmsnorm_backward_kernel, (parts,), x, weight, g, g_x, sums, rows, C, ctx.eps, **tile)
         return g_x, None if sums is None else sums.sum(0).to(weight.dtype), None, None
 
 
@@ -266,8 +260,7 @@ class RMSNormFunction(torch.autograd.Function):
 def rope(x: torch.Tensor, positions: torch.Tensor, base: float = 10000.0) -> torch.Tensor:
     """Rotates pair i, (x_2i, x_2i+1), of the token at position m by the angle m base^(-2i/P).
 
-    x (..., T, P), positions (T,) -> (..., T, P). Su et al. 2021, arXiv:2104.09864. A model makes one table
-    for all its layers: rotate(x, rope_table(...)).
+    x (..., T, P), positions (T,) -> (..., T, P). Su et al. 2021, arXiv:2104.09864.
     """
     positions = positions.double() if x.dtype == torch.float64 else positions
     return rotate(x, rope_table(positions, x.size(-1), base))
@@ -347,8 +340,7 @@ def rotate_triton(x, table, sign):
     BLOCK = triton.next_power_of_2(P)
     ROWS, HEADS = max(1, 2048 // BLOCK), min(4, triton.next_power_of_2(B)) # a tile of 2,048 numbers
     grid = A * triton.cdiv(T, ROWS), triton.cdiv(B, HEADS)
-    with torch.cuda.device_of(x):
-        rotate_kernel[grid](x, table, y, B, T, *strides, sign, P, HEADS, ROWS, BLOCK)
+    launch(rotate_kernel, grid, x, table, y, B, T, *strides, sign, P, HEADS, ROWS, BLOCK)
     return y
 
 
@@ -416,8 +408,7 @@ IN_TRITON = ("gelu", "relu2", "silu", "telu", "crrelu") # the names that `act` k
 def activate(x: torch.Tensor, name: str, eps: torch.Tensor | None = None) -> torch.Tensor:
     """act(x), of any shape. name: a row of ACTIVATIONS. eps: one number as a tensor (), for crrelu alone.
 
-    fp32 inside, fp64 for fp64, the result in x's dtype. ValueError for an unknown name, or an eps that does
-    not belong there.
+    fp32 inside, fp64 for fp64, the result in x's dtype. ValueError for an unknown name or a wrong eps.
     """
     return activation(x, None, name, eps, paired=False)
 
@@ -447,10 +438,11 @@ def activation(x, up, name, eps, paired):
         raise ValueError(f"crrelu's eps is one number on {x.device}: a tensor (), "
                          f"not {tuple(eps.shape)} on {eps.device}")
     path = "torch" if not x.numel() or compiler_takes() else path_for(x)
+    label = "gated " + name if paired or up is not None else name
     if path == "torch" or not known_to_triton(name):
-        tally(operation(name, paired or up is not None), "torch")
+        tally(label, "torch")
         return activation_reference(*(x.chunk(2, dim=-1) if paired else (x, up)), name, eps)
-    return run(Activation, x, up, eps, name, paired)
+    return run(Activation, x, up, eps, name, paired, label)
 
 
 def activation_reference(x, up, name, eps):
@@ -463,10 +455,6 @@ def known_to_triton(name):
     if name not in IN_TRITON:
         print(f"activation={name} is in ACTIVATIONS but in no kernel: it runs as plain PyTorch")
     return name in IN_TRITON
-
-
-def operation(name, gating):
-    return "gated " + name if gating else name
 
 
 # The guards keep every finite x from giving NaN: whatever could be infinite meets 1 / or a factor of 0.
@@ -502,71 +490,57 @@ def act(x, eps, NAME: tl.constexpr):
     return y, slope, bump
 
 
-# F > 0: gate and up are the halves, F wide, of the rows of x. Element i of the result then has its gate at j
-# and its up at j + F. F = 0: p_up points to a tensor of its own, or is None.
+# gate and up are two tensors, and F is 0; or they are the halves, F wide, of each row of one tensor. p_up is
+# None without a gate. Element i of the result has its gate j places behind p_gate and its up j behind p_up.
+# p_g None: forward. Else p_g is the gradient of the result, and the kernel stores those of gate, up and eps.
 @jit
-def activation_forward_kernel(p_x, p_up, p_eps, p_y, n, F: tl.constexpr, NAME: tl.constexpr,
-                              BLOCK: tl.constexpr):
+def activation_kernel(p_gate, p_up, p_eps, p_y, p_g, p_ggate, p_gup, p_sums, n, F: tl.constexpr,
+                      NAME: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # (BLOCK,) elements of the result
     j = i + i // F * F if F > 0 else i
     inside, eps = i < n, 0.0
     if p_eps is not None:
         eps = tl.load(p_eps).to(tl.float32)
-    y, _, _ = act(tl.load(p_x + j, mask=inside, other=0.0).to(tl.float32), eps, NAME) # (BLOCK,)
-    if F > 0:
-        y = y * tl.load(p_x + F + j, mask=inside, other=0.0).to(tl.float32)
-    elif p_up is not None:
-        y = y * tl.load(p_up + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_y + i, y.to(p_y.dtype.element_ty), mask=inside)
-
-
-@jit
-def activation_backward_kernel(p_x, p_up, p_eps, p_g, p_gx, p_gup, p_sums, n, F: tl.constexpr,
-                               NAME: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # (BLOCK,) elements of the result
-    j = i + i // F * F if F > 0 else i
-    inside, eps = i < n, 0.0
-    if p_eps is not None:
-        eps = tl.load(p_eps).to(tl.float32)
-    y, slope, bump = act(tl.load(p_x + j, mask=inside, other=0.0).to(tl.float32), eps, NAME)
-    g = tl.load(p_g + i, mask=inside, other=0.0).to(tl.float32) # (BLOCK,)
-    if F > 0:
-        tl.store(p_gx + F + j, (g * y).to(p_gx.dtype.element_ty), mask=inside) # g_up = g act(gate)
-        g = g * tl.load(p_x + F + j, mask=inside, other=0.0).to(tl.float32)
-    elif p_up is not None:
-        tl.store(p_gup + i, (g * y).to(p_gup.dtype.element_ty), mask=inside)
-        g = g * tl.load(p_up + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_gx + j, (g * slope).to(p_gx.dtype.element_ty), mask=inside)
-    if p_eps is not None: # a sum for each program, added up in one order afterwards
-        tl.store(p_sums + tl.program_id(0), tl.sum(g * bump, axis=0))
+    y, slope, bump = act(tl.load(p_gate + j, mask=inside, other=0.0).to(tl.float32), eps, NAME) # (BLOCK,)
+    if p_g is None:
+        if p_up is not None:
+            y = y * tl.load(p_up + j, mask=inside, other=0.0).to(tl.float32)
+        tl.store(p_y + i, y.to(p_y.dtype.element_ty), mask=inside)
+    else:
+        g = tl.load(p_g + i, mask=inside, other=0.0).to(tl.float32)
+        if p_up is not None:
+            tl.store(p_gup + j, (g * y).to(p_gup.dtype.element_ty), mask=inside) # g_up = g act(gate)
+            g = g * tl.load(p_up + j, mask=inside, other=0.0).to(tl.float32)
+        tl.store(p_ggate + j, (g * slope).to(p_ggate.dtype.element_ty), mask=inside)
+        if p_eps is not None: # a sum for each program, added up in one order afterwards
+            tl.store(p_sums + tl.program_id(0), tl.sum(g * bump, axis=0))
 
 
 class Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, up, eps, name, paired):
-        ctx.name, ctx.operation = name, operation(name, paired or up is not None)
-        tally(ctx.operation, "triton")
+    def forward(ctx, x, up, eps, name, paired, label):
+        tally(label, "triton")
         x, up = x.contiguous(), None if up is None else up.contiguous()
+        ctx.name, ctx.label, ctx.F = name, label, x.size(-1) // 2 if paired else 0
         ctx.save_for_backward(x, up, eps)
-        ctx.F = x.size(-1) // 2 if paired else 0 # width of gate and of up
         y = torch.empty((*x.shape[:-1], ctx.F) if paired else x.shape, dtype=x.dtype, device=x.device)
-        n = y.numel()
-        with torch.cuda.device_of(x):
-            activation_forward_kernel[(triton.cdiv(n, 1024),)](x, up, eps, y, n, ctx.F, name, 1024)
+        up = x[..., ctx.F:] if paired else up
+        launch(activation_kernel, (triton.cdiv(y.numel(), 1024),), x, up, eps, y, None, None, None, None,
+               y.numel(), ctx.F, name, 1024)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        tally(ctx.operation + " backward", "triton")
-        x, up, eps = ctx.saved_tensors
-        n, g = g.numel(), g.contiguous()
-        programs = triton.cdiv(n, 1024)
+        tally(ctx.label + " backward", "triton")
+        (x, up, eps), g = ctx.saved_tensors, g.contiguous()
+        programs = triton.cdiv(g.numel(), 1024)
         g_x, g_up = empty_as(x), None if up is None else empty_as(up)
         sums = None if eps is None else torch.empty(programs, dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):
-            activation_backward_kernel[(programs,)](x, up, eps, g, g_x, g_up, sums, n, ctx.F, ctx.name, 1024)
-        return g_x, g_up, None if eps is None else sums.double().sum().to(eps.dtype), None, None
+        halves = (x[..., ctx.F:], g_x[..., ctx.F:]) if ctx.F else (up, g_up)
+        launch(activation_kernel, (programs,), x, halves[0], eps, None, g, g_x, halves[1], sums, g.numel(),
+               ctx.F, ctx.name, 1024)
+        return g_x, g_up, None if eps is None else sums.double().sum().to(eps.dtype), None, None, None
 
 
 # --- the loss of a linear head, without all its logits in memory --------------------------------------------
@@ -581,7 +555,7 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.T
     a few rows at a time. The gradient of z, (softmax - onehot) / count, needs nothing that comes later. So
     the forward makes both gradients and the backward scales them in place; a second backward of one graph is
     refused. The idea is Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989). ValueError for what does not fit;
-    a target outside [-1, V) is an error on a CPU and makes the loss nan elsewhere.
+    a target outside [-1, V) is an error in PyTorch and makes Triton's loss nan.
 
     torch 2.13's chunked F.linear_cross_entropy takes as long for as much memory, but knows no cap, and rounds
     the loss of bf16 inputs to bf16: off by 0.003 nats.
@@ -620,11 +594,10 @@ def cross_entropy_in_chunks(x, weight, targets, cap):
     if x.is_cpu and not -1 <= targets.min() <= targets.max() < V:
         raise ValueError(f"targets {targets.min()} to {targets.max()} are not all in [-1, {V}); "
                          "-1 is ignored")
-    dtype = product_dtype(x)
-    if product_dtype(weight) != dtype:
+    if product_dtype(weight) != product_dtype(x):
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; give both one dtype, or use autocast")
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)] # which gradients to make
-    return LinearCrossEntropy.apply(x, weight, targets, cap, dtype, path_for(weight), needs)
+    return LinearCrossEntropy.apply(x, weight, targets, cap, needs)
 
 
 def cross_entropy_torch(z, targets, losses, gradient):
@@ -670,8 +643,8 @@ def cross_entropy_kernel(p_z, p_target, p_loss, V, width, GRADIENT: tl.constexpr
 
 def pad_vocabulary(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """weight (V, C) in dtype, for a GPU: with rows of zeros up to a multiple of 128, unless V is small or a
-    multiple of 16. Tensor cores and vector loads want each row of logits to begin at a multiple of 16 bytes.
-    Without padding the loss of V = 50,257 took an H100 34.6 ms, that of 50,304 took 8.0.
+    multiple of 16. Each row of logits then begins at a multiple of 16 bytes, as tensor cores and vector loads
+    want it. Without padding the loss of V = 50,257 took an H100 34.6 ms, that of 50,304 took 8.0.
     """
     V, C = weight.shape
     if V % 16 == 0 or V < CROSS_ENTROPY_PADDED:
@@ -691,8 +664,7 @@ def logits_to_gradient(z, V, targets, losses, cap, path, gradient):
     if path == "triton":
         rows, width = wide.shape
         block = min(4096, triton.next_power_of_2(width))
-        with torch.cuda.device_of(wide):
-            cross_entropy_kernel[(rows,)](wide, targets, losses, V, width, gradient, block)
+        launch(cross_entropy_kernel, (rows,), wide, targets, losses, V, width, gradient, block)
     else:
         cross_entropy_torch(wide, targets, losses, gradient)
     if cap and gradient:
@@ -718,7 +690,8 @@ def rows_of_a_chunk(rows, width, cuda):
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, dtype, path, needs):
+    def forward(ctx, x, weight, targets, cap, needs):
+        dtype, path = product_dtype(x), path_for(weight)
         tally("linear_cross_entropy", path)
         rows, (V, C), device = targets.numel(), weight.shape, x.device
         wide, targets = torch.promote_types(dtype, torch.float32), targets.reshape(-1).contiguous() # (rows,)
@@ -753,7 +726,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         shape, *dtypes = ctx.like
         scale = g / count.clamp(min=1) # here and not in the forward, where fp16 would underflow at 1 / count
         g_x, g_w = (None if t is None else t.mul_(scale).to(d) for t, d in zip((g_x, g_w), dtypes))
-        return None if g_x is None else g_x.view(shape), g_w, None, None, None, None, None
+        return None if g_x is None else g_x.view(shape), g_w, None, None, None
 
 
 # --- residual streams: reading a sublayer's input from N of them, and writing its output back ---------------
@@ -793,10 +766,17 @@ def write_streams_reference(x, y, post, res):
 
 def streams_path(x, *others):
     """The path for x (..., N, C). The other tensors are small or fresh: a copy puts them in order."""
-    if x.size(-2) not in (2, 4, 8) or not x.numel():
-        return "torch"
-    path = path_for(x, in_c=x.size(-2))
+    if any(t.device != x.device for t in others): # a kernel would read addresses of another GPU
+        raise ValueError(f"tensors on {', '.join(str(t.device) for t in (x, *others))}: bring them together")
+    path = path_of_width(x, x.size(-2))
     return path if path != "c" or all(t.dtype == torch.float32 for t in others) else "torch"
+
+
+def path_of_width(x, width):
+    for n in (2, 4, 8): # n is a number even where torch.compile knows the width by a symbol alone
+        if n == width and x.numel():
+            return path_for(x, in_c=n)
+    return "torch"
 
 
 # A program is one warp. It handles one token and walks through its channels in blocks, 32 numbers of x for
@@ -879,35 +859,23 @@ def streams(path, function, x, *tensors):
     if path == "c":
         getattr(c_library(N), function)(threads(x.numel()), tokens, C, *addresses(x, *tensors))
     else:
-        with torch.cuda.device_of(x):
-            # Channels of a tile. Each of the 32 threads has at least 4, so that it loads 8 bytes at a time.
-            block = 1024 // N if "write" in function else max(128, 512 // N)
-            STREAMS_KERNELS[function][(tokens,)](x, *tensors, C, N, block, num_warps=1)
+        # Channels of a tile. Each of the 32 threads has at least 4, so that it loads 8 bytes at a time.
+        block = 1024 // N if "write" in function else max(128, 512 // N)
+        launch(STREAMS_KERNELS[function], (tokens,), x, *tensors, C, N, block, num_warps=1)
 
 
-class Streams(torch.autograd.Function):
-    """To read, x, pre, path -> (..., C). To write, x, y, post, res, path -> (..., N, C)."""
+def streams_forward(path, iters, eps, tensors):
+    x, reading = tensors[0], len(tensors) == 2
+    shape = (*x.shape[:-2], x.size(-1)) if reading else x.shape
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    streams(path, "read_forward" if reading else "write_forward", *tensors, out)
+    return (out,), ()
 
-    @staticmethod
-    def forward(ctx, *args):
-        *inputs, ctx.path = args
-        name, inputs = "read" if len(inputs) == 2 else "write", [t.contiguous() for t in inputs]
-        tally(f"{name}_streams", ctx.path)
-        ctx.save_for_backward(*inputs)
-        x = inputs[0]
-        shape = x.shape if name == "write" else (*x.shape[:-2], x.shape[-1])
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        streams(ctx.path, f"{name}_forward", *inputs, out)
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        inputs = ctx.saved_tensors # asked for once: gradient checkpointing computes them at that moment
-        name, gradients = "read" if len(inputs) == 2 else "write", [empty_as(t) for t in inputs]
-        tally(f"{name}_streams backward", ctx.path)
-        streams(ctx.path, f"{name}_backward", *inputs, g.contiguous(), *gradients)
-        return *gradients, None
+def streams_backward(path, iters, eps, tensors, saved, g):
+    gradients = [empty_as(t) for t in tensors]
+    streams(path, "read_backward" if len(tensors) == 2 else "write_backward", *tensors, *g, *gradients)
+    return gradients
 
 
 # --- Sinkhorn: logits -> a doubly stochastic matrix, the mixing of mHC's streams ----------------------------
@@ -922,17 +890,15 @@ def sinkhorn(logits: torch.Tensor, iters: int = 20) -> torch.Tensor:
         then iters - 1 times:  M /= sum over out + eps;  M /= sum over in + eps
 
     Rows are normalised last, so each output is a convex mix whatever iters is. Columns sum to 1 only when it
-    has converged, which large logits never do in 20 iterations. Sinkhorn & Knopp 1967; Xie et al. 2025,
-    arXiv:2512.24880; order and eps are those of DeepSeek-V4, whose comb is H^T. The gradient is that of the
-    iterations done, not of the limit. fp32 inside, fp64 for fp64. Kernels exist for n = 2, 4 and 8.
+    has converged, which large logits never do in 20 iterations. Sinkhorn & Knopp 1967; Xie et al. 2025; order
+    and eps are those of DeepSeek-V4, whose comb is H^T. The gradient is that of the iterations done, not of
+    the limit. fp32 inside, fp64 for fp64. Kernels exist for n = 2, 4 and 8.
     """
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"sinkhorn takes square matrices (..., n, n), not {tuple(logits.shape)}")
     if iters < 1:
         raise ValueError(f"sinkhorn needs iters >= 1, not {iters}")
-    known = logits.shape[-1] in (2, 4, 8) and logits.numel()
-    path = path_for(logits, in_c=logits.shape[-1]) if known else "torch"
-    return operate("sinkhorn", path, logits, iters=iters)
+    return operate("sinkhorn", path_of_width(logits, logits.size(-1)), logits, iters=iters)
 
 
 def sinkhorn_reference(logits, iters=20):
@@ -944,17 +910,15 @@ def sinkhorn_reference(logits, iters=20):
     return m.to(logits.dtype)
 
 
-# A program is one warp with a tile (N, BLOCK, N) of BLOCK matrices [out, matrix, in]. Triton spreads a tile
-# over threads from the last axes on, so the axis of matrices in the middle gives whole matrices to a thread
-# (parts of them at N = 8): sums need few exchanges or none. The backward runs the iterations once more and
-# keeps only the divisors, in memory, because a loop cannot index registers. It then walks back through the
-# iterates by x = y s, and reverses y = x / s by g_x = (g_y - sum(g_y * y)) / s.
+# A program is one warp, 32 threads. It handles BLOCK matrices side by side, as a tile (N, BLOCK, N) of [out,
+# matrix, in]. Triton deals a tile out to the threads from its last axis on. With the matrices in the middle a
+# thread holds whole matrices (half a matrix at N = 8), so sums of rows and columns need no other thread.
 @jit
 def matrices(i_matrix, count, apart, N: tl.constexpr):
-    """Offsets and mask of a tile (N, BLOCK, N), whose matrices begin `apart` from each other."""
+    """Places and mask of a tile (N, BLOCK, N). The first numbers of two matrices lie `apart` in memory."""
     i_n = tl.arange(0, N)
-    offsets = i_n[:, None, None] * N + i_matrix[None, :, None] * apart + i_n[None, None, :]
-    return offsets, (i_matrix < count)[None, :, None]
+    at = i_n[:, None, None] * N + i_matrix[None, :, None] * apart + i_n[None, None, :]
+    return at, (i_matrix < count)[None, :, None]
 
 
 @jit
@@ -975,56 +939,57 @@ def iterate(x, iters, EPS: tl.constexpr):
 
 @jit
 def iterate_back(x, g, p_scratch, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """The logits and the gradient of H -> the gradient of the logits."""
+    """The logits x and the gradient g of H -> the gradient of the logits.
+
+    A division y = x / s with s = sum(x) + EPS has the gradient g_x = (g_y - sum(g_y y)) / s. Backward needs y
+    and s of every division, the last one first. A loop cannot keep them all in registers: one loop runs the
+    iterations again and stores each s in memory, a second loop loads it and finds the earlier x = y s.
+    """
     p = softmax_out(x)
-    # This program's divisors (2 iters, BLOCK N): columns' (BLOCK, N) at 2 i, rows' (N, BLOCK) at 2 i + 1
-    p_sums = p_scratch + tl.program_id(0).to(tl.int64) * (2 * iters * BLOCK * N)
+    # Memory of this program, for each iteration: sums of columns (BLOCK, N), then sums of rows (N, BLOCK)
+    p_scratch += tl.program_id(0).to(tl.int64) * (2 * iters * BLOCK * N)
     i_n, i_matrix = tl.arange(0, N), tl.arange(0, BLOCK)
-    at_columns = i_matrix[:, None] * N + i_n[None, :]
-    at_rows = BLOCK * N + i_n[:, None] * BLOCK + i_matrix[None, :]
+    p_columns = p_scratch + i_matrix[:, None] * N + i_n[None, :]
+    p_rows = p_scratch + BLOCK * N + i_n[:, None] * BLOCK + i_matrix[None, :]
     y = p + EPS # (N, BLOCK, N)
     for i in range(iters):
         if i > 0:
             columns = tl.sum(y, axis=0) + EPS # (BLOCK, N)
-            tl.store(p_sums + 2 * i * (BLOCK * N) + at_columns, columns)
+            tl.store(p_columns + 2 * i * (BLOCK * N), columns)
             y = y * (1 / columns)[None, :, :]
         rows = tl.sum(y, axis=2) + EPS # (N, BLOCK)
-        tl.store(p_sums + 2 * i * (BLOCK * N) + at_rows, rows)
+        tl.store(p_rows + 2 * i * (BLOCK * N), rows)
         y = y * (1 / rows)[:, :, None]
     tl.debug_barrier() # a thread may load what another one stored
     for j in range(iters):
         i = iters - 1 - j
-        rows = tl.load(p_sums + 2 * i * (BLOCK * N) + at_rows)
+        rows = tl.load(p_rows + 2 * i * (BLOCK * N))
         g = (g - tl.sum(g * y, axis=2)[:, :, None]) * (1 / rows)[:, :, None]
         y = y * rows[:, :, None] # the iterate before this division
         if i > 0:
-            columns = tl.load(p_sums + 2 * i * (BLOCK * N) + at_columns)
+            columns = tl.load(p_columns + 2 * i * (BLOCK * N))
             g = (g - tl.sum(g * y, axis=0)[None, :, :]) * (1 / columns)[None, :, :]
             y = y * columns[None, :, :]
     return p * (g - tl.sum(g * p, axis=0)[None, :, :]) # back through the softmax
 
 
 @jit
-def sinkhorn_forward_kernel(p_x, p_y, count, iters, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def sinkhorn_kernel(p_x, p_g, p_out, p_scratch, count, iters, EPS: tl.constexpr, N: tl.constexpr,
+                    BLOCK: tl.constexpr):
+    """The logits -> H, or where its gradient is given, the logits' gradient."""
     i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # (BLOCK,)
     at, inside = matrices(i_matrix, count, N * N, N)
     x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_y + at, iterate(x, iters, EPS).to(p_y.dtype.element_ty), mask=inside)
-
-
-@jit
-def sinkhorn_backward_kernel(p_x, p_gy, p_gx, p_scratch, count, iters, EPS: tl.constexpr, N: tl.constexpr,
-                             BLOCK: tl.constexpr):
-    i_matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) # (BLOCK,)
-    at, inside = matrices(i_matrix, count, N * N, N)
-    x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(p_gy + at, mask=inside, other=0.0).to(tl.float32)
-    g = iterate_back(x, g, p_scratch, iters, EPS, N, BLOCK)
-    tl.store(p_gx + at, g.to(p_gx.dtype.element_ty), mask=inside)
+    if p_g is None:
+        out = iterate(x, iters, EPS)
+    else:
+        g = tl.load(p_g + at, mask=inside, other=0.0).to(tl.float32)
+        out = iterate_back(x, g, p_scratch, iters, EPS, N, BLOCK)
+    tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=inside)
 
 
 def tiles(count, n):
-    """(number of programs, matrices of each): one a thread, but at n = 8 one for two threads."""
+    """(number of programs, BLOCK): a warp handles 32 matrices, or 16 of 8 x 8."""
     block = 32 if n < 8 else 16
     return -(-count // block), block
 
@@ -1035,40 +1000,30 @@ def scratch_c(n, iters):
     return torch.empty(numbers, dtype=torch.float32, device="cpu")
 
 
-class Sinkhorn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, iters, path):
-        tally("sinkhorn", path)
-        x, n = logits.contiguous(), logits.size(-1)
-        ctx.save_for_backward(x)
-        ctx.iters, ctx.path = iters, path
-        y, count = empty_as(x), x.numel() // n**2
-        if path == "c":
-            c_library(n).sinkhorn_forward(threads(), count, iters, *addresses(x, y))
-        else:
-            programs, block = tiles(count, n)
-            with torch.cuda.device_of(x):
-                sinkhorn_forward_kernel[(programs,)](x, y, count, iters, SINKHORN_EPS, n, block,
-                                                num_warps=1)
-        return y
+def sinkhorn_forward(path, iters, eps, tensors):
+    (x,), n = tensors, tensors[0].size(-1)
+    y, count = empty_as(x), x.numel() // n**2
+    if path == "c":
+        c_library(n).sinkhorn_forward(threads(), count, iters, *addresses(x, y))
+    else:
+        programs, block = tiles(count, n)
+        launch(sinkhorn_kernel, (programs,), x, None, y, None, count, iters, SINKHORN_EPS, n, block,
+               num_warps=1)
+    return (y,), ()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        tally("sinkhorn backward", ctx.path)
-        (x,), iters, g = ctx.saved_tensors, ctx.iters, g.contiguous()
-        g_x, n = empty_as(x), x.size(-1)
-        count = x.numel() // n**2
-        if ctx.path == "c":
-            scratch = scratch_c(n, iters)
-            c_library(n).sinkhorn_backward(threads(), count, iters, *addresses(x, g, g_x, scratch))
-        else:
-            programs, block = tiles(count, n)
-            scratch = torch.empty(programs * 2 * iters * block * n, dtype=torch.float32, device=x.device)
-            with torch.cuda.device_of(x):
-                sinkhorn_backward_kernel[(programs,)](x, g, g_x, scratch, count, iters, SINKHORN_EPS, n,
-                                                      block, num_warps=1)
-        return g_x, None, None
+
+def sinkhorn_backward(path, iters, eps, tensors, saved, g):
+    (x,), (g,), n = tensors, g, tensors[0].size(-1)
+    g_x, count = empty_as(x), x.numel() // n**2
+    if path == "c":
+        scratch = scratch_c(n, iters)
+        c_library(n).sinkhorn_backward(threads(), count, iters, *addresses(x, g, g_x, scratch))
+    else:
+        programs, block = tiles(count, n)
+        scratch = torch.empty(programs * 2 * iters * block * n, dtype=torch.float32, device=x.device)
+        launch(sinkhorn_kernel, (programs,), x, g, g_x, scratch, count, iters, SINKHORN_EPS, n, block,
+               num_warps=1)
+    return [g_x]
 
 
 # --- mHC's coefficients -------------------------------------------------------------------------------------
@@ -1114,16 +1069,21 @@ def mhc_gates(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, b: torch.
     return pre.sigmoid(), 2 * post.sigmoid(), logits
 
 
-# Tensor cores multiply bf16 (8 bits) or TF32 (11 bits) and add in fp32, but cut off what they should round.
-# Numbers of 24 bits are split into parts: three bf16 parts of b if a is bf16 (their products are exact), else
-# three products of TF32 parts. What is cut off adds up over long sums, so callers add every 64 terms to a
-# sum outside. Simulated at 3,072 terms, the rms error relative to that of z is 2.6e-7 for TF32 parts and
-# 1.5e-7 for bf16 parts; 2.6e-7 for fp32 BLAS, 9.5e-6 for TF32 parts in one sum, 3e-4 for plain TF32.
+# Four kernels make the coefficients. mhc_product makes z and mean(x^2), for many tokens at a time on tensor
+# cores; mhc_forward makes pre, post and res of them. mhc_backward turns the gradients of those three into
+# that of z; mhc_product_backward turns it into those of x and phi. z and its gradient are (tokens, COLUMNS).
+#
+# Tensor cores multiply numbers of 8 bits (bf16) or 11 (TF32) and add in fp32. A number of 24 bits is split
+# into a sum of parts, and the products of the parts are added: three bf16 parts of b if a is bf16 (their
+# products are exact), else three products of TF32 parts. Tensor cores also cut off what they should round,
+# which adds up over long sums. So callers multiply 64 terms at a time and add the result to a sum of their
+# own. Simulated at 3,072 terms, the rms error relative to that of z is 2.6e-7 for TF32 parts and 1.5e-7 for
+# bf16 parts; 2.6e-7 for fp32 BLAS, 9.5e-6 for TF32 parts in one sum, 3e-4 for plain TF32.
 @jit
 def product_fp32(a, b):
     """a b^T in fp32. a (M, K) of any dtype, b (N, K) fp32 -> (M, N)."""
     if a.dtype == tl.bfloat16:
-        high = b.to(tl.bfloat16)
+        high = b.to(tl.bfloat16) # b = high + middle + low
         rest = b - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
@@ -1158,14 +1118,14 @@ def mhc_forward_kernel(p_z, p_square, p_alpha, p_b, p_pre, p_post, p_res, tokens
                        EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     COLUMNS: tl.constexpr = 2 * N + N * N
     i_t, i_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
+    inside = (i_t < tokens)[:, None] # (BLOCK, 1)
     r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps) # (BLOCK,)
-    gate = (i_t < tokens)[:, None] & (i_n >= 0)[None, :] # mask of a tile (BLOCK, N)
-    for k in tl.static_range(2): # pre, then post
-        z = tl.load(p_z + i_t[:, None] * COLUMNS + k * N + i_n[None, :], mask=gate, other=0.0) * r[:, None]
+    for k in tl.static_range(2): # pre, then post: (BLOCK, N)
+        z = tl.load(p_z + i_t[:, None] * COLUMNS + k * N + i_n[None, :], mask=inside, other=0.0) * r[:, None]
         x = tl.load(p_alpha + k).to(tl.float32) * z + tl.load(p_b + k * N + i_n).to(tl.float32)[None, :]
         y, p_to = (1 + k) / (1 + tl.exp(-x)), p_pre if k == 0 else p_post
-        tl.store(p_to + i_t[:, None] * N + i_n[None, :], y.to(p_to.dtype.element_ty), mask=gate)
-    at, inside = matrices(i_t, tokens, COLUMNS, N)
+        tl.store(p_to + i_t[:, None] * N + i_n[None, :], y.to(p_to.dtype.element_ty), mask=inside)
+    at, inside = matrices(i_t, tokens, COLUMNS, N) # (N, BLOCK, N)
     z = tl.load(p_z + 2 * N + at, mask=inside, other=0.0) * r[None, :, None]
     b = tl.load(p_b + 2 * N + i_n[:, None] * N + i_n[None, :]).to(tl.float32)
     m = iterate(tl.load(p_alpha + 2).to(tl.float32) * z + b[:, None, :], iters, EPS)
@@ -1173,28 +1133,30 @@ def mhc_forward_kernel(p_z, p_square, p_alpha, p_b, p_pre, p_post, p_res, tokens
     tl.store(p_res + at, m.to(p_res.dtype.element_ty), mask=inside)
 
 
+# With y = alpha z r + b and g its gradient, the gradient of b is g, that of alpha g z r, that of z alpha g r.
+# r depends on x too: as in rmsnorm, what comes back through r is x times one number for each token, `factor`.
 @jit
 def mhc_backward_kernel(p_z, p_square, p_alpha, p_b, p_gpre, p_gpost, p_gres, p_gz, p_factor, p_sums,
                         p_scratch, tokens, width, iters, eps, EPS: tl.constexpr, N: tl.constexpr,
                         BLOCK: tl.constexpr):
     COLUMNS: tl.constexpr = 2 * N + N * N
     i_t, i_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
+    inside = (i_t < tokens)[:, None] # (BLOCK, 1)
     r = 1 / tl.sqrt(tl.load(p_square + i_t, mask=i_t < tokens, other=1.0) + eps) # (BLOCK,)
-    gate = (i_t < tokens)[:, None] & (i_n >= 0)[None, :] # mask of a tile (BLOCK, N)
-    back = tl.zeros((BLOCK,), tl.float32) # what comes back through r
+    back = tl.zeros((BLOCK,), tl.float32) # sum of alpha g z r over the columns
     p_sums += tl.program_id(0) * (3 + COLUMNS) # [g_alpha | g_b] of this program's tokens
-    for k in tl.static_range(2): # pre, then post
-        z = tl.load(p_z + i_t[:, None] * COLUMNS + k * N + i_n[None, :], mask=gate, other=0.0) * r[:, None]
+    for k in tl.static_range(2): # pre, then post: (BLOCK, N)
+        z = tl.load(p_z + i_t[:, None] * COLUMNS + k * N + i_n[None, :], mask=inside, other=0.0) * r[:, None]
         a = tl.load(p_alpha + k).to(tl.float32)
         p = 1 / (1 + tl.exp(-a * z - tl.load(p_b + k * N + i_n).to(tl.float32)[None, :])) # sigmoid
         p_g = p_gpre if k == 0 else p_gpost
-        g = tl.load(p_g + i_t[:, None] * N + i_n[None, :], mask=gate, other=0.0).to(tl.float32)
+        g = tl.load(p_g + i_t[:, None] * N + i_n[None, :], mask=inside, other=0.0).to(tl.float32)
         g = (1 + k) * p * (1 - p) * g # through the sigmoid
-        back += a * tl.sum(g * z, axis=1) # (BLOCK,)
+        back += a * tl.sum(g * z, axis=1)
         tl.store(p_sums + k, tl.sum(tl.sum(g * z, axis=1), axis=0))
         tl.store(p_sums + 3 + k * N + i_n, tl.sum(g, axis=0))
-        tl.store(p_gz + i_t[:, None] * COLUMNS + k * N + i_n[None, :], a * g * r[:, None], mask=gate)
-    at, inside = matrices(i_t, tokens, N * N, N)
+        tl.store(p_gz + i_t[:, None] * COLUMNS + k * N + i_n[None, :], a * g * r[:, None], mask=inside)
+    at, inside = matrices(i_t, tokens, N * N, N) # (N, BLOCK, N)
     g = tl.load(p_gres + at, mask=inside, other=0.0).to(tl.float32)
     at, inside = matrices(i_t, tokens, COLUMNS, N)
     z = tl.load(p_z + 2 * N + at, mask=inside, other=0.0) * r[None, :, None]
@@ -1231,10 +1193,6 @@ def mhc_product_backward_kernel(p_x, p_phi, p_gz, p_factor, p_gx, p_gphi, tokens
     tl.store(p_gphi + tl.program_id(1) * COLUMNS * width + at_phi, g_phi, mask=of_phi)
 
 
-def padded(columns):
-    return max(16, triton.next_power_of_2(columns)) # tl.dot takes 16 columns or more
-
-
 def product(a, b):
     """a b in a's dtype: autocast, which would round it, leaves alone what is written into a given tensor."""
     return torch.mm(a, b, out=torch.empty(a.size(0), b.size(1), dtype=a.dtype, device=a.device))
@@ -1247,161 +1205,159 @@ def product_backward(x, phi, g_z, factor, path):
         wide = x.float()
         g_x = product(g_z, phi.float()).addcmul_(factor.unsqueeze(1), wide).to(x.dtype)
         return g_x, product(g_z.t(), wide).to(phi.dtype)
-    parts = min(16, triton.cdiv(tokens, 32)) # of the sum g_phi over tokens
+    parts, padded = min(16, triton.cdiv(tokens, 32)), triton.next_power_of_2(columns) # parts of the sum g_phi
     g_x, g_phi = empty_as(x), torch.empty(parts, *phi.shape, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        mhc_product_backward_kernel[(triton.cdiv(width, 64), parts)](
-            x, phi, g_z, factor, g_x, g_phi, tokens, width, columns, 32, 64, padded(columns),
-            num_stages=3 if x.dtype == torch.float32 else 1) # 166 us at bf16 on an H100, with three 237
+    stages = 3 if x.dtype == torch.float32 else 1 # bf16 takes an H100 166 us with one, 237 us with three
+    launch(mhc_product_backward_kernel, (triton.cdiv(width, 64), parts), x, phi, g_z, factor, g_x, g_phi,
+           tokens, width, columns, 32, 64, max(16, padded), num_stages=stages) # tl.dot takes 16 or more
     return g_x, g_phi.sum(0).to(phi.dtype)
 
 
-class Coefficients(torch.autograd.Function):
-    """It keeps z and mean(x^2) for backward, 25 numbers per token at N = 4. C leaves products to BLAS."""
+def coefficients_forward(path, iters, eps, tensors):
+    """Backward needs z and mean(x^2) too, 25 numbers per token at N = 4. C leaves products to BLAS."""
+    h, phi, alpha, b = tensors
+    N, width = h.size(-2), h.size(-2) * h.size(-1)
+    x = h.view(-1, width) # (tokens, N C)
+    tokens = len(x)
+    outputs = [torch.empty((*h.shape[:-2], *shape), dtype=h.dtype, device=h.device)
+               for shape in ((N,), (N,), (N, N))] # pre, post, res
+    square = torch.empty(tokens, dtype=torch.float32, device=h.device)
+    if path == "c":
+        z = product(x, phi.t())
+        c_library(N).mhc_forward(threads(), tokens, width, iters, eps,
+                                 *addresses(x, z, alpha, b, square, *outputs))
+    else:
+        z = torch.empty(tokens, len(b), dtype=torch.float32, device=h.device)
+        programs, block = tiles(tokens, N)
+        # 128 tokens share a tile of phi. 80 columns leave registers for half as many of each.
+        block_t, channels = (128, 64) if N < 8 else (64, 32)
+        launch(mhc_product_kernel, (triton.cdiv(tokens, block_t),), x, phi, z, square, tokens, width, len(b),
+               block_t, channels, max(16, triton.next_power_of_2(len(b))), num_warps=8)
+        launch(mhc_forward_kernel, (programs,), z, square, alpha, b, *outputs, tokens, iters, eps,
+               SINKHORN_EPS, N, block, num_warps=1)
+    return tuple(outputs), (z, square)
+
+
+def coefficients_backward(path, iters, eps, tensors, saved, g):
+    (h, phi, alpha, b), (z, square) = tensors, saved
+    N, width = h.size(-2), h.size(-2) * h.size(-1)
+    x, inputs = h.view(-1, width), (z, square, alpha, b, *g) # g of pre, post and res
+    tokens, g_z, factor = len(x), empty_as(z), empty_as(square)
+    programs, block = (-(-tokens // LANES), None) if path == "c" else tiles(tokens, N)
+    sums = torch.empty(programs, 3 + len(b), dtype=torch.float32, device=h.device) # [g_alpha | g_b]
+    if path == "c":
+        scratch = scratch_c(N, iters)
+        c_library(N).mhc_backward(threads(), tokens, width, iters, eps,
+                                  *addresses(*inputs, g_z, factor, sums, scratch))
+    else:
+        scratch = torch.empty(programs * 2 * iters * block * N, dtype=torch.float32, device=h.device)
+        launch(mhc_backward_kernel, (programs,), *inputs, g_z, factor, sums, scratch, tokens, width, iters,
+               eps, SINKHORN_EPS, N, block, num_warps=1)
+    g_x, g_phi = product_backward(x, phi, g_z, factor, path)
+    g_alpha, g_b = sums.sum(0, dtype=torch.float64).split([3, len(b)])
+    return [g_x.view(h.shape), g_phi, g_alpha.to(alpha.dtype), g_b.to(b.dtype)]
+
+
+# --- operations on streams, in eager mode and under torch.compile -------------------------------------------
+# Each is a row of OPERATIONS: what it runs forward and backward, on contiguous tensors, and its formula.
+#
+# torch.compile cannot look into C or into a launch of Triton, and breaks the graph there. It must not get the
+# formulas instead: from those of hyper-connections, Inductor 2.13 on a CPU makes gradients off by up to 60%,
+# and Sinkhorn's would be 80 reductions. So an operation is one node of the graph, which the compiler calls
+# and does not look into, and its backward is another. Both run what eager mode runs, on the path chosen when
+# the graph was made.
+
+OPERATIONS = { # name: (forward, backward, formula). The formula takes tensors, then iters and eps if given
+    "read_streams": (streams_forward, streams_backward, read_streams_reference),
+    "write_streams": (streams_forward, streams_backward, write_streams_reference),
+    "sinkhorn": (sinkhorn_forward, sinkhorn_backward, sinkhorn_reference),
+    "mhc_coefficients": (coefficients_forward, coefficients_backward, mhc_coefficients_reference),
+}
+
+
+def operate(name, path, *tensors, iters=None, eps=None):
+    if torch.compiler.is_compiling():
+        outputs, _ = torch.ops.nanoslm.forward(name, path, iters, eps, [t.contiguous() for t in tensors])
+    elif path == "torch":
+        tally(name, path)
+        outputs = by_formula(name, iters, eps, tensors)
+    else:
+        outputs = run(Operation, name, path, iters, eps, *tensors)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def by_formula(name, iters, eps, tensors):
+    outputs = OPERATIONS[name][2](*tensors, *(c for c in (iters, eps) if c is not None))
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+class Operation(torch.autograd.Function):
+    """An operation in eager mode, in C or in Triton."""
 
     @staticmethod
-    def forward(ctx, h, phi, alpha, b, iters, eps, path):
-        tally("mhc_coefficients", path)
-        N, x = h.size(-2), h.contiguous().view(-1, h.size(-2) * h.size(-1)) # (tokens, N C)
-        phi, alpha, b = phi.contiguous(), alpha.contiguous(), b.contiguous()
-        tokens, width = x.shape
-        pre, post, res = (torch.empty(tokens, k, dtype=x.dtype, device=x.device) for k in (N, N, N * N))
-        square = torch.empty(tokens, dtype=torch.float32, device=x.device)
-        if path == "c":
-            z = product(x, phi.t())
-            tensors = addresses(x, z, alpha, b, square, pre, post, res)
-            c_library(N).mhc_forward(threads(), tokens, width, iters, eps, *tensors)
-        else:
-            z = torch.empty(tokens, len(b), dtype=torch.float32, device=x.device)
-            programs, block = tiles(tokens, N)
-            with torch.cuda.device_of(x):
-                # 128 tokens share a tile of phi. 80 columns leave registers for half as many of each.
-                block_t, channels = (128, 64) if N < 8 else (64, 32)
-                mhc_product_kernel[(triton.cdiv(tokens, block_t),)](
-                    x, phi, z, square, tokens, width, len(b), block_t, channels, padded(len(b)), num_warps=8)
-                mhc_forward_kernel[(programs,)](z, square, alpha, b, pre, post, res, tokens, iters, eps,
-                                                SINKHORN_EPS, N, block, num_warps=1)
-        ctx.save_for_backward(x, phi, alpha, b, z, square)
-        ctx.shape, ctx.N, ctx.iters, ctx.eps, ctx.path = h.shape, N, iters, eps, path
-        front = h.shape[:-2]
-        return pre.view(*front, N), post.view(*front, N), res.view(*front, N, N)
+    def forward(ctx, name, path, iters, eps, *tensors):
+        tensors = [t.contiguous() for t in tensors]
+        outputs, saved = node_forward(name, path, iters, eps, tensors)
+        keep(ctx, (name, path, iters, eps, tensors), (outputs, saved))
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *g):
-        tally("mhc_coefficients backward", ctx.path)
-        x, phi, alpha, b, z, square = ctx.saved_tensors
-        (tokens, width), N, iters, eps = x.shape, ctx.N, ctx.iters, ctx.eps
-        inputs = z, square, alpha, b, *(t.contiguous() for t in g) # g of pre, post and res
-        g_z, factor = empty_as(z), empty_as(square)
-        programs, block = (-(-tokens // LANES), None) if ctx.path == "c" else tiles(tokens, N)
-        sums = torch.empty(programs, 3 + len(b), dtype=torch.float32, device=x.device) # [g_alpha | g_b]
-        if ctx.path == "c":
-            scratch = scratch_c(N, iters)
-            tensors = addresses(*inputs, g_z, factor, sums, scratch)
-            c_library(N).mhc_backward(threads(), tokens, width, iters, eps, *tensors)
-        else:
-            scratch = torch.empty(programs * 2 * iters * block * N, dtype=torch.float32, device=x.device)
-            with torch.cuda.device_of(x):
-                mhc_backward_kernel[(programs,)](*inputs, g_z, factor, sums, scratch, tokens, width, iters,
-                                                 eps, SINKHORN_EPS, N, block, num_warps=1)
-        g_x, g_phi = product_backward(x, phi, g_z, factor, ctx.path)
-        g_alpha, g_b = sums.sum(0, dtype=torch.float64).split([3, len(b)])
-        return g_x.view(ctx.shape), g_phi, g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None, None
+        return None, None, None, None, *node_backward(*ctx.constants, *kept(ctx), g)
 
 
-# --- torch.compile: an operation on streams is one node of its graph ----------------------------------------
-# torch.compile cannot look into C or into a launch of Triton, and breaks the graph there. It must not get the
-# formulas instead: from those of hyper-connections, Inductor 2.13 on a CPU makes gradients off by up to 60%,
-# and Sinkhorn's would be 80 reductions. So each operation is an operator of its own, which the compiler calls
-# and does not look into, and its backward is another. Both run what eager mode runs, on the path chosen when
-# the graph was made.
-
-OPERATIONS = { # name: its autograd.Function, its formula. Both take tensors, then iters and eps if given
-    "read_streams": (Streams, read_streams_reference),
-    "write_streams": (Streams, write_streams_reference),
-    "sinkhorn": (Sinkhorn, sinkhorn_reference),
-    "mhc_coefficients": (Coefficients, mhc_coefficients_reference),
-}
-
-
-def given(*constants):
-    return [c for c in constants if c is not None]
-
-
-def operate(name, path, *tensors, iters=None, eps=None):
-    function, formula = OPERATIONS[name]
-    if torch.compiler.is_compiling():
-        outputs, _ = torch.ops.nanoslm.forward(name, path, [t.contiguous() for t in tensors], iters, eps)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-    if path == "torch":
-        tally(name, path)
-        return formula(*tensors, *given(iters, eps))
-    return run(function, *tensors, *given(iters, eps), path)
-
-
-def node_forward(name, path, tensors, iters, eps):
-    """(outputs, what the Function saves besides its inputs), all contiguous."""
-    (function, formula), ctx = OPERATIONS[name], Context()
-    if path == "torch":
-        tally(name, path)
-        outputs = formula(*tensors, *given(iters, eps))
-    else:
-        outputs = function.forward(ctx, *tensors, *given(iters, eps), path)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [t.contiguous() for t in outputs], list(ctx.saved_tensors[len(tensors):])
-
-
-def node_shapes(name, path, tensors, iters, eps):
-    """node_forward for tensors that have a shape and no numbers: the compiler asks before anything runs."""
-    _, formula = OPERATIONS[name]
-    outputs = formula(*tensors, *given(iters and 1, eps)) # the shapes are those of one iteration
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    saved = []
-    if name == "mhc_coefficients" and path != "torch": # z and mean(x^2)
-        tokens, columns = outputs[0].shape[:-1].numel(), len(tensors[1])
-        fp32 = functools.partial(torch.empty, dtype=torch.float32, device=outputs[0].device)
-        saved = [fp32(tokens, columns), fp32(tokens)]
-    return [empty_as(t) for t in outputs], saved
-
-
-def node_backward(name, path, tensors, iters, eps, saved, g):
-    """The gradients of the tensors, contiguous. g: those of the outputs."""
-    (function, formula), ctx = OPERATIONS[name], Context()
-    if path == "torch":
-        with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in tensors]
-            outputs = formula(*inputs, *given(iters, eps))
-        return [t.contiguous() for t in torch.autograd.grad(outputs, inputs, g)]
-    x, *others = tensors
-    ctx.path, ctx.iters, ctx.eps, ctx.shape, ctx.N = path, iters, eps, x.shape, x.size(-2)
-    x = x.view(-1, others[0].size(1)) if name == "mhc_coefficients" else x # as its forward saves it
-    ctx.save_for_backward(x, *others, *saved)
-    return [t for t in function.backward(ctx, *g) if t is not None]
-
-
-def node_saves(ctx, inputs, output):
-    ctx.name, ctx.path, tensors, ctx.iters, ctx.eps = inputs
+def keep(ctx, inputs, output):
+    *ctx.constants, tensors = inputs
     ctx.count = len(tensors)
     ctx.save_for_backward(*tensors, *output[1])
 
 
+def kept(ctx):
+    tensors = ctx.saved_tensors # asked for once: gradient checkpointing computes them at that moment
+    return tensors[:ctx.count], tensors[ctx.count:]
+
+
+def node_forward(name, path, iters, eps, tensors):
+    """(outputs, what backward needs besides the tensors), all contiguous."""
+    tally(name, path)
+    if path != "torch":
+        return OPERATIONS[name][0](path, iters, eps, tensors)
+    return [t.contiguous() for t in by_formula(name, iters, eps, tensors)], []
+
+
+def node_shapes(name, path, iters, eps, tensors):
+    """node_forward for tensors that have a shape and no numbers: the compiler asks before anything runs."""
+    outputs, saved = by_formula(name, iters and 1, eps, tensors), [] # one iteration has the shapes of many
+    if name == "mhc_coefficients" and path != "torch": # z and mean(x^2)
+        tokens, columns = outputs[0].shape[:-1].numel(), len(tensors[1])
+        saved = [outputs[0].new_empty(shape, dtype=torch.float32) for shape in ((tokens, columns), (tokens,))]
+    return [empty_as(t) for t in outputs], saved
+
+
+def node_backward(name, path, iters, eps, tensors, saved, g):
+    """The gradients of the tensors, contiguous. g: those of the outputs."""
+    if path != "torch":
+        tally(name + " backward", path)
+        return OPERATIONS[name][1](path, iters, eps, tensors, saved, [t.contiguous() for t in g])
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in tensors]
+        outputs = by_formula(name, iters, eps, inputs)
+    return [t.contiguous() for t in torch.autograd.grad(outputs, inputs, g)]
+
+
 def node_differentiates(ctx, g, _):
-    tensors, saved = ctx.saved_tensors[:ctx.count], ctx.saved_tensors[ctx.count:]
-    g = torch.ops.nanoslm.backward(ctx.name, ctx.path, tensors, ctx.iters, ctx.eps, saved, g)
-    return None, None, g, None, None
+    return None, None, None, None, torch.ops.nanoslm.backward(*ctx.constants, *kept(ctx), g)
 
 
-NODES = torch.library.Library("nanoslm", "DEF")
-NODES.define("forward(str name, str path, Tensor[] tensors, int? iters, float? eps) -> (Tensor[], Tensor[])")
-NODES.define("backward(str name, str path, Tensor[] tensors, int? iters, float? eps, Tensor[] saved, "
-             "Tensor[] g) -> Tensor[]")
+NODES, HOW = torch.library.Library("nanoslm", "DEF"), "str name, str path, int? iters, float? eps"
+NODES.define(f"forward({HOW}, Tensor[] tensors) -> (Tensor[], Tensor[])")
+NODES.define(f"backward({HOW}, Tensor[] tensors, Tensor[] saved, Tensor[] g) -> Tensor[]")
 NODES.impl("forward", node_forward, "CompositeExplicitAutograd")
 NODES.impl("backward", node_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("nanoslm::forward", node_shapes, lib=NODES)
-torch.library.register_fake("nanoslm::backward", lambda name, path, tensors, *_: [*map(empty_as, tensors)],
-                            lib=NODES)
-torch.library.register_autograd("nanoslm::forward", node_differentiates, setup_context=node_saves, lib=NODES)
+torch.library.register_fake("nanoslm::backward", lambda *args: [*map(empty_as, args[4])], lib=NODES)
+torch.library.register_autograd("nanoslm::forward", node_differentiates, setup_context=keep, lib=NODES)
 
 
 # --- a few rows times a large matrix: decoding --------------------------------------------------------------
@@ -1455,10 +1411,8 @@ def c_library(n_stream: int) -> ctypes.CDLL | None:
                 done = subprocess.run(command, capture_output=True) # its words are shown only if it fails
                 if done.returncode == 0:
                     return declared(ctypes.CDLL(library), source)
-            trivial = os.path.join(folder, "trivial.c")
-            with open(trivial, "w", encoding="utf-8") as f:
-                f.write("int x;\n")
-            if subprocess.run([*shlex.split(compiler), *fixed, trivial], capture_output=True).returncode == 0:
+            trivial = [*shlex.split(compiler), *fixed, "-x", "c", "-"] # reads stdin
+            if subprocess.run(trivial, input=b"int x;\n", capture_output=True).returncode == 0:
                 raise RuntimeError(f"{compiler} refuses kernels.c; kernel=torch does without it\n"
                                    + done.stderr.decode(errors="replace")[:2000])
             problem = "it fails"

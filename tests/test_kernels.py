@@ -626,6 +626,9 @@ def test_what_does_not_fit_is_not_given_to_c():
     inputs = [torch.randn(s) for s in ((5, 4, 8), (24, 32), (3,), (24,))]
     with torch.device("meta"): # buffers follow the tensors, not the default device
         assert kernels.mhc_coefficients(*inputs)[2].device.type == "cpu"
+    for i in range(1, 4): # another device, for instance another GPU
+        with pytest.raises(ValueError, match="cpu.* meta.* bring them together"):
+            kernels.mhc_coefficients(*(t.to("meta") if j == i else t for j, t in enumerate(inputs)))
 
 
 # --- how tensors lie in memory ---
@@ -733,11 +736,25 @@ def test_nodes_c():
     check_nodes("c", "cpu")
 
 
-def test_nodes_of_layouts_and_dtypes():
-    check_nodes(None, "cpu", layouts=LAYOUTS.values())
-    check_nodes(None, "cpu", torch.bfloat16) # C takes fp32 alone
+def test_nodes_of_dtypes():
+    check_nodes(None, "cpu", torch.bfloat16, (LAYOUTS["transposed"],)) # C takes fp32 alone
     use_kernel("torch")
     check_nodes("torch", "cpu")
+
+
+@pytest.mark.deep
+def test_nodes_of_layouts():
+    check_nodes(None, "cpu", layouts=LAYOUTS.values())
+
+
+def test_nodes_of_any_size():
+    """Where every size is a symbol, the operations are nodes of one graph still."""
+    torch._dynamo.reset()
+    shapes, f = OPERATIONS["mhc_coefficients"]
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
+    h, *parameters = (torch.randn(s) for s in shapes)
+    for x in (h, torch.cat([h, h], 1)):
+        torch.testing.assert_close(compiled(x, *parameters), f(x, *parameters))
 
 
 def test_a_node_of_which_one_output_is_used():
@@ -897,11 +914,11 @@ def test_nan_stays_nan():
 # --- Triton ---
 
 
-def in_the_interpreter(which):
+def in_the_interpreter(which, *files):
     """Runs the tests marked `interpreted` that match `which`, in a process that interprets kernels."""
     if INTERPRETED or kernels.triton is None:
         pytest.skip("inside, or no triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", which, __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", which, __file__, *files]
     env = dict(os.environ, TRITON_INTERPRET="1")
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
@@ -909,7 +926,8 @@ def in_the_interpreter(which):
 
 
 def test_triton_interpreted():
-    in_the_interpreter("rows_by_interpreter")
+    """A few kernels and optim.py's, all in one process: it takes 4 s to start."""
+    in_the_interpreter("few_by_interpreter", str(ROOT / "tests/test_optim.py"))
 
 
 @pytest.mark.deep
@@ -1087,7 +1105,7 @@ def test_streams_by_interpreter(N, poisoned):
 
 
 @interpreted
-def test_rmsnorm_rows_by_interpreter(poisoned):
+def test_rmsnorm_few_by_interpreter(poisoned):
     use_kernel("triton")
     check_rmsnorm("triton", "cpu", ((40, 63),)) # two programs of the backward, the second not full
 
@@ -1171,7 +1189,7 @@ def check_padded(monkeypatch, rows, V, C, cap, device="cpu"):
 
 
 @interpreted
-def test_padded_rows_by_interpreter(poisoned, monkeypatch):
+def test_padded_few_by_interpreter(poisoned, monkeypatch):
     use_kernel("triton")
     check_padded(monkeypatch, 5, 63, 7, 0.0)
     check_padded(monkeypatch, 5, 127, 7, 5.0)

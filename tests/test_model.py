@@ -316,18 +316,18 @@ def test_steps_of_fixed_shape_write_the_same_text(row, monkeypatch):
     """Greedy, and drawn from one seed; S grows, the window moves, a prompt is longer than block_size."""
     monkeypatch.setattr(Decoder, "SHORTEST", 4)
     model = build(row, 0.15).double()
-    for temperature, T in ((0, 1), (1.0, 20)):
+    for temperature, T, length in ((0, 1, 24), (1.0, 20, 12)):
         idx = tokens(model, 2, T)
         how = dict(temperature=temperature, top_k=20, top_p=0.9)
-        plain, fixed = (text(model, idx, 30, **how, graph=on) for on in (False, True))
-        assert torch.equal(plain, fixed) and fixed.shape == (2, 30)
+        plain, fixed = (text(model, idx, length, **how, graph=on) for on in (False, True))
+        assert torch.equal(plain, fixed) and fixed.shape == (2, length)
 
 
 @pytest.mark.parametrize("attention", [
     pytest.param(name, marks=() if name == "diff_mla" else deep) for name in CHOICES["attention"]])
 def test_a_step_of_fixed_shape_compiles_without_a_break(attention, monkeypatch):
     """One graph for each S, in which nothing asks the device for a number."""
-    monkeypatch.setattr(Decoder, "SHORTEST", 4)
+    monkeypatch.setattr(Decoder, "SHORTEST", 8)
     model = build({"attention": attention, "qk_norm": True, "thought_tokens": 2}, 0.3).double().eval()
     idx, graphs = tokens(model, 2, 1), []
     torch._dynamo.reset()
@@ -339,7 +339,7 @@ def test_a_step_of_fixed_shape_compiles_without_a_break(attention, monkeypatch):
     decoder = Decoder(model, 2, temperature=0)
     decoder.AHEAD, decoder.run = 2, torch.compile(decoder.step, backend=keep, dynamic=False)
     assert torch.equal(torch.cat([*decoder.stream(idx, 30)], 1), text(model, idx, 30, 0))
-    assert len(graphs) == 4 # S = 4, 8, 16, and all 18
+    assert len(graphs) == 3 # S = 8, 16, and all 18
     assert not any(node.target == "item" for graph in graphs for node in graph.graph.nodes)
 
 
@@ -618,7 +618,8 @@ RESIDUALS = (dict(residual="plain"), dict(residual="hyper"), dict(residual="mhc"
              dict(residual="mhc", h_res="permutations"), dict(residual="hyper", n_stream=3))
 
 
-@pytest.mark.parametrize("residual", RESIDUALS, ids=str)
+@pytest.mark.parametrize("residual", [pytest.param(change, marks=() if i in (0, 2) else deep)
+                                      for i, change in enumerate(RESIDUALS)], ids=str)
 @pytest.mark.parametrize("attention", [
     pytest.param(name, marks=() if name == "diff_mla" else deep) for name in CHOICES["attention"]])
 def test_the_model_compiles_without_a_break(attention, residual):

@@ -325,13 +325,16 @@ def test_loaded_state_is_where_the_weights_are(name):
 # --- Triton ---
 
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_interpreted")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_interpreted of test_kernels.py")
 TRITON = [*KINDS[:4], (AdamMini, {"blocks": (2, 2, 1)}), (AdamMini, {"betas": (0.0, 0.5)}),
           (FAdam, {"betas": (0.0, 0.5)})]
 
 
-def test_triton_interpreted():
-    """Triton reads TRITON_INTERPRET where a kernel is defined, so these tests run in another process."""
+@pytest.mark.deep
+def test_triton_interpreted_all():
+    """Triton reads TRITON_INTERPRET where a kernel is defined, so these tests run in another process. The
+    short ones, few_by_interpreter, run with those of test_kernels.py.
+    """
     if INTERPRETED or triton is None:
         pytest.skip("inside, or no triton")
     command = [sys.executable, "-m", "pytest", "-q", "-k", "by_interpreter", __file__]
@@ -367,6 +370,13 @@ def check_triton(cls, knobs, device, shapes, sizes, dtype=torch.float32):
 
 
 SIZES = [(1.0, 1e-3, 0.0, 30.0), (1e-9, 3e-9, 1e-8)] # of gradients: both branches of epsilon and clipping
+
+
+@interpreted
+@pytest.mark.parametrize("cls", (FAdam, AdamMini))
+def test_triton_few_by_interpreter(cls, monkeypatch, poisoned):
+    monkeypatch.setattr(optim, "CHUNK", 1024)
+    check_triton(cls, {}, "cpu", [(23, 50), (5, 1), (7,)], SIZES[0][:3])
 
 
 @interpreted

@@ -276,7 +276,9 @@ def test_drafts_are_kept_as_often_as_theory_says(monkeypatch):
 
 
 @pytest.mark.parametrize("change", [
-    *ATTENTION, dict(residual="mhc"), dict(block_size=2, n_ahead=1),
+    *(pytest.param(change, marks=() if change["attention"] == "diff_mla" else pytest.mark.deep)
+      for change in ATTENTION),
+    pytest.param(dict(residual="mhc"), marks=pytest.mark.deep), dict(block_size=2, n_ahead=1),
     dict(thought_tokens=2, position="learned", logit_softcap=5.0)], ids=str)
 def test_steps_of_fixed_shape_write_the_same_greedy_text(change, monkeypatch):
     """Through all S, window moves, and the plain steps at a window's end."""
@@ -340,6 +342,7 @@ def test_steps_of_fixed_shape_refuse_a_damaged_model(kind, part):
         list(kind(model, 1, 1.0).stream(torch.ones(1, 3, dtype=torch.long), 5))
 
 
+@pytest.mark.deep
 def test_a_drafting_step_compiles_without_a_break():
     model, graphs = build(attention="diff_mla"), []
     torch._dynamo.reset()

@@ -657,8 +657,9 @@ F.cross_entropy = cross_entropy
 
 
 @pytest.mark.parametrize("bad, before, optimizer", [
-    ("nan", "", "adamw"), ("inf", "", "adamw"), ("inf", LATE, "adamw"), ("nan", LATE, "fadam"),
-    ("nan", LATE, "adam_mini"), ("nan", LATE, "muon")])
+    ("nan", "", "adamw"), ("inf", LATE, "adamw"), ("nan", LATE, "fadam"),
+    *(pytest.param(*case, marks=pytest.mark.deep)
+      for case in (("inf", "", "adamw"), ("nan", LATE, "adam_mini"), ("nan", LATE, "muon")))])
 def test_a_non_finite_batch_is_skipped(bad, before, optimizer, corpus, tmp_path):
     """The 4th batch is poison: weights, moments and steps after 4 batches are those after 3. A run that is
     resumed from there goes on as one that was not stopped.
