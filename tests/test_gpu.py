@@ -1,4 +1,4 @@
-"""Whole commands on a GPU: `python -m pytest -m gpu`. Kernels and optimizers have such tests beside their own.
+"""Whole commands on a GPU: `python -m pytest -m gpu`. Those of kernels and optimizers stand elsewhere.
 
 Without a GPU the same marks run them on the CPU, which shows that the tests themselves work.
 """
@@ -14,8 +14,8 @@ from sample import Speculation
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = ("--dataset=play.txt --tokenizer=char --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=8 "
-         "--max_iters=50 --eval_interval=50 --log_interval=1 --warmup_iters=5 --sample_tokens=0 "
+SMALL = ("--dataset=play.txt --tokenizer=char --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 "
+         "--batch_size=8 --max_iters=50 --eval_interval=50 --log_interval=1 --warmup_iters=5 --sample_tokens=0 "
          f"--device={DEVICE}").split()
 
 
@@ -47,7 +47,8 @@ def test_half_precision_trains_as_fp32(folder, dtype):
     assert apart(wide[-5:], half[-5:]) < 0.15
 
 
-@pytest.mark.parametrize("choice", ["--residual=plain", "--residual=mhc", "--attention=diff_mla --residual=hyper"])
+@pytest.mark.parametrize("choice", [
+    "--residual=plain", "--residual=mhc", "--attention=diff_mla --residual=hyper"])
 def test_compiled_steps_are_the_eager_ones(folder, choice):
     said, compiled = train(folder, "compiled", "--compile=true", "--dtype=float32", *choice.split())
     assert "torch.compile FAILED" not in said and "compile on" in said
@@ -61,8 +62,9 @@ def test_compiled_steps_are_the_eager_ones(folder, choice):
 def test_fifty_steps_by_triton_are_those_by_pytorch(folder, choice):
     if DEVICE == "cpu":
         pytest.skip("the interpreter of Triton would take minutes")
-    _, ours = train(folder, "triton", "--kernel=triton", "--dtype=float32", "--compile=false", *choice.split())
-    _, torchs = train(folder, "torch", "--kernel=torch", "--dtype=float32", "--compile=false", *choice.split())
+    flags = ["--dtype=float32", "--compile=false", *choice.split()]
+    _, ours = train(folder, "triton", "--kernel=triton", *flags)
+    _, torchs = train(folder, "torch", "--kernel=torch", *flags)
     assert len(ours) == 50 and apart(ours, torchs) < 0.02
 
 

@@ -196,6 +196,7 @@ def two_steps(name, copy):
     heads = config.get("n_head") or PRESETS[config["model_size"]]["n_head"]
     flags = f"config/{name} --n_layer=1 --n_embd={8 * heads} --block_size=16"
     flags += " --max_iters=2 --warmup_iters=1 --batch_size=2 --eval_iters=1 --sample_tokens=4"
+    flags += " --gradient_accumulation_steps=2" if "gradient_accumulation_steps" in config else ""
     flags += " --rope_dim=4" if config.get("attention", "mha") in ("mla", "diff_mla") else ""
     flags += " --mlp_hidden=32" if "mlp_hidden" in config else ""
     flags += " --n_layer=2 --depths=1,2 --mean_depth=0" if "depths" in config else ""

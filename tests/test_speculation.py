@@ -278,7 +278,8 @@ def test_drafts_are_kept_as_often_as_theory_says(monkeypatch):
 @pytest.mark.parametrize("change", [
     *(pytest.param(change, marks=() if change["attention"] == "diff_mla" else pytest.mark.deep)
       for change in ATTENTION),
-    pytest.param(dict(residual="mhc"), marks=pytest.mark.deep), dict(block_size=2, n_ahead=1),
+    *(pytest.param(change, marks=pytest.mark.deep)
+      for change in (dict(residual="mhc"), dict(block_size=2, n_ahead=1))),
     dict(thought_tokens=2, position="learned", logit_softcap=5.0)], ids=str)
 def test_steps_of_fixed_shape_write_the_same_greedy_text(change, monkeypatch):
     """Through all S, window moves, and the plain steps at a window's end."""
