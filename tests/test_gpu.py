@@ -15,8 +15,8 @@ from sample import Speculation
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = ("--dataset=play.txt --tokenizer=char --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 "
-         "--batch_size=8 --max_iters=50 --eval_interval=50 --log_interval=1 --warmup_iters=5 --sample_tokens=0 "
-         f"--device={DEVICE}").split()
+         "--batch_size=8 --max_iters=50 --eval_interval=50 --log_interval=1 --warmup_iters=5 "
+         f"--sample_tokens=0 --device={DEVICE}").split()
 
 
 @pytest.fixture(scope="module")

@@ -618,7 +618,7 @@ RESIDUALS = (dict(residual="plain"), dict(residual="hyper"), dict(residual="mhc"
              dict(residual="mhc", h_res="permutations"), dict(residual="hyper", n_stream=3))
 
 
-@pytest.mark.parametrize("residual", [pytest.param(change, marks=() if i in (0, 2) else deep)
+@pytest.mark.parametrize("residual", [pytest.param(change, marks=() if i == 2 else deep)
                                       for i, change in enumerate(RESIDUALS)], ids=str)
 @pytest.mark.parametrize("attention", [
     pytest.param(name, marks=() if name == "diff_mla" else deep) for name in CHOICES["attention"]])

@@ -62,7 +62,8 @@ def test_the_seed_decides(trained):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--interactive"], *(pytest.param(f, marks=pytest.mark.deep) for f in ([], ["--num_samples=3"]))], ids=str)
+    ["--interactive"], pytest.param([], marks=pytest.mark.deep),
+    pytest.param(["--num_samples=3"], marks=pytest.mark.deep)], ids=str)
 def test_steps_of_fixed_shape_write_the_seeds_text(trained, flags):
     """Through window moves, in several rows, and in a conversation that reuses one Decoder."""
     said = "to be\nthat\ntemperature=0.5\nto be\n" if "--interactive" in flags else None
