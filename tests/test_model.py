@@ -323,8 +323,8 @@ def test_steps_of_fixed_shape_write_the_same_text(row, monkeypatch):
         assert torch.equal(plain, fixed) and fixed.shape == (2, length)
 
 
-@pytest.mark.parametrize("attention", [
-    pytest.param(name, marks=() if name == "diff_mla" else deep) for name in CHOICES["attention"]])
+@deep
+@pytest.mark.parametrize("attention", CHOICES["attention"])
 def test_a_step_of_fixed_shape_compiles_without_a_break(attention, monkeypatch):
     """One graph for each S, in which nothing asks the device for a number."""
     monkeypatch.setattr(Decoder, "SHORTEST", 8)
