@@ -42,7 +42,7 @@ import data
 import kernels
 from model import GPT, GPTConfig, Pass, forward_flops, load_checkpoint
 from optim import build_optimizer
-from sample import Decoder, Speculation, stream
+from sample import Decoder, Speculation, capture, stream
 
 rounds = 11 # turns of each arm
 batch_size = 8 # sequences per step; half as many (residual); 64 times as many rows (cross_entropy). GPU: 16
@@ -136,18 +136,7 @@ def larger_than_cache() -> torch.Tensor:
 
 def captured(f: Callable) -> Callable:
     """f as one CUDA graph, so that the host's launches cost nothing; f itself where there is no CUDA."""
-    if "cuda" not in device:
-        return f
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side): # compiles and allocates, which a capture cannot
-        for _ in range(3):
-            f()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        f()
-    return graph.replay
+    return capture(f).replay if "cuda" in device else f
 
 
 def in_turn(arms: dict[str, Callable], warm: int = 2, turns: int = 0) -> dict[str, tuple]:
@@ -472,7 +461,7 @@ def kernel_cases(t: torch.dtype) -> Iterator[tuple]:
     R, C, N, big = batch_size * block_size, n_embd, 4, "cuda" in device # rows, channels, streams
     randn = partial(torch.randn, device=device, dtype=t)
     rms = liger("liger_rms_norm")
-    for rows, width in {(R, C), (R, 2048 if big else C), (R * C // 64, 64)}: # the last are the norms of heads
+    for rows, width in [(R, C), *[(R, 2048)] * big, (R * C // 64, 64)]: # the last are the norms of heads
         moved = rows * width
         yield (f"rmsnorm, C={width}", kernels.rmsnorm_reference, kernels.rmsnorm,
                rms and (lambda x, w: rms(x, w, 1e-6, in_place=False)),
@@ -637,6 +626,12 @@ def half(f: Callable) -> Callable:
     return call
 
 
+def gpt2() -> tuple[str, dict]:
+    """A name and the shape of GPT-2 with the width and depth that were asked for; by default its 124M."""
+    name = "124M" if (n_layer, n_embd) == (12, 768) else f"{n_layer} layers of {n_embd}"
+    return name, dict(vocab_size=50304, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
+
+
 def gpu_attention() -> Iterator[dict]:
     """Each attention choice with its projections, both ways, against mha and SDPA alone; heads of 64, 128."""
     _, tensor_cores = ceilings()
@@ -692,16 +687,16 @@ def backend_of(kernel: str) -> str:
 def gpu_step() -> Iterator[dict]:
     """Steps of 124M and 10.4M, eager and compiled: tokens/s, share of the matrix products' rate, memory."""
     _, tensor_cores = ceilings()
-    gpt2 = dict(vocab_size=50304, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd, block_size=block_size,
-                qk_norm=True)
+    gpt, shape = gpt2()
+    large = dict(shape, block_size=block_size, qk_norm=True)
     char = dict(CHAR, qk_norm=True, dropout=0.2)
     mhc, latent = dict(residual="mhc"), dict(attention="diff_mla")
     everything = {**latent, **mhc, "activation": "silu", "glu": True}
-    shapes = [("124M", gpt2, "plain", {}), ("124M", gpt2, "all ideas", everything),
-              ("10.4M", char, "plain", {}), ("10.4M", char, "diff_mla", latent), ("124M", gpt2, "mhc", mhc),
-              ("10.4M", char, "mhc", mhc), ("124M", gpt2, "hyper", {"residual": "hyper"})]
+    shapes = [(gpt, large, "plain", {}), (gpt, large, "all ideas", everything), ("10.4M", char, "plain", {}),
+              ("10.4M", char, "diff_mla", latent), (gpt, large, "mhc", mhc), ("10.4M", char, "mhc", mhc),
+              (gpt, large, "hyper", {"residual": "hyper"})]
     for size, config, name, choice in shapes:
-        label, B = f"{size}, {name}", batch_size * (1 if config is gpt2 else 4)
+        label, B = f"{size}, {name}", batch_size * (1 if config is large else 4)
         if only not in label:
             continue
         if dry:
@@ -736,17 +731,15 @@ def gpu_step() -> Iterator[dict]:
 def gpu_decode() -> Iterator[dict]:
     """Tokens/s in bf16, plain and by a CUDA graph, batch 1, 8, 64, context 128 and 1,024, of the bound."""
     copy, _ = ceilings()
-    gpt2 = dict(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
-    shapes = {"124M": gpt2, "350M": dict(n_layer=24, n_head=16, n_embd=1024)}
+    shapes = dict([gpt2(), ("350M", dict(vocab_size=50304, n_layer=24, n_head=16, n_embd=1024))])
     new, turns = Decoder.AHEAD, 3 # tokens of a turn: a whole launch of the graph
     for size, attention in itertools.product(shapes, ("mha", "diff_mla")):
         if only not in f"{size}, {attention}":
             continue
-        config = dict(n_layer=1, n_head=2, n_embd=64) if dry else shapes[size]
-        model = build(**config, vocab_size=65 if dry else 50304, block_size=2048, attention=attention)
+        config = dict(vocab_size=65, n_layer=1, n_head=2, n_embd=64) if dry else shapes[size]
+        model = build(**config, block_size=2048, attention=attention)
         model = model.to(torch.bfloat16).eval()
-        weights = sum(p.nbytes for p in model.parameters()) - (0 if model.config.tie_embeddings
-                                                              else model.embed.weight.nbytes)
+        weights = sum(p.nbytes for p in model.parameters()) # the embedding once: the head reads all of it
         for B, context in itertools.product((1, 8, 64), (16,) if dry else (128, 1024)):
             cache = model.new_cache(B)
             read = weights + cache.nbytes() * context / cache.capacity # bytes that a token of each row needs
@@ -771,7 +764,7 @@ def gpu_decode() -> Iterator[dict]:
 def gpu_optimizers() -> Iterator[dict]:
     """An update of 124M by each optimizer against torch's fused AdamW: ms, GB/s, share of a copy."""
     copy, _ = ceilings()
-    config = dict(vocab_size=50304, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
+    _, config = gpt2()
     if dry:
         config = dict(vocab_size=65, n_layer=1, n_head=1, n_embd=64)
     # fp32 numbers to move per weight: gradient, weight and moments read; weight and moments written

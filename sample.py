@@ -170,6 +170,21 @@ def evaluating(model):
             model.train()
 
 
+def capture(run: Callable, carried: Iterable[torch.Tensor] = ()) -> "torch.cuda.CUDAGraph":
+    """run() as a CUDA graph. Calls before it let Triton compile and cuBLAS allocate; they leave `carried`."""
+    side, graph, before = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [t.clone() for t in carried]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+            for tensor, value in zip(carried, before):
+                tensor.copy_(value)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
 class Decoder:
     """Plain decoding in steps of fixed shape, which never wait for the host: the tokens of stream.
 
@@ -225,26 +240,12 @@ class Decoder:
         if self.captures:
             if (run, S) not in self.graphs:
                 with torch.cuda.device_of(self.ids):
-                    self.graphs[run, S] = self.capture(run)
+                    self.graphs[run, S] = capture(run, self.carried)
             run = self.graphs[run, S].replay
         for _ in range(count):
             for draw_anew in self.random:
                 draw_anew(generator=self.generator)
             run()
-
-    def capture(self, run):
-        """The graph of a step. Before it, steps that do not count let Triton compile and cuBLAS allocate."""
-        side, graph, before = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [t.clone() for t in self.carried]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-                for tensor, value in zip(self.carried, before):
-                    tensor.copy_(value)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            run()
-        return graph
 
     def write(self, n, most):
         """Launches steps behind the n tokens of the window -> how many tokens they write."""

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import bench
 from configurator import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from processes import ROOT, run, start
+from sample import capture
 import sample as sample_module
 from sample import stream
 
@@ -305,6 +307,41 @@ def test_bench_measures_the_gpu_that_was_asked_for(monkeypatch):
     assert bench.added_to_peak(lambda: 7) == (0.0, 7)
     assert bench.seconds(lambda: None) == 0.003 and asked.count("event") == 2
     assert {*asked} == {"cuda:1", "event"}
+
+
+def test_a_capture_leaves_what_a_step_carries(monkeypatch):
+    """A stand-in for CUDA counts: three calls that do not count on another stream, then the recorded one."""
+    where, position = [], torch.zeros(())
+
+    class StandIn:
+        def wait_stream(self, other):
+            where.append("wait")
+
+    @contextmanager
+    def inside(what):
+        where.append(type(what).__name__)
+        yield
+        where.append("out")
+
+    for name, value in {"Stream": type("Side", (StandIn,), {}), "CUDAGraph": type("Graph", (), {}),
+                        "current_stream": StandIn, "stream": inside, "graph": inside}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def step():
+        where.append(position.item())
+        position.add_(1)
+
+    graph = capture(step, [position])
+    assert where == ["wait", "Side", 0, 0, 0, "out", "wait", "Graph", 0, "out"]
+    assert type(graph).__name__ == "Graph"
+
+
+def test_bench_names_the_model_that_it_measures(monkeypatch):
+    for name, value in {"n_layer": 12, "n_embd": 768}.items():
+        monkeypatch.setattr(bench, name, value)
+    assert bench.gpt2()[0] == "124M"
+    monkeypatch.setattr(bench, "n_layer", 6)
+    assert bench.gpt2()[0] == "6 layers of 768" and bench.gpt2()[1]["n_layer"] == 6
 
 
 def test_bench_never_times_eager_code_as_compiled(monkeypatch):
