@@ -1165,12 +1165,14 @@ def test_cross_entropy_by_interpreter(poisoned, monkeypatch):
     check_cross_entropy("triton", "cpu", monkeypatch, CE_SHAPES[1:3], (torch.float16,))
 
 
-def check_padded(monkeypatch, rows, V, C, cap, device="cpu"):
+def check_padded(monkeypatch, rows, V, C, cap, device="cpu", below=0):
     """Autocast and a vocabulary that is padded: as near to fp64 as F.cross_entropy of F.linear."""
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_PADDED", 0)
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_SMALL", 0)
     monkeypatch.setattr(kernels, "CROSS_ENTROPY_CHUNK", 2 * 128)
     x, w = torch.randn(rows, C, device=device), torch.randn(V, C, device=device)
+    if below: # logits so far below 0, those of the padding, that e^(0 - largest) would be infinite
+        x, w = x.abs() + 1, w - below
     g = torch.tensor(1.7, device=device)
     assert len(kernels.pad_vocabulary(w, torch.float32)) == 128
     targets = torch.randint(V, (rows,), device=device)
@@ -1193,6 +1195,7 @@ def test_padded_few_by_interpreter(poisoned, monkeypatch):
     use_kernel("triton")
     check_padded(monkeypatch, 5, 63, 7, 0.0)
     check_padded(monkeypatch, 5, 127, 7, 5.0)
+    check_padded(monkeypatch, 5, 63, 7, 0.0, below=40)
 
 
 @interpreted
