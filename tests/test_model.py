@@ -323,6 +323,17 @@ def test_steps_of_fixed_shape_write_the_same_text(row, monkeypatch):
         assert torch.equal(plain, fixed) and fixed.shape == (2, length)
 
 
+def test_steps_of_fixed_shape_read_all_places_they_write_to(monkeypatch):
+    """S is a power of two, the smallest that holds the last place, or all places there are."""
+    monkeypatch.setattr(Decoder, "SHORTEST", 2)
+    decoder = Decoder(build(dict(thought_tokens=2), 0.3).eval(), 1, temperature=0)
+    most = decoder.cache.front + decoder.cache.capacity
+    for position, count, width in itertools.product(range(decoder.cache.capacity - 6), (1, 2, 3), (1, 2)):
+        decoder.launch(lambda: None, position, count, width)
+        S, last = decoder.cache.bucket, decoder.cache.front + position + count * width - 1
+        assert last < S <= most and (S == most or S & (S - 1) == 0 and S // 2 <= last)
+
+
 @deep
 @pytest.mark.parametrize("attention", CHOICES["attention"])
 def test_a_step_of_fixed_shape_compiles_without_a_break(attention, monkeypatch):
