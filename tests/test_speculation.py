@@ -310,6 +310,8 @@ def test_a_step_of_fixed_shape_follows_the_naive_rule():
                 x = (q[-1] / race).argmax()[None]
                 drafts.append(x.item())
             h = model.trunk(torch.tensor([idx[0].tolist() + drafts]))[0, 4:]
+            # the next step drafts from the trunk's output at the last token that was kept
+            torch.testing.assert_close(writer.h[0], h[writer.tokens - 1], atol=1e-5, rtol=1e-5)
             p = S.distribution(model.logits(h), *how) # (n + 1, V)
         want = []
         for i in range(n):
