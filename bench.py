@@ -3,6 +3,8 @@
   python bench.py                       all but those that need a run or a clone, and c: 5 minutes on 2 cores;
                                         with a CUDA GPU the suites for one, in bf16 and fp32
   python bench.py train --rounds=21     one suite
+  python bench.py compare out/a out/b   table and curves of finished runs
+  python bench.py ablate config/train_shakespeare_diffmla.py --seeds=5    every arm of --arms at every seed
   python bench.py --help                what each suite measures, and all settings
 
 Arms of a comparison have one seed, one set of widths and one set of data, and are warmed up. They take turns,
@@ -13,23 +15,28 @@ The last line printed is JSON. bench_results/<device>.json keeps all figures wit
 Read row, in_turn and compare first. A suite is a generator of rows; its docstring is its text in --help.
 B batch  T time  C channels  H heads  V vocabulary  L block size
 """
-from configurator import UserError, configure, git_commit, user_errors # first: see stop_at_once there
+import configurator # first: see stop_at_once there
 
 import functools
+import html
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
+import re
 import runpy
+import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -40,6 +47,7 @@ import torch.nn.functional as F
 
 import data
 import kernels
+from configurator import UserError, configure, git_commit, user_errors
 from model import GPT, GPTConfig, Pass, forward_flops, load_checkpoint
 from optim import build_optimizer
 from sample import Decoder, Speculation, capture, stream
@@ -53,13 +61,19 @@ dtype = "float32" # of the kernels, or several with commas between. GPU: bfloat1
 dry = False # the suites for a GPU at tiny sizes, on any device, without keeping their figures
 device = "auto" # auto | cpu | cuda | cuda:1
 out_dir = "" # depth, memory, speculative, uncertainty: folder of a run; empty: that of the suite's config
-runs = "out/shakespeare_nanogpt,out/shakespeare_mha,out/shakespeare_diffmla" # curves: folders of runs
+x = "seconds" # compare: what the curves run over: seconds | steps | tokens
+picture = "" # compare: path of the curves; empty: bench_results/curves.svg, or out/compare.svg for named runs
+arms = "config/ideas.py" # ablate: a file with ARMS, or "mha: --attention=mha; mla: --attention=mla"
+seeds = 5 # ablate: seeds of each arm, at most 31: 1337, 1, 2, 3 and so on
+jobs = 0 # ablate: runs at a time, with one thread each; 0: as many as there are cores
+costs = True # ablate: measure time and memory of each arm when all runs are done
+results = "bench_results/ideas.json" # ablate, table: where the table is kept
 nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
 steps = 40 # optimizers: training steps before the loss is taken
 compiled = True # kernels, step: time torch.compile too
 only = "" # kernels, step, decode: those whose name contains this
 large = False # optimizers: also at 97.5M parameters; takes 4 GB
-save = True # write bench_results/<device>.json, and the picture of curves
+save = True # write bench_results/<device>.json, the picture of compare and the table of ablate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=128, qk_norm=True) # widths of train_shakespeare_*
@@ -77,7 +91,10 @@ CHAR_ARMS = {name: {**CHAR, **choice, **(dict(kv_rank=96, rope_dim=32) if "mla" 
 # Learning rate and weight decay of each optimizer, tuned: bench_results/README.md.
 RATES = {"adamw": (1e-3, 0.1), "fadam": (1e-3, 0.001), "adam_mini": (1e-3, 0.1), "muon": (4e-3, 0.1)}
 LABELS = {"shakespeare_nanogpt": "nanoGPT's recipe", "shakespeare_mha": "mha",
-          "shakespeare_diffmla": "diff_mla"} # curves: another run is named by its folder
+          "shakespeare_diffmla": "diff_mla"} # compare: another run is named by its folder
+
+
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
 
 
 # --- how figures are taken ---
@@ -94,6 +111,13 @@ def row(name, value, unit, baseline=None, ratio=None, low=None, high=None, digit
         of_bound = f"{share['share']:>6.0%}" if share else ""
         print(f"  {name:<42}{value:>12,.{digits}f} {unit:<14}{of_bound}{against}", flush=True)
     return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio, **share}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes to another name, then renames: killed at any moment, the file is whole."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    part.replace(path)
 
 
 def first(path: str, key: str) -> str:
@@ -332,7 +356,7 @@ def optimizers() -> Iterator[dict]:
         for name in RATES:
             for what, size in storages(*after_one_step(config, name)).items():
                 yield row(f"{name} {what}", size, "MB")
-            yield row(f"{name} peak", in_new_process(peak_memory, config, name), "MB")
+            yield row(f"{name} peak", in_new_process(peak_memory, plain_step, config, name), "MB")
             yield row(f"{name} loss", loss_after(config, name), f"nats/byte, held out, {steps} steps of 256")
         yield from update_times(shape, config, ("fadam", "adam_mini", "muon"))
     if large:
@@ -398,11 +422,15 @@ def loss_after(config: dict, name: str) -> float:
         return loss_in(windows[split:], 64).item()
 
 
-def peak_memory(config: dict, name: str) -> float:
-    """MB that three training steps add to the peak of a process which has loaded torch."""
+def plain_step(config: dict, name: str) -> Callable:
+    model = build(**config)
+    return stepping(model, torch.randint(65, (8, 128), device=device), optimizer_of(model, name))
+
+
+def peak_memory(make: Callable, *args) -> float:
+    """MB that make(*args) and three calls of what it returns add to the peak of a process with torch."""
     def three_steps():
-        model = build(**config)
-        step = stepping(model, torch.randint(65, (8, 128), device=device), optimizer_of(model, name))
+        step = make(*args)
         for _ in range(3):
             step()
     return added_to_peak(three_steps)[0]
@@ -536,7 +564,7 @@ def residual() -> Iterator[dict]:
             graph = loss_of(model, idx) # named, so that it lives on: a freed address would be taken again
         kept[name] = (sum(seen.values()) - sum(p.nbytes for p in model.parameters())) / 1e6
         del graph
-        peaks[name] = in_new_process(peak_memory, {**CHAR, **choice}, "adamw")
+        peaks[name] = in_new_process(peak_memory, plain_step, {**CHAR, **choice}, "adamw")
         arms[name] = stepping(model, idx)
     yield from compare(arms, "{} step")
     yield from sizes(kept, "{} kept for backward")
@@ -798,67 +826,108 @@ def trained(command: str, part: str = "") -> tuple:
         return path, model, data.load(settings["dataset"], settings["data_dir"])
 
 
-def evaluations(folder: str) -> list[tuple]:
-    """[(step, seconds of training, loss)] of a folder's run. UserError with the command that makes it."""
-    path, configs = Path(folder, "metrics.jsonl"), sorted(Path(HERE, "config").glob("*.py"))
-    made_by = [f"config/{c.name}" for c in configs if runpy.run_path(str(c)).get("out_dir") == folder]
-    command = f"python train.py {(made_by or [f'--out_dir={folder}'])[0]}"
-    if not path.exists():
-        raise UserError(f"there is no {path}\ntrain that run first: {command}")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    points = [(line["step"], line["time_s"], line["val_loss"]) for line in lines if line.get("val_loss")]
-    if not points: # other lines hold the training loss; a loss that was not finite is null
-        raise UserError(f"{path} has no validation loss\ntrain that run to its end: {command}")
-    return points
+def evaluations(folder: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl that have a validation loss; [] if there is no such file."""
+    path = Path(folder, "metrics.jsonl")
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    lines = map(json.loads, lines[:-1]) # the last one may be cut off, or is empty
+    return [line for line in lines if line.get("val_loss")] # others hold the training loss
 
 
-def curves() -> Iterator[dict]:
-    """Validation loss against training time of the runs in --runs, drawn to bench_results/curves.svg."""
-    folders = [os.path.normpath(folder.strip()) for folder in runs.split(",")]
-    found = {LABELS.get(os.path.basename(folder), folder): evaluations(folder) for folder in folders}
-    if save and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("curves draws with matplotlib, which is not installed: pip install matplotlib")
-    print("curves: validation loss of finished runs; seconds of training, without evaluations")
-    print(f"  {'run':<34}{'steps':>8}{'seconds':>10}{'final loss':>12}{'best loss':>12}")
-    for label, points in found.items():
-        (step, seconds, final), best = points[-1], min(loss for _, _, loss in points)
-        print(f"  {label:<34}{step:>8,}{seconds:>10.1f}{final:>12.4f}{best:>12.4f}")
-        yield row(f"{label}, steps", step, "steps", digits=None) # silent: the table has it
-        yield row(f"{label}, training", seconds, "s", digits=None)
-        yield row(f"{label}, final loss", final, "nats/token", digits=None)
-        yield row(f"{label}, best loss", best, "nats/token", digits=None)
+def compare_runs(*folders: str) -> Iterator[dict]:
+    """Table and curves, as SVG, of finished runs by their folders, or of the three of README's picture."""
+    axes = {"seconds": "time_s", "steps": "step", "tokens": "tokens"}
+    if x not in axes:
+        raise UserError(f"x={x!r} is none of {', '.join(axes)}")
+    paths = [os.path.normpath(f) for f in folders or [f"out/{name}" for name in LABELS]]
+    names = [LABELS.get(os.path.basename(path), os.path.basename(path)) for path in paths]
+    curves = {}
+    print("compare: validation loss of finished runs; seconds of training, without evaluations")
+    for name, path in zip(names if len({*names}) == len(names) else paths, paths):
+        if not (points := evaluations(path)):
+            config = f"config/train_{os.path.basename(path)}.py"
+            command = config if os.path.exists(os.path.join(HERE, config)) else f"--out_dir={path}"
+            raise UserError(f"{path} holds no metrics.jsonl with a validation loss\n"
+                            f"train that run first: python train.py {command}")
+        with user_errors():
+            size = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))["n_params"]
+        last = points[-1]
+        found = {"steps": last["step"], "tokens": last["tokens"], "seconds": last["time_s"],
+                 "parameters": size, "final loss": last["val_loss"],
+                 "best loss": min(p["val_loss"] for p in points),
+                 "tokens/s": last["tokens"] / max(last["time_s"], 1e-3)}
+        if not curves:
+            print(f"  {'run':<30}" + "".join(f"{what:>12}" for what in found))
+        digits = {"seconds": 1, "final loss": 4, "best loss": 4}
+        print(f"  {name:<30}" + "".join(f"{v:>12,.{digits.get(k, 0)}f}" for k, v in found.items()))
+        for what, value in found.items(): # silent: the table has it
+            yield row(f"{name}, {what}", value, "nats/token" if "loss" in what else what, digits=None)
+        curves[name] = [(point[axes[x]], point["val_loss"]) for point in points]
     if save:
-        draw(found, os.path.join(HERE, "bench_results", "curves.svg"))
+        path = Path(picture or ("out/compare.svg" if folders else Path(HERE, "bench_results", "curves.svg")))
+        with user_errors():
+            path.write_text(drawn(curves), encoding="utf-8")
+        print(f"  drawn to {path}")
 
 
-def draw(found: dict[str, list], path: str) -> None:
-    """{label: [(step, seconds, loss)]} as a picture without background, to be seen on white and on black."""
-    import matplotlib
-    from matplotlib.figure import Figure # needs no screen, unlike pyplot
+def ticks(low: float, high: float) -> list[tuple]:
+    """[(value, its text)] of at most 8 round numbers between low and high."""
+    digits = math.ceil(-math.log10((high - low) / 7)) # 10^-digits is a seventh of the range, or less
+    step = next(s * 10.0**-digits for s in (1, 2, 5, 10) if 7.001 * s * 10.0**-digits >= high - low)
+    numbers = (i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1))
+    return [(number, f"{number:,.{max(0, digits)}f}") for number in numbers]
+
+
+def drawn(curves: dict[str, list]) -> str:
+    """{name: [(x, loss)]} as an SVG without background; equal curves give equal bytes."""
     # Each has a contrast of at least 3 to white and to black.
     grey, colours = "#808080", ("#d9662b", "#2f81f7", "#1f9d55", "#b45fd6", "#b08800", "#d6456b")
-    greys = "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"
-    style = dict.fromkeys(greys, grey)
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-              "legend.frameon": False, "legend.labelcolor": "linecolor", "lines.linewidth": 2,
-              "svg.fonttype": "none", "svg.hashsalt": "curves"} # text stays text; equal runs give equal files
-    ends = [points[-1][2] for points in found.values()]
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-        axes = figure.add_subplot(xlabel="seconds of training", ylabel="validation loss, nats per token")
-        for (label, points), colour in zip(found.items(), colours * len(found)):
-            _, seconds, losses = zip(*points)
-            axes.plot(seconds, losses, color=colour, label=label, marker="o", markersize=4, markevery=[-1])
-            # The final loss goes above the end of the line, or below it if the nearest line is above.
-            x, y = seconds[-1], losses[-1]
-            here = [np.interp(x, *list(zip(*other))[1:]) - y for other in found.values() if other[-1][1] > x]
-            side = -1 if min(here, key=abs, default=0) > 0 else 1
-            axes.annotate(f"{y:.3f}", (x, y), (0, 9 * side), textcoords="offset points", color=colour,
-                          ha="center", va="center")
-        axes.set(xlim=(0, None), ylim=(min(ends) - 0.05, max(2.6, max(ends) + 0.1))) # the interesting range
-        axes.legend(loc="upper right")
-        figure.savefig(path, transparent=True, metadata={"Date": None})
-    print(f"  drawn to {path}")
+    ends = [points[-1] for points in curves.values()]
+    far, losses = 1.08 * max(1e-3, *(end for end, _ in ends)), [loss for _, loss in ends]
+    low, high = min(losses) - 0.05, max(2.6, max(losses) + 0.1) # the interesting range
+    left, right, top, bottom = 56, 706, 12, 372
+
+    def place(a, loss):
+        return left + (right - left) * a / far, bottom - (bottom - top) * (loss - low) / (high - low)
+
+    def text(a, b, words, colour=grey, anchor="middle", more=""):
+        return f'<text x="{a:.1f}" y="{b:.1f}" fill="{colour}" text-anchor="{anchor}"{more}>{words}</text>'
+
+    def line(points, colour, style=' stroke-opacity="0.25"'):
+        pairs = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        return f'<polyline points="{pairs}" fill="none" stroke="{colour}"{style}/>'
+
+    label = {"seconds": "seconds of training", "steps": "steps", "tokens": "tokens read"}[x]
+    parts = [line([(left, top), (left, bottom), (right, bottom)], grey, ""), text(381, 412, label),
+             text(14, 192, "validation loss, nats per token", more=' transform="rotate(-90 14 192)"')]
+    for number, words in ticks(0, far):
+        a, _ = place(number, low)
+        parts += [line([(a, top), (a, bottom)], grey), text(a, 390, words)]
+    for number, words in ticks(low, high):
+        _, b = place(0, number)
+        parts += [line([(left, b), (right, b)], grey), text(49, b + 4, words, anchor="end")]
+    colours = list(itertools.islice(itertools.cycle(colours), len(curves)))
+    for i, (colour, (name, points)) in enumerate(zip(colours, curves.items())):
+        y, thick = top + 14 + 18 * i, ' stroke-width="2"'
+        parts += [line(itertools.starmap(place, points), colour, f'{thick} clip-path="url(#in)"'),
+                  line([(right - 24, y - 4), (right, y - 4)], colour, thick), # the legend
+                  text(right - 30, y, html.escape(name), colour, "end")]
+    taken = [] # centres of the final losses
+    for (end, loss), colour in sorted(zip(ends, colours), key=lambda pair: pair[0][1]):
+        a, b = place(end, loss)
+        # The final loss stands right of the end of its line; where another line passes near, above or below.
+        past = [np.interp(end, *zip(*other)) for other in curves.values() if other[-1][0] > end]
+        gap = min((place(end, other)[1] - b for other in past), key=abs, default=99) # below 0: above it
+        c, d = (a + 26, b) if abs(gap) > 25 else (a, b + (13 if gap < 0 else -13))
+        while any(abs(c - e) < 44 and abs(d - f) < 14 for e, f in taken):
+            d -= 1
+        taken.append((c, d))
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>',
+                  text(c, d + 4, f"{loss:.3f}", colour)]
+    box = f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>'
+    head = ('<svg xmlns="http://www.w3.org/2000/svg" width="720" height="420" viewBox="0 0 720 420" '
+            'font-family="sans-serif" font-size="13">')
+    return "\n".join([head, f'<clipPath id="in">{box}</clipPath>', *parts, "</svg>", ""])
 
 
 def depth() -> Iterator[dict]:
@@ -1041,14 +1110,266 @@ def uncertainty() -> Iterator[dict]:
             yield show(f"{name}, {n:,} said {mean:.3f}", share, "right")
 
 
+# --- ablations: arms of one recipe, each paired by seed with the arm that it is against ---
+
+SEEDS = (1337, *range(1, 31))
+# Student's t: the 97.5 % quantiles for 1 to 30 degrees of freedom, which make intervals of 95 %.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
+       2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048,
+       2.045, 2.042)
+
+
+def read_arms(text: str) -> dict[str, dict]:
+    """{name: arm} of --arms. An arm has flags for train.py, and `against`: the arm it is compared with."""
+    if text.endswith(".py"):
+        if not os.path.isfile(text):
+            raise configurator.missing(text)
+        found = runpy.run_path(text).get("ARMS", {})
+    else:
+        pairs = [part.partition(":") for part in text.split(";")]
+        found = {name.strip(): {"flags": flags.strip()} for name, colon, flags in pairs if colon}
+        if found and all(arm["flags"] for arm in found.values()):
+            found = {"base": {"flags": ""}, **found}
+    if not found or not all("flags" in arm for arm in found.values()):
+        raise UserError(f"there are no arms in {text!r}\nwrite --arms=\"mla: --attention=mla\", or in a file "
+                        "ARMS = {\"mla\": {\"flags\": \"--attention=mla\"}}")
+    found = {name: {"against": next(iter(found)), **arm} for name, arm in found.items()}
+    if strange := [name for name, arm in found.items() if arm["against"] not in found]:
+        raise UserError(f"arm {strange[0]!r} is against {found[strange[0]]['against']!r}, which is no arm\n"
+                        f"there is: {', '.join(found)}")
+    return found
+
+
+@dataclass
+class Run:
+    """A run of train.py by the words argv. asked: all settings, as JSON; where they are equal, runs are."""
+    folder: Path
+    argv: list
+    asked: str
+
+    def begun(self) -> bool:
+        note = self.folder / "asked.json"
+        return note.exists() and note.read_text(encoding="utf-8") == self.asked
+
+    def points(self) -> list[dict]:
+        """The evaluations, if the run has reached max_iters; else none."""
+        found = evaluations(self.folder) if self.begun() else []
+        return found if found and found[-1]["step"] == json.loads(self.asked)["max_iters"] else []
+
+    def begin(self) -> subprocess.Popen:
+        if self.folder.exists() and not self.begun(): # a run with other settings is kept, under another name
+            names = (self.folder.with_name(f"{self.folder.name}_before_{n}") for n in itertools.count(1))
+            self.folder.rename(next(name for name in names if not name.exists()))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "asked.json").write_text(self.asked, encoding="utf-8")
+        argv = [*self.argv, *["--resume"] * (self.folder / "run.json").exists()]
+        with open(self.folder / "log.txt", "w", encoding="utf-8") as log:
+            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run_of(config: str, flags: str, seed: int, folder: Path) -> Run:
+    script, words = os.path.join(HERE, "train.py"), [config, *shlex.split(flags), f"--seed={seed}"]
+    known = configurator.top_level(script) | {f.name: f.default for f in fields(GPTConfig)}
+    asked = {k: v for k, v in (known | configurator.parse(words, known)).items()
+             if k not in ("out_dir", "resume", "device")}
+    more = [f"--out_dir={folder}", f"--device={device}", "--sample_tokens=0"]
+    return Run(folder, [sys.executable, script, *words, *more], json.dumps(asked))
+
+
+def train_all(runs: list[Run], failed: list[Run], note: Callable) -> None:
+    """Trains what is not finished, and calls note() after each run. UserError if train.py refuses one.
+    However this function ends, it ends the runs that are going on, and they save their state.
+    """
+    todo, going = [run for run in runs if not run.points()], [] # going: [(run, its process)]
+    count = len(todo)
+    print(f"{len(runs)} runs, {len(runs) - count} of them finished before", flush=True)
+    try:
+        while todo or going:
+            while todo and len(going) < (jobs or os.cpu_count()):
+                run = todo.pop(0)
+                going.append((run, run.begin()))
+            time.sleep(0.05)
+            for run, process in [pair for pair in going if pair[1].poll() is not None]:
+                going.remove((run, process))
+                code, points = process.returncode, run.points()
+                said = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+                if code == 2: # what is refused for one seed is refused for all
+                    raise UserError(said.rpartition("error: ")[2])
+                failed += [run] * bool(code or not points)
+                result = [f"FAILED, exit code {code}", *said.splitlines()[-5:]]
+                result = result if run in failed else [f"{points[-1]['val_loss']:.4f}"]
+                ended = count - len(todo) - len(going)
+                print(f"  {ended}/{count}  {run.folder}:", "\n    ".join(result), flush=True)
+                note()
+    finally:
+        for _, process in going:
+            process.terminate()
+        for _, process in going:
+            process.wait()
+
+
+def paired(ours: dict, theirs: dict) -> dict:
+    """The mean difference of two {seed: loss} over the seeds of both, its 95 % interval, the verdict."""
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    n = len(differences)
+    if n < 2:
+        return {"difference": differences[0], "pairs": 1, "verdict": "one seed"} if n else {}
+    mean, half = statistics.mean(differences), T95[n - 2] * statistics.stdev(differences) / n**0.5
+    verdict = "win" if mean + half < 0 else "lose" if mean - half > 0 else "tie"
+    return {"difference": mean, "low": mean - half, "high": mean + half, "pairs": n, "verdict": verdict}
+
+
+def summary(found: dict, runs: dict, failed: list, measured: dict) -> dict[str, dict]:
+    """{name: arm with the losses of its finished runs, its verdict, curve and measured costs}."""
+    done = {name: {seed: run.points() for seed, run in of_arm.items() if run.points()}
+            for name, of_arm in runs.items()}
+    losses = {name: {seed: p[-1]["val_loss"] for seed, p in of_arm.items()} for name, of_arm in done.items()}
+    table = {name: {**arm, "losses": losses[name]} for name, arm in found.items()}
+    for name, arm in table.items():
+        if arm["against"] != name:
+            arm |= paired(losses[name], losses[arm["against"]])
+        if any(run in failed for run in runs[name].values()):
+            arm["verdict"] = "failed"
+        for seed, points in list(done[name].items())[:1]:
+            curves = [[point["val_loss"] for point in of_seed] for of_seed in done[name].values()]
+            arm["curve"] = {"steps": [p["step"] for p in points], "tokens": [p["tokens"] for p in points],
+                            "losses": [round(statistics.mean(at), 5) for at in zip(*curves)]}
+            about = json.loads((runs[name][seed].folder / "run.json").read_text(encoding="utf-8"))
+            arm |= {"mean": statistics.mean(losses[name].values()), "n_params": about["n_params"]}
+        if measured.get(name, {}).get("flags") == arm["flags"]:
+            arm |= measured[name]
+    return table
+
+
+def step_of(run: Run) -> Callable:
+    """A whole training step of a run: the gradients of its batch and the update of its optimizer."""
+    config = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["config"]
+    t, model = config["train"], build(**config["model"])
+    opt = build_optimizer(model, *(t[k] for k in ("optimizer", "learning_rate", "weight_decay")),
+                          (t["beta1"], t["beta2"]))
+    shape = t["gradient_accumulation_steps"], t["batch_size"], t["windows"] * model.block_size
+    idx = torch.randint(model.config.vocab_size, shape, device=device)
+
+    def step():
+        model.zero_grad()
+        for part in idx:
+            (loss_of(model, part) / len(idx)).backward()
+        update(model, opt)
+    return step
+
+
+def cells(arm: dict, against: dict) -> tuple[str, str]:
+    """The effect and the cost of an arm, for a table."""
+    effect, cost, more = "", [], arm.get("n_params", 0) / against.get("n_params", 1) - 1
+    if "difference" in arm:
+        effect = f"{arm['difference']:+.3f} (one seed)"
+    if "low" in arm:
+        effect = f"{arm['difference']:+.3f} ({arm['low']:+.3f} to {arm['high']:+.3f}; {arm['pairs']} seeds)"
+    if "step" in arm:
+        cost = ["step {:.2f} ({:.2f} to {:.2f})".format(*arm["step"])]
+    if effect and abs(more) >= 0.005:
+        cost.append(f"{100 * more:+.0f} % parameters")
+    if "peak_mb" in arm:
+        cost.append(f"peak {arm['peak_mb']:,.0f} MB")
+    return effect, "; ".join(cost)
+
+
+def ablate(config: str = "", *more: str) -> Iterator[dict]:
+    """Trains each arm of --arms on a config, at --seeds seeds: loss, paired difference, interval, cost."""
+    if more or not config:
+        raise UserError("ablate takes one config: python bench.py ablate config/train_shakespeare_diffmla.py")
+    if not os.path.isfile(config):
+        raise configurator.missing(config)
+    if not 1 <= seeds <= len(SEEDS) or jobs < 0:
+        raise UserError(f"seeds={seeds} must be 1 to {len(SEEDS)}, and jobs={jobs} at least 0")
+    found, home, by_settings = read_arms(arms), Path("out/ablate", Path(config).stem), {}
+    runs = {name: {} for name in found} # {arm: {seed: run}}
+    for seed, (name, arm) in itertools.product(SEEDS[:seeds], found.items()):
+        run = run_of(config, arm["flags"], seed, home / re.sub(r"\W+", "_", name) / str(seed))
+        runs[name][seed] = by_settings.setdefault(run.asked, run)
+    if len({run.folder for run in by_settings.values()}) < len(by_settings):
+        raise UserError(f"two arms would share a folder: give them other names than {', '.join(found)}")
+    path, key, failed = Path(HERE, results), f"{config} {arms}", []
+    about = {"config": config, "command": shlex.join(["python", *sys.argv]), "commit": git_commit(),
+             "machine": hardware(), "versions": VERSIONS, "seeds": SEEDS[:seeds]}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    measured = {name: {k: arm[k] for k in ("flags", "step", "peak_mb") if k in arm}
+                for name, arm in kept.get(key, {}).get("arms", {}).items()}
+
+    def note() -> dict:
+        table = summary(found, runs, failed, measured)
+        if save:
+            write_json(path, {**kept, key: {**about, "arms": table}})
+        return table
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C, so that the runs end too
+    try:
+        train_all(list(by_settings.values()), failed, note)
+        for name, arm in found.items() if costs else ():
+            ours, theirs = (next((run for run in runs[n].values() if run.points()), None)
+                            for n in (name, arm["against"]))
+            if not ours or not theirs or any(json.loads(run.asked)["sparse"] for run in (ours, theirs)):
+                continue # a sparse step costs what a dense one does, and choices between steps
+            measured[name] = {"flags": arm["flags"], "peak_mb": in_new_process(peak_memory, step_of, ours)}
+            if ours != theirs:
+                measured[name]["step"] = in_turn({"": step_of(theirs), name: step_of(ours)})[name][1:]
+            note()
+    finally: # after Ctrl-C too
+        print(f"  {'arm':<22}{'loss':>8}  {'difference, 95 % interval':<40}{'verdict':<10}cost")
+        for name, arm in (table := note()).items():
+            effect, cost = cells(arm, table[arm["against"]])
+            mean, verdict = arm.get("mean", math.nan), arm.get("verdict", "")
+            print(f"  {name:<22}{mean:>8.4f}  {effect:<40}{verdict:<10}{cost}")
+    for name, arm in table.items():
+        if "mean" in arm:
+            yield row(name, arm["mean"], "nats/token", digits=None)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(by_settings)} runs failed; log.txt in their folders says why")
+
+
+BEGIN, END = "<!-- ideas: python bench.py table -->\n", "<!-- end -->" # around README's table
+
+
+def ideas(kept: dict) -> str:
+    """The tables that ablate kept as one in Markdown, with a row for each arm that has an idea."""
+    lines = ["| idea | flag | effect on val loss | cost | verdict |", "|---|---|---|---|---|"]
+    for arms in (table["arms"] for table in kept.values()):
+        for arm in (arm for arm in arms.values() if arm.get("idea")):
+            effect, cost = cells(arm, arms[arm["against"]])
+            effect += f", against {arm['against']}" * (arm["against"] != next(iter(arms)))
+            flag, verdict = arm.get("flag", arm["flags"]), arm.get("verdict", "")
+            if "holds" in arm:
+                verdict += f"; the claim {arm['claim']} {'holds' if arm['holds'] else 'does not hold'}"
+            lines.append(f"| {arm['idea']} | `{flag}` | {effect} | {cost} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def table(*files: str) -> Iterator[dict]:
+    """Prints the ideas that ablate has measured as a table, or puts them between two comments in a file."""
+    with user_errors():
+        text = ideas(json.loads(Path(HERE, results).read_text(encoding="utf-8")))
+        for path in map(Path, files):
+            head, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+            _, end, tail = rest.partition(END)
+            if not end:
+                raise UserError(f"{path} has no place for the table\n"
+                                f"write two lines into it: {BEGIN.strip()} and {END}")
+            path.write_text(head + begin + text + end + tail, encoding="utf-8")
+    print("" if files else text, end="")
+    yield from ()
+
+
 # --- the command line ---
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers,
           "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras,
           "c": saved_by_c, "depth": depth, "memory": memory, "speculative": speculative,
-          "uncertainty": uncertainty, "curves": curves, "nanogpt": against_nanogpt}
-# They need a finished run or a clone; c takes a minute by itself.
-BY_NAME_ONLY = {"depth", "memory", "speculative", "uncertainty", "curves", "nanogpt", "c"}
+          "uncertainty": uncertainty, "nanogpt": against_nanogpt, "compare": compare_runs, "ablate": ablate,
+          "table": table}
+TAKE_WORDS = {"compare", "ablate", "table"} # the words after these are folders or files
+# They need runs or a clone; c takes a minute by itself.
+BY_NAME_ONLY = {"depth", "memory", "speculative", "uncertainty", "nanogpt", "c", *TAKE_WORDS}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
 FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,
            "step": gpu_step, "decode": gpu_decode, "optimizers": gpu_optimizers}
@@ -1065,11 +1386,10 @@ def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
     """Puts the figures of a suite into bench_results/<device>.json; those of other suites stay."""
     path = Path(HERE, "bench_results", description.replace(",", "").replace(" ", "_") + ".json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    kept[name] = {"device": description, "commit": commit, "versions": versions, "rounds": rounds,
+    kept[name] = {"device": description, "commit": commit, "versions": VERSIONS, "rounds": rounds,
                   "shapes": {"train": [batch_size, block_size], "on a GPU": [n_layer, n_embd], **SHAPES},
                   "results": results}
-    path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    write_json(path, kept)
 
 
 if __name__ == "__main__":
@@ -1077,11 +1397,15 @@ if __name__ == "__main__":
     _first = next((i for i, a in enumerate(sys.argv) if a.startswith("-")), len(sys.argv))
     known = {**SUITES, **FOR_GPU}
     words = sys.argv[1:_first] + [a for a in sys.argv[_first:] if a in known]
+    flags, operands = [a for a in sys.argv[_first:] if a not in known], ()
+    if {*sys.argv[1:2]} & TAKE_WORDS: # then each setting is one word, --name=value
+        flags = [a for a in sys.argv if a.startswith("-")]
+        words, operands = sys.argv[1:2], [a for a in sys.argv[2:] if not a.startswith("-")]
     if {"--help", "-h"} & {*sys.argv}:
         print(__doc__)
-        describe("the last six need a finished run or a clone, and run by name only", SUITES)
+        describe("the last eight need runs or a clone, and run by name only", SUITES)
         describe("on a GPU, or anywhere with --dry", FOR_GPU)
-    given = configure(globals(), argv=[a for a in sys.argv[_first:] if a not in known])
+    given = configure(globals(), argv=flags)
     with user_errors():
         device, _ = kernels.choose_device(device)
     on_gpu = "cuda" in device
@@ -1106,11 +1430,11 @@ if __name__ == "__main__":
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
     usual = FOR_GPU if on_gpu or dry else [name for name in SUITES if name not in BY_NAME_ONLY]
     for name in words or usual:
-        results = []
+        figures = []
         try:
-            for result in suites[name]():
-                results.append(result)
+            for figure in suites[name](*operands):
+                figures.append(figure)
         finally: # what was measured before Ctrl-C or an error stays measured
-            if save and results:
-                keep(f"{name}, {only}" if only else name, description, commit, results)
-        print(json.dumps({"suite": name, "device": description, "results": results}))
+            if save and figures and not operands:
+                keep(f"{name}, {only}" if only else name, description, commit, figures)
+        print(json.dumps({"suite": name, "device": description, "results": figures}))

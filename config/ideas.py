@@ -1,0 +1,58 @@
+# Every idea on the main job's recipe: the arms of README's table of ideas.
+# python bench.py ablate config/train_shakespeare_diffmla.py --arms=config/ideas.py
+# Flags are added to the recipe's. An arm with an idea is a row of the table; the others are what ideas are
+# compared with. Arms of equal settings, such as the recipe and a choice that it makes, share their runs.
+
+ARMS = {}
+
+
+def _arm(name, flags, against="base", idea="", **more): # flag: what README shows. claim: of the idea's source
+    ARMS[name] = {"flags": f"--n_ahead=0 {flags}", "flag": flags, "against": against, "idea": idea, **more}
+
+
+_arm("base", "") # the recipe without its drafting cell, which changes no loss and takes time
+_arm("mha", "--attention=mha")
+_arm("mla", "--attention=mla", "mha", "attention: latent (MLA)", claim="of a small cache without loss")
+_arm("diff", "--attention=diff --diff_form=v2", "mha", "attention: differential", claim="of a lower loss")
+_arm("diff v1", "--attention=diff --diff_form=v1", "diff", "attention: first differential form")
+_arm("diff_mla", "--attention=diff_mla --diff_form=v2", "mha", "attention: differential latent",
+     claim="of a lower loss")
+_arm("diff_mla v1", "--attention=diff_mla --diff_form=v1", "diff_mla", "attention: the same, first form")
+_arm("gqa", "--attention=mha --n_kv_head=1", "mha", "attention: one key head for all query heads")
+_arm("no qk_norm", "--no-qk_norm")
+_arm("qk_norm", "--qk_norm", "no qk_norm", "attention: norm of queries and keys")
+_arm("softcap", "--logit_softcap=15", "base", "head: logits capped at 15")
+
+for _name in ("relu2", "gelu", "silu", "telu", "crrelu"):
+    _of_crrelu = {"claim": "of a lower loss than SwiGLU's"} if _name == "crrelu" else {}
+    _arm(f"{_name}", f"--no-glu --activation={_name}", "relu2", f"MLP: {_name}" if _name != "relu2" else "")
+    _arm(f"{_name} glu", f"--glu --activation={_name}", "silu glu" if _name != "silu" else "relu2",
+         f"MLP: gated {_name}", **_of_crrelu)
+
+_arm("plain", "--residual=plain")
+_arm("hyper", "--residual=hyper", "plain", "streams: hyper-connections, four")
+_arm("mhc", "--residual=mhc", "plain", "streams: manifold-constrained (mHC)", claim="of stable training")
+_arm("permutations", "--residual=mhc --h_res=permutations", "plain", "streams: mHC without iterations")
+
+# RATES: each of these three wants its own, tuned on seeds that are not reported, before the table is made.
+_arm("adamw", "--optimizer=adamw --learning_rate=2e-3")
+_arm("fadam", "--optimizer=fadam --learning_rate=1e-3 --weight_decay=0.001 --grad_clip=0", "adamw",
+     "optimizer: FAdam", claim="of a lower loss than AdamW's")
+_arm("adam_mini", "--optimizer=adam_mini --learning_rate=1e-3", "adamw", "optimizer: Adam-mini")
+# RATE: the recipe's own, once that is Muon's; then this arm takes the runs of base.
+_arm("muon", "--optimizer=muon", "adamw", "optimizer: Muon")
+
+_arm("dense", "--schedule=wsd") # with the schedule that choosing weights needs
+_arm("magnitude", "--schedule=wsd --sparse=magnitude", "dense", "sparse, 20 %: magnitude pruning")
+_arm("flesh", "--schedule=wsd --sparse=skeleton_flesh", "magnitude", "sparse, 20 %: Skeleton & Flesh",
+     claim="of a lower loss than pruning by magnitude")
+
+_arm("thoughts", "--thought_tokens=4", "base", "thought tokens", claim="of a lower loss")
+_arm("memory", "--memory_slots=16", "base", "memory, within a window", claim="of a lower loss")
+_arm("peek", "--future_peek=8", "base", "future peek", claim="of a lower loss")
+_arm("3 layers", "--n_layer=3")
+_arm("depths", "--n_layer=6 --depths=2,3,4,5,6 --mean_depth=3", "3 layers", "depth routing, 3 of 6 layers",
+     claim="of fewer layers at equal loss")
+_arm("uncertainty", "--uncertainty", "base", "uncertainty head")
+_arm("drafts", "", "base", "drafts: a cell, 7 tokens", claim="of faster text at equal loss")
+ARMS["drafts"] |= {"flags": "--n_ahead=7", "flag": "--n_ahead=7"}
