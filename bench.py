@@ -1283,13 +1283,14 @@ def ablate(config: str = "", *more: str) -> Iterator[dict]:
         raise configurator.missing(config)
     if not 1 <= seeds <= len(SEEDS) or jobs < 0:
         raise UserError(f"seeds={seeds} must be 1 to {len(SEEDS)}, and jobs={jobs} at least 0")
-    found, home, by_settings = read_arms(arms), Path("out/ablate", Path(config).stem), {}
+    found, by_settings = read_arms(arms), {}
+    homes = {name: Path("out/ablate", Path(config).stem, re.sub(r"\W+", "_", name)) for name in found}
+    if len({*homes.values()}) < len(homes):
+        raise UserError(f"two arms would share a folder: give them other names than {', '.join(found)}")
     runs = {name: {} for name in found} # {arm: {seed: run}}
     for seed, (name, arm) in itertools.product(SEEDS[:seeds], found.items()):
-        run = run_of(config, arm["flags"], seed, home / re.sub(r"\W+", "_", name) / str(seed))
+        run = run_of(config, arm["flags"], seed, homes[name] / str(seed))
         runs[name][seed] = by_settings.setdefault(run.asked, run)
-    if len({run.folder for run in by_settings.values()}) < len(by_settings):
-        raise UserError(f"two arms would share a folder: give them other names than {', '.join(found)}")
     path, key, failed = Path(HERE, results), f"{config} {arms}", []
     about = {"config": config, "command": shlex.join(["python", *sys.argv]), "commit": git_commit(),
              "machine": hardware(), "versions": VERSIONS, "seeds": SEEDS[:seeds]}
@@ -1347,6 +1348,9 @@ def ideas(kept: dict) -> str:
 
 def table(*files: str) -> Iterator[dict]:
     """Prints the ideas that ablate has measured as a table, or puts them between two comments in a file."""
+    if not Path(HERE, results).exists():
+        raise UserError(f"there is no {results}\n"
+                        "make it first: python bench.py ablate config/train_shakespeare_diffmla.py")
     with user_errors():
         text = ideas(json.loads(Path(HERE, results).read_text(encoding="utf-8")))
         for path in map(Path, files):

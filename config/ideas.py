@@ -7,7 +7,8 @@ ARMS = {}
 
 
 def _arm(name, flags, against="base", idea="", **more): # flag: what README shows. claim: of the idea's source
-    ARMS[name] = {"flags": f"--n_ahead=0 {flags}", "flag": flags, "against": against, "idea": idea, **more}
+    flags = {"flags": f"--n_ahead=0 {flags}".strip(), "flag": flags}
+    ARMS[name] = {**flags, "against": against, "idea": idea, **more}
 
 
 _arm("base", "") # the recipe without its drafting cell, which changes no loss and takes time
@@ -23,11 +24,14 @@ _arm("no qk_norm", "--no-qk_norm")
 _arm("qk_norm", "--qk_norm", "no qk_norm", "attention: norm of queries and keys")
 _arm("softcap", "--logit_softcap=15", "base", "head: logits capped at 15")
 
-for _name in ("relu2", "gelu", "silu", "telu", "crrelu"):
-    _of_crrelu = {"claim": "of a lower loss than SwiGLU's"} if _name == "crrelu" else {}
-    _arm(f"{_name}", f"--no-glu --activation={_name}", "relu2", f"MLP: {_name}" if _name != "relu2" else "")
-    _arm(f"{_name} glu", f"--glu --activation={_name}", "silu glu" if _name != "silu" else "relu2",
-         f"MLP: gated {_name}", **_of_crrelu)
+_arm("relu2", "--no-glu --activation=relu2")
+_arm("swiglu", "--glu --activation=silu", "relu2", "MLP: SwiGLU, not ReLU^2")
+for _name in ("gelu", "silu", "telu", "crrelu"):
+    _arm(_name, f"--no-glu --activation={_name}", "relu2", f"MLP: {_name}, not ReLU^2")
+for _name in ("relu2", "gelu", "telu"):
+    _arm(f"{_name} glu", f"--glu --activation={_name}", "swiglu", f"MLP: gated {_name}")
+_arm("crrelu glu", "--glu --activation=crrelu", "swiglu", "MLP: gated crrelu",
+     claim="of a lower loss than SwiGLU's")
 
 _arm("plain", "--residual=plain")
 _arm("hyper", "--residual=hyper", "plain", "streams: hyper-connections, four")

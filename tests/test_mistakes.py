@@ -121,6 +121,19 @@ SLIPS = {
     "memory without a memory": ("bench.py memory --out_dir={d}/run", "config/train_recall.py"),
     "model without heads": ("model.py --n_head=0", "at least 1"),
     "unknown suite": ("bench.py speed", "train, decode, kv_cache"),
+    "ablation of nothing": ("bench.py ablate", "bench.py ablate config/train_shakespeare_diffmla.py"),
+    "ablation of no such config": ("bench.py ablate config/train_recal.py", "config/train_recall.py"),
+    "arms in no file": ("bench.py ablate config/slm_char.py --arms={d}/nowhere.py", "no config file"),
+    "file without arms": ("bench.py ablate config/slm_char.py --arms={d}/type.py", "ARMS = {"),
+    "arms without a name": ("bench.py ablate config/slm_char.py --arms=--glu", "mla: --attention=mla"),
+    "arm against no arm": ("bench.py ablate config/slm_char.py --arms={d}/arms.py", "there is: a"),
+    "arm with an unknown flag": ("bench.py ablate config/slm_char.py --arms=a:--glue", "glu"),
+    "arms of one folder": (
+        "bench.py ablate config/slm_char.py --arms=a,b:--glu;a.b:--bias=false", "other names"),
+    "more seeds than degrees of freedom": ("bench.py ablate config/slm_char.py --seeds=32", "1 to 31"),
+    "comparison with no run": ("bench.py compare {d}/nowhere", "python train.py --out_dir="),
+    "unknown axis": ("bench.py compare {d}/run --x=hours", "seconds, steps, tokens"),
+    "table without results": ("bench.py table --results=nowhere.json", "bench.py ablate config/"),
     "resume on data that is not prepared": ( # refused before it is prepared
         "train.py --resume --out_dir={d}/run --dataset={d}/other.txt --data_dir={d}/new4",
         "trained on, play"),
@@ -139,7 +152,7 @@ TEXTS = {"play.txt": "to be or not to be, that is the question\n" * 60,
          "other.txt": "neither a borrower nor a lender be\n" * 60, "short.txt": "abcdefgh", "empty.txt": "",
          "bad.jsonl": '{"text": "a"}\nno\n', "saved.json": '{"name": "char", "char_to_id": {"a": 0, "b": 1}}',
          "typo.py": "learning_rat = 1e-3", "type.py": "n_layer = 'two'", "syntax.py": "n_layer = = 2",
-         "raises.py": "n_layer = 1 // 0"}
+         "raises.py": "n_layer = 1 // 0", "arms.py": "ARMS = {'a': {'flags': '', 'against': 'b'}}"}
 
 
 @pytest.fixture(scope="module")
