@@ -90,8 +90,8 @@ CHAR_ARMS = {name: {**CHAR, **choice, **(dict(kv_rank=96, rope_dim=32) if "mla" 
              for name, choice in ARMS.items()}
 # Learning rate and weight decay of each optimizer, tuned: bench_results/README.md.
 RATES = {"adamw": (1e-3, 0.1), "fadam": (1e-3, 0.001), "adam_mini": (1e-3, 0.1), "muon": (4e-3, 0.1)}
-LABELS = {"shakespeare_nanogpt": "nanoGPT's recipe", "shakespeare_mha": "mha",
-          "shakespeare_diffmla": "diff_mla"} # compare: another run is named by its folder
+LABELS = {"out/shakespeare_nanogpt": "nanoGPT's recipe", "out/shakespeare_mha": "mha",
+          "out/shakespeare_diffmla": "diff_mla"} # compare: README's runs; others are named by their folder
 
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
@@ -111,13 +111,6 @@ def row(name, value, unit, baseline=None, ratio=None, low=None, high=None, digit
         of_bound = f"{share['share']:>6.0%}" if share else ""
         print(f"  {name:<42}{value:>12,.{digits}f} {unit:<14}{of_bound}{against}", flush=True)
     return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio, **share}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes to another name, then renames: killed at any moment, the file is whole."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    part.replace(path)
 
 
 def first(path: str, key: str) -> str:
@@ -839,23 +832,19 @@ def compare_runs(*folders: str) -> Iterator[dict]:
     axes = {"seconds": "time_s", "steps": "step", "tokens": "tokens"}
     if x not in axes:
         raise UserError(f"x={x!r} is none of {', '.join(axes)}")
-    paths = [os.path.normpath(f) for f in folders or [f"out/{name}" for name in LABELS]]
-    names = [LABELS.get(os.path.basename(path), os.path.basename(path)) for path in paths]
     curves = {}
     print("compare: validation loss of finished runs; seconds of training, without evaluations")
-    for name, path in zip(names if len({*names}) == len(names) else paths, paths):
-        if not (points := evaluations(path)):
-            config = f"config/train_{os.path.basename(path)}.py"
-            command = config if os.path.exists(os.path.join(HERE, config)) else f"--out_dir={path}"
+    for path in map(os.path.normpath, folders or LABELS):
+        name, points = LABELS.get(path, path), evaluations(path)
+        if not points:
+            command = f"config/train_{path[4:]}.py" if path in LABELS else f"--out_dir={path}"
             raise UserError(f"{path} holds no metrics.jsonl with a validation loss\n"
                             f"train that run first: python train.py {command}")
         with user_errors():
             size = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))["n_params"]
-        last = points[-1]
-        found = {"steps": last["step"], "tokens": last["tokens"], "seconds": last["time_s"],
-                 "parameters": size, "final loss": last["val_loss"],
-                 "best loss": min(p["val_loss"] for p in points),
-                 "tokens/s": last["tokens"] / max(last["time_s"], 1e-3)}
+        steps, tokens, time_s, final = (points[-1][k] for k in ("step", "tokens", "time_s", "val_loss"))
+        found = {"steps": steps, "tokens": tokens, "seconds": time_s, "parameters": size, "final loss": final,
+                 "best loss": min(p["val_loss"] for p in points), "tokens/s": tokens / max(time_s, 1e-3)}
         if not curves:
             print(f"  {'run':<30}" + "".join(f"{what:>12}" for what in found))
         digits = {"seconds": 1, "final loss": 4, "best loss": 4}
@@ -906,7 +895,7 @@ def drawn(curves: dict[str, list]) -> str:
     for number, words in ticks(low, high):
         _, b = place(0, number)
         parts += [line([(left, b), (right, b)], grey), text(49, b + 4, words, anchor="end")]
-    colours = list(itertools.islice(itertools.cycle(colours), len(curves)))
+    colours *= len(curves)
     for i, (colour, (name, points)) in enumerate(zip(colours, curves.items())):
         y, thick = top + 14 + 18 * i, ' stroke-width="2"'
         parts += [line(itertools.starmap(place, points), colour, f'{thick} clip-path="url(#in)"'),
@@ -1222,7 +1211,7 @@ def paired(ours: dict, theirs: dict) -> dict:
 
 def summary(found: dict, runs: dict, failed: list, measured: dict) -> dict[str, dict]:
     """{name: arm with the losses of its finished runs, its verdict, curve and measured costs}."""
-    done = {name: {seed: run.points() for seed, run in of_arm.items() if run.points()}
+    done = {name: {seed: points for seed, run in of_arm.items() if (points := run.points())}
             for name, of_arm in runs.items()}
     losses = {name: {seed: p[-1]["val_loss"] for seed, p in of_arm.items()} for name, of_arm in done.items()}
     table = {name: {**arm, "losses": losses[name]} for name, arm in found.items()}
@@ -1300,8 +1289,10 @@ def ablate(config: str = "", *more: str) -> Iterator[dict]:
 
     def note() -> dict:
         table = summary(found, runs, failed, measured)
-        if save:
-            write_json(path, {**kept, key: {**about, "arms": table}})
+        if save: # under another name first, so that the file is whole whenever this process dies
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps({**kept, key: {**about, "arms": table}}, indent=1), encoding="utf-8")
+            part.replace(path)
         return table
 
     signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C, so that the runs end too
@@ -1311,7 +1302,7 @@ def ablate(config: str = "", *more: str) -> Iterator[dict]:
             ours, theirs = (next((run for run in runs[n].values() if run.points()), None)
                             for n in (name, arm["against"]))
             if not ours or not theirs or any(json.loads(run.asked)["sparse"] for run in (ours, theirs)):
-                continue # a sparse step costs what a dense one does, and choices between steps
+                continue # this step would not choose weights, as a sparse run does
             measured[name] = {"flags": arm["flags"], "peak_mb": in_new_process(peak_memory, step_of, ours)}
             if ours != theirs:
                 measured[name]["step"] = in_turn({"": step_of(theirs), name: step_of(ours)})[name][1:]
@@ -1393,7 +1384,7 @@ def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
     kept[name] = {"device": description, "commit": commit, "versions": VERSIONS, "rounds": rounds,
                   "shapes": {"train": [batch_size, block_size], "on a GPU": [n_layer, n_embd], **SHAPES},
                   "results": results}
-    write_json(path, kept)
+    path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -1401,7 +1392,7 @@ if __name__ == "__main__":
     _first = next((i for i, a in enumerate(sys.argv) if a.startswith("-")), len(sys.argv))
     known = {**SUITES, **FOR_GPU}
     words = sys.argv[1:_first] + [a for a in sys.argv[_first:] if a in known]
-    flags, operands = [a for a in sys.argv[_first:] if a not in known], ()
+    flags, operands = [a for a in sys.argv[_first:] if a not in known], []
     if {*sys.argv[1:2]} & TAKE_WORDS: # then each setting is one word, --name=value
         flags = [a for a in sys.argv if a.startswith("-")]
         words, operands = sys.argv[1:2], [a for a in sys.argv[2:] if not a.startswith("-")]

@@ -1,4 +1,4 @@
-"""bench.py's ablate, compare and table. Most runs are of a stand-in for train.py: it only writes the files."""
+"""bench.py's ablate, compare and table. Most runs are of a stand-in for train.py, which only writes files."""
 import json
 import math
 import os
@@ -270,7 +270,8 @@ warmup_iters = 1
 def small(tmp_path):
     (tmp_path / "small.py").write_text(SMALL, encoding="utf-8")
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
-    command = [ROOT / "bench.py", "ablate", "small.py", "--arms=glu: --glu", f"--results={tmp_path}/kept.json"]
+    command = [ROOT / "bench.py", "ablate", "small.py", "--arms=glu: --glu"]
+    command.append(f"--results={tmp_path / 'kept.json'}")
     return partial(run, cwd=tmp_path), partial(start, cwd=tmp_path), command
 
 
