@@ -609,7 +609,7 @@ def saved_by_c() -> Iterator[dict]:
         print("c: nothing runs as C on a GPU; give --device=cpu")
         return
     print(f"c: steps of batch {batch_size} x 128; 16 tokens at 10.65M and a context of 128; fp32, eager")
-    in_pytorch = {"rmsnorm": {"rmsnorm": kernels.rmsnorm_reference}, "few_rows": {"few_rows": F.linear},
+    in_pytorch = {"rmsnorm": {"rmsnorm": kernels.rmsnorm_reference}, "few_rows": {"project": F.linear},
                   "mhc_coefficients": {"mhc_coefficients": kernels.mhc_coefficients_reference},
                   "streams": {"read_streams": kernels.read_streams_reference,
                               "write_streams": kernels.write_streams_reference}} # names in model.py

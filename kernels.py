@@ -139,6 +139,12 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type)
 
 
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions that multiply bf16. Without them bf16 takes longer than fp32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)() # an older torch does not tell
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) # the last: ARM
+
+
 def widen(x: torch.Tensor) -> torch.Tensor:
     """At least fp32. fp64 stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
@@ -1360,7 +1366,16 @@ torch.library.register_fake("nanoslm::backward", lambda *args: [*map(empty_as, a
 torch.library.register_autograd("nanoslm::forward", node_differentiates, setup_context=keep, lib=NODES)
 
 
-# --- a few rows times a large matrix: decoding --------------------------------------------------------------
+# --- products with a matrix of weights ----------------------------------------------------------------------
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T (+ b), as F.linear. On a CPU in x's dtype: autocast rounds what is multiplied, and nothing else.
+
+    A CPU multiplies matrices in bf16 up to 2.3 times as fast as in fp32, but does all else in it more slowly.
+    """
+    y = F.linear(x, weight, bias) if torch.is_grad_enabled() else few_rows(x, weight, bias)
+    return y.to(x.dtype) if x.is_cpu else y
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

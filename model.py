@@ -33,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (ACTIVATIONS, activate, few_rows, gated_pair, linear_cross_entropy, mhc_coefficients,
-                     mhc_gates, pad_vocabulary, product_dtype, read_streams, rmsnorm, rope_table, rotate,
+from kernels import (ACTIVATIONS, activate, gated_pair, linear_cross_entropy, mhc_coefficients, mhc_gates,
+                     pad_vocabulary, product_dtype, project, read_streams, rmsnorm, rope_table, rotate,
                      widen, write_streams)
 
 
@@ -248,10 +248,10 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, dtype: torch.dtype | None = None, spare: int = 0) -> "Cache":
         """A cache with the thoughts in it, for block_size tokens and `spare` more: drafts that will not stay.
-        dtype: if None, that of autocast where it is on, else that of the weights.
+        dtype: if None, that of autocast where it is on and not on a CPU, else that of the weights.
         """
         weight, memory = self.embed.weight, self.memory
-        dtype = dtype or product_dtype(weight)
+        dtype = dtype or (weight.dtype if weight.is_cpu else product_dtype(weight))
         layouts = [block.attention.cache_layout for block in self.blocks]
         layouts += [memory.cache_layout] if memory else []
         cache = Cache(layouts, batch_size, self.block_size + spare, dtype, weight.device, self.n_thought,
@@ -524,9 +524,7 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        return few_rows(x, self.weight, self.bias) # leaves many rows to F.linear
+        return project(x, self.weight, self.bias)
 
     def flops(self, T):
         return 2 * self.in_features * self.out_features
@@ -702,7 +700,7 @@ def attend(q, k, v, mask=None, scale=None):
         half = q.dtype in (torch.float16, torch.bfloat16)
         if H != K and q.is_cuda and not (half and torch.cuda.get_device_capability(q.device) >= (8, 0)):
             k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != k.size(1))
+        return fused_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != k.size(1))
     # SDPA's is_causal aligns at the top left, as if nothing were cached: T < S needs a mask.
     if mask is None and T > 1:
         mask = causal_mask(T, S, q.device)
@@ -710,8 +708,14 @@ def attend(q, k, v, mask=None, scale=None):
     if mask is not None and H != K and T > 1: # a single query's mask broadcasts
         mask = torch.cat([mask] * (H // K), dim=2) # (1 or B, 1, H/K T, S); repeat() is slower
     q = q.reshape(B, K, H // K * T, D)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale) # (B, K, H/K T, D)
+    o = fused_attention(q, k, v, attn_mask=mask, scale=scale) # (B, K, H/K T, D)
     return o.reshape(B, H, T, D)
+
+
+def fused_attention(q, k, v, **options):
+    """PyTorch's. On a CPU autocast leaves it alone: in bf16 its backward takes 2 to 3 times as long."""
+    with without_autocast(q) if q.is_cpu else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def causal_mask(T, S, device):
@@ -776,7 +780,7 @@ class DiffV1(OneMap):
 
     def combine(self, o, x): # (B, H, T, E) -> (B, H/2, T, E)
         q1, k1, q2, k2 = widen(self.vectors).unbind()
-        lam = (q1 @ k1).exp() - (q2 @ k2).exp() + self.lambda_init
+        lam = (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init # autocast rounds q1 @ k1
         first, second = widen(o).chunk(2, dim=1) # nearly equal numbers are subtracted, so in fp32
         return (first - lam * second).type_as(o)
 
@@ -1276,7 +1280,7 @@ class Memory(nn.Module):
         kv = rmsnorm(held.flatten(2, 3).unflatten(-1, (2, self.D))).type_as(q) # (B, H, n M, 2, D)
         k, v = kv.unbind(3)
         k = torch.cat([self.nothing.type_as(q).expand(B, -1, -1, -1), k], dim=2) # (B, H, 1 + n M, D)
-        o = F.scaled_dot_product_attention(q, k, F.pad(v, (0, 0, 1, 0)), attn_mask=mask) # (B, H, T, D)
+        o = fused_attention(q, k, F.pad(v, (0, 0, 1, 0)), attn_mask=mask) # (B, H, T, D)
         return o.transpose(1, 2).flatten(2)
 
     def flops(self, T): # as if each token attended to M slots, and each slot to each token
@@ -1417,9 +1421,9 @@ class Ahead(nn.Module):
             yield f"n_ahead={c.n_ahead} must be below block_size={c.block_size}; 7 is usual"
 
     def forward(self, s, e): # (..., C), (..., C) -> (..., C)
-        times = F.linear if torch.is_grad_enabled() else few_rows # calling modules would take 8 of 50 us
         both = rmsnorm(torch.stack([s, e], dim=-2)).flatten(-2) # (..., 2 C)
-        return s + times(F.relu(times(both, self.up.weight)).square(), self.down.weight)
+        hidden = F.relu(project(both, self.up.weight)).square() # calling modules would take 8 of 50 us
+        return s + project(hidden, self.down.weight)
 
     def loss(self, model, h, idx, targets, notes):
         """Mean cross-entropy, in nats, against the model's own distribution, by which drafts will be judged:

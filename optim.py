@@ -65,8 +65,11 @@ def declarations(model: nn.Module) -> dict[nn.Parameter, Declared]:
 
 
 def build_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
-                    betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """An optimizer of all trained parameters. Muon's AdamW gets the betas. ValueError for an unknown name."""
+                    betas: tuple[float, float], bf16: bool = False) -> torch.optim.Optimizer:
+    """An optimizer of all trained parameters. Muon's AdamW gets the betas. ValueError for an unknown name.
+
+    bf16: the run multiplies in bf16, so Muon does too. Parameters and moments stay as they are.
+    """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r} is not known; choose one of: {', '.join(OPTIMIZERS)}")
     groups = {} # options -> the parameters that have them
@@ -76,7 +79,8 @@ def build_optimizer(model: nn.Module, name: str, learning_rate: float, weight_de
         groups.setdefault(tuple(options.items()), []).append(p)
     groups = [{"params": params, **dict(options)} for options, params in groups.items()]
     fused_adamw = functools.partial(torch.optim.AdamW, fused=next(model.parameters()).device.type in FUSED)
-    classes = {"adamw": fused_adamw, "fadam": FAdam, "adam_mini": AdamMini, "muon": Muon}
+    muon = functools.partial(Muon, bf16=bf16)
+    classes = {"adamw": fused_adamw, "fadam": FAdam, "adam_mini": AdamMini, "muon": muon}
     return classes[name](groups, lr=learning_rate, betas=betas)
 
 
@@ -480,16 +484,16 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalise(matrices: torch.Tensor, steps: tuple = POLAR_EXPRESS) -> torch.Tensor:
-    """(..., n, m) -> about U V^T of each matrix's singular value decomposition U S V^T."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+def orthogonalise(matrices: torch.Tensor, steps: tuple = POLAR_EXPRESS, bf16: bool = False) -> torch.Tensor:
+    """(B, n, m) -> about U V^T of each matrix's singular value decomposition U S V^T."""
+    x = matrices.bfloat16() if bf16 or matrices.is_cuda else matrices.float() # Jordan: bf16
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x # x x^T is then the smaller square
     # No singular value may exceed 1.02. None exceeds the norm, which bf16 may make 2% too small.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for a, b, c in steps:
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).type_as(matrices)
 
 
@@ -503,6 +507,10 @@ class Muon(Base):
 
     OPTIONS = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8, # betas and eps: of AdamW
                    momentum=0.95, steps=POLAR_EXPRESS, fused=())
+
+    def __init__(self, params, *, bf16: bool = False, **rest):
+        super().__init__(params, **rest)
+        self.bf16 = bf16
 
     def update(self, params, grads, group):
         (self.loop if group["fused"] else self.adamw)(params, grads, group)
@@ -525,7 +533,7 @@ class Muon(Base):
                 alike.setdefault(matrix.shape, []).append((matrix, part))
         for (n, m), pairs in alike.items():
             matrices, parts = zip(*pairs)
-            ortho = orthogonalise(torch.stack(parts), group["steps"]) # 5
+            ortho = orthogonalise(torch.stack(parts), group["steps"], self.bf16) # 5
             ortho = ortho if bad is None else ok * ortho
             torch._foreach_add_(matrices, ortho.unbind(), alpha=-group["lr"] * 0.2 * max(n, m) ** 0.5) # 6
 

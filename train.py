@@ -31,7 +31,7 @@ import torch
 
 import data
 from configurator import UserError, configure, git_commit, user_errors
-from kernels import choose_device, path_for, use_kernel
+from kernels import choose_device, cpu_has_bf16, path_for, use_kernel
 from model import GPT, GPTConfig, load_checkpoint, preset, save_checkpoint, saved_fields, without_orphans
 from optim import (LATE, Sparse, build_optimizer, declarations, find_hooks, run_update_hooks,
                    step_where_finite, watch)
@@ -161,6 +161,7 @@ def adopt(config: dict) -> None:
     kept = without_orphans({k: v for k, v in given.items() if k in usual}, typed)
     idle = {k for k, (owner, _) in NEEDS.items() if not was[owner] and k not in typed}
     idle |= given.keys() & usual.keys() - kept.keys()
+    idle |= {"dtype"} - typed # a file's bfloat16 may have become float32
     asked = {k: v for k, v in given.items() if v != "auto" and k not in LOCAL and k not in idle}
     changed = {k: v for k, v in asked.items() if v != was[k]}
     clash = [f"{k} was {was[k]!r}, now {v!r}" for k, v in changed.items() if k in FIXED or k in usual]
@@ -284,9 +285,11 @@ if dtype == "float16" and kind == "cpu":
 if dtype == "auto" and kind == "cuda":
     dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 elif dtype == "auto":
-    dtype = "float32" # on a CPU half precision is slower at small widths
-torch_dtype = getattr(torch, dtype)
-autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, torch_dtype)
+    dtype = "float32" # a CPU computes the same numbers whether it has bf16 or not
+elif dtype == "bfloat16" and kind == "cpu" and not (cpu_has_bf16() or earlier or "dtype" in typed):
+    dtype = "float32"
+    print("dtype=bfloat16 of the config file is slow on this CPU: float32 is taken instead")
+autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
 device_name, peak = platform.processor() or platform.machine(), 0
 if kind == "cuda":
@@ -294,7 +297,7 @@ if kind == "cuda":
     peak = next((flops for name, flops in PEAK.items() if name in device_name and dtype != "float32"), 0)
     torch.set_float32_matmul_precision("high") # TF32: 10 bits of mantissa, several times the speed
 print(f"device {device} ({device_reason})   dtype {dtype}   "
-      f"kernels {path_for(torch.empty(1, dtype=torch_dtype, device=device), in_c=0)} ({kernel})")
+      f"kernels {path_for(torch.empty(1, device=device), in_c=0)} ({kernel})")
 
 # --- data ---------------------------------------------------------------------------------------------------
 
@@ -350,7 +353,7 @@ with user_errors():
     corpus.train.batch(0, 1, sequence, seed) # refuses a text that is too short
     corpus.val.batch(0, 1, sequence, seed) if eval_iters > 0 else next(corpus.val.windows(sequence, 1))
     model = GPT(config).to(device)
-    opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+    opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2), dtype == "bfloat16")
     decay_from = warmup_iters + int(0.8 * ((lr_decay_iters or max_iters) - warmup_iters)) # of schedule=wsd
     sparsity = Sparse(model, opt, sparse, sparse_density, sparse_interval, (warmup_iters, decay_from),
                       sparse_prune_rate, sparse_boost, sparse_boost_steps) if sparse else None

@@ -308,6 +308,17 @@ def test_lambda_init_by_depth():
 
 
 @pytest.mark.parametrize("T, S, K", [(5, 5, 4), (3, 7, 4), (3, 7, 2), (6, 6, 1), (1, 9, 2), (1, 1, 4)])
+def test_attend_on_a_cpu_is_the_same_under_autocast(T, S, K):
+    """To the bit, with all gradients: bf16 would take longer."""
+    inputs = [torch.randn(2, heads, n, 8, requires_grad=True) for heads, n in ((4, T), (K, S), (K, S))]
+    want, g = M.attend(*inputs), torch.randn(2, 4, T, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = M.attend(*inputs)
+    assert torch.equal(got, want)
+    assert all(map(torch.equal, *(torch.autograd.grad(o, inputs, g) for o in (got, want))))
+
+
+@pytest.mark.parametrize("T, S, K", [(5, 5, 4), (3, 7, 4), (3, 7, 2), (6, 6, 1), (1, 9, 2), (1, 1, 4)])
 def test_attend_is_the_naive_formula(T, S, K):
     """Also query by query: the T queries are the last of the S positions."""
     q, (k, v) = torch.randn(2, 4, T, 8).double(), torch.randn(2, 2, K, S, 8).double()

@@ -1272,7 +1272,27 @@ def test_gpu_sums_are_the_same_every_time():
     assert all(torch.equal(runs[0], r) for r in runs)
 
 
-# --- a few rows times a large matrix ---
+# --- products with a matrix of weights ---
+
+
+@pytest.mark.parametrize("bias", (True, False))
+def test_project_under_autocast(bias):
+    """On a CPU: in fp32 what F.linear makes of inputs and gradient rounded to bf16, rounded once more."""
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((3, 17, 40), (23, 40), (23,))[: 2 + bias]]
+    g, linear = torch.randn(3, 17, 23), torch.nn.functional.linear
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.project(*inputs)
+        assert kernels.project(*(t.double() for t in inputs)).dtype == torch.float64
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in inputs]
+    ours = [y, *torch.autograd.grad(y, inputs, g)]
+    want = linear(*exact)
+    for a, b in zip(ours, [want, *torch.autograd.grad(want, exact, g.bfloat16().double())], strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-4)
+    want = linear(*(t.double() for t in inputs)) # and unrounded: three roundings, each of at most 2^-9
+    for a, b in zip(ours, [want, *torch.autograd.grad(want, inputs, g.double())], strict=True):
+        assert (a - b).norm() < 3 * 2**-9 * b.norm()
+
 
 
 @needs_c

@@ -548,7 +548,7 @@ def test_shapes_and_dtypes():
     assert build({}).bfloat16()(idx, idx)[0].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert model(idx, idx)[0].dtype == torch.float32
-        assert model.new_cache(1).layers[0][0].dtype == torch.bfloat16
+        assert model.new_cache(1).layers[0][0].dtype == torch.float32 # as attention on a CPU reads it
     with pytest.raises(ValueError, match="17 tokens do not fit into block_size=16"):
         model(tokens(model, 1, 17))
     for wrong in (idx[:, :0], idx[0]):
@@ -657,14 +657,14 @@ def test_the_model_compiles_without_a_break(attention, residual):
 
 @pytest.mark.parametrize("attention", CHOICES["attention"])
 def test_cached_decoding_under_autocast(attention):
-    """Weights fp32, activations and cache bf16: no kernel meets two dtypes, logits are off by roundings."""
+    """On a CPU all but products is fp32, the cache too: no kernel meets two dtypes, logits are nearly equal."""
     model = build({"attention": attention, "qk_norm": True}, 0.15).eval()
     idx = tokens(model, 2, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache, out = model.new_cache(2), []
         for piece in idx.split([5, 3, 1, 7], dim=1):
             out.append(model(piece, cache=cache)[0])
-        assert all(store.dtype == torch.bfloat16 for layer in cache.layers for store in layer)
+        assert all(store.dtype == torch.float32 for layer in cache.layers for store in layer)
         full = model(idx, idx)[0]
         assert (torch.cat(out, 1) - full).norm() / full.norm() < 0.04
 

@@ -599,10 +599,12 @@ def test_adam_mini_keeps_half_the_state():
 @pytest.mark.parametrize("steps, cosine, low, high", [
     (NEWTON_SCHULZ, 0.97, 0.2, 1.25), (POLAR_EXPRESS, 0.985, 0.5, 1.2)])
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
-def test_orthogonalise_against_svd(steps, cosine, low, high, shape):
+@pytest.mark.parametrize("bf16", (False, True))
+def test_orthogonalise_against_svd(steps, cosine, low, high, shape, bf16):
     torch.manual_seed(0)
     g = torch.randn(3, *shape)
-    o = orthogonalise(g, steps)
+    o = orthogonalise(g, steps, bf16)
+    assert o.dtype == torch.float32
     u, _, vt = torch.linalg.svd(g, full_matrices=False)
     assert torch.cosine_similarity(o.flatten(1), (u @ vt).flatten(1)).min() > cosine
     s = torch.linalg.svdvals(o)

@@ -26,6 +26,7 @@ import torch
 from data import load, prepare
 from kernels import c_library
 from model import GPT, GPTConfig, PRESETS, load_checkpoint, save_checkpoint
+from optim import OPTIMIZERS
 from processes import ROOT, run, start
 
 TINY = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --attention=diff_mla --dropout=0.1 "
@@ -285,10 +286,10 @@ import random, numpy
 def dice(step, params): return {"python": random.random(), "numpy": numpy.random.rand()}
 """
 CHANGES = {"fadam": ["--optimizer=fadam"], "adam_mini": ["--optimizer=adam_mini"], "sparse": SPARSE,
-           "sparse muon": ["--optimizer=muon", *SPARSE],
+           "sparse muon": ["--optimizer=muon", *SPARSE], "bf16": ["--dtype=bfloat16"],
            "hooks": ["--update_hooks=gradient_noise,clip_by_layer=0.1,dice.py:dice"]}
 # all that can be changed but FAdam, in two runs
-SHORT = [("sparse muon", 25), ("adam_mini, hooks", 22)]
+SHORT = [("sparse muon, bf16", 25), ("adam_mini, hooks", 22)]
 LONG = [(name, stop) for name in CHANGES for stop in (22, 25) if (name, stop) not in SHORT]
 
 
@@ -818,6 +819,32 @@ def test_what_a_file_gave_goes_when_the_command_line_has_no_use_for_it(corpus, t
     (tmp_path / "d.py").write_text("learning_rate = 3e-5") # min_lr's default was nobody's wish
     assert "lowered to" in train(corpus, tmp_path / "p", "--max_iters=0", str(tmp_path / "d.py")).stdout
     train(corpus, tmp_path / "q", "--max_iters=0", "--learning_rate=3e-5", "--min_lr=1e-4", code=2)
+
+
+def test_bf16_of_a_file_is_left_where_the_cpu_has_none(corpus, tmp_path):
+    old_cpu = "import kernels\nkernels.cpu_has_bf16 = lambda: False"
+    (tmp_path / "c.py").write_text("dtype = 'bfloat16'")
+    for more in ([], ["--resume"]): # which keeps what ran
+        flags = "--max_iters=0", tmp_path / "c.py", *more
+        said = ended(spoiled(old_cpu, corpus, tmp_path / "o", *flags)).stdout
+        assert "dtype float32" in said and ("float32 is taken instead" in said) == (not more)
+    assert load_checkpoint(tmp_path / "o/ckpt.pt")["config"]["train"]["dtype"] == "float32"
+    typed = spoiled(old_cpu, corpus, tmp_path / "p", "--max_iters=0", "--dtype=bfloat16") # obeyed
+    assert "dtype bfloat16" in ended(typed).stdout
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bf16_on_a_cpu_is_near_fp32(optimizer, corpus, tmp_path):
+    """Losses of training and of evaluation; weights and moments stay fp32."""
+    flags = ["--max_iters=30", f"--optimizer={optimizer}", "--dropout=0.0"]
+    side_by_side(corpus, tmp_path, half=[*flags, "--dtype=bfloat16"], full=flags)
+    half, full = ([line.get("train_loss") or line["val_loss"] for line in metrics(tmp_path / out)]
+                  for out in ("half", "full"))
+    assert half != full and half == pytest.approx(full, rel=0.03)
+    saved = load_checkpoint(tmp_path / "half/ckpt.pt")
+    moments = [v for s in saved["optimizer"]["state"].values() for v in s.values() if torch.is_tensor(v)]
+    assert {t.dtype for t in [*saved["model"].values(), *moments]} == {torch.float32}
 
 
 def test_several_processes_are_refused_in_plain_words(corpus, tmp_path):
