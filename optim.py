@@ -66,10 +66,7 @@ def declarations(model: nn.Module) -> dict[nn.Parameter, Declared]:
 
 def build_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
                     betas: tuple[float, float], bf16: bool = False) -> torch.optim.Optimizer:
-    """An optimizer of all trained parameters. Muon's AdamW gets the betas. ValueError for an unknown name.
-
-    bf16: the run multiplies in bf16, so Muon does too. Parameters and moments stay as they are.
-    """
+    """An optimizer of all trained parameters. bf16: Muon multiplies in it. ValueError for an unknown name."""
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r} is not known; choose one of: {', '.join(OPTIMIZERS)}")
     groups = {} # options -> the parameters that have them
