@@ -61,6 +61,40 @@ void rmsnorm_backward(int threads, int64_t rows, int64_t C, float eps, const flo
 }
 
 
+/* --- short convolution: y_t = x_t + sum over i < K of w_i x_(t-i), channel by channel --- */
+
+/* X, Y (rows, C): texts of T rows each. w (K, C) */
+void short_conv_forward(int threads, int64_t rows, int64_t T, int64_t C, int64_t K, const float *X,
+                        const float *w, float *Y) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        const float *x = X + i * C;
+        float *restrict y = Y + i * C;
+        EACH_CHANNEL y[c] = x[c] + w[c] * x[c];
+        for (int64_t k = 1, t = i % T; k < K && k <= t; k++)
+            EACH_CHANNEL y[c] += w[k * C + c] * x[c - k * C];
+    }
+}
+
+/* g_x_t = g_t + sum of w_i g_(t+i). g_w (rows / ROWS, K, C): sums of g_t x_(t-i) over ROWS rows at a time. */
+void short_conv_backward(int threads, int64_t rows, int64_t T, int64_t C, int64_t K, const float *X,
+                         const float *w, const float *G, float *g_x, float *g_w) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < (rows + ROWS - 1) / ROWS; block++) {
+        float *restrict sums = g_w + block * K * C;
+        memset(sums, 0, K * C * sizeof *sums);
+        for (int64_t i = block * ROWS; i < (block + 1) * ROWS && i < rows; i++) {
+            const float *x = X + i * C, *g = G + i * C;
+            float *restrict to = g_x + i * C;
+            int64_t t = i % T;
+            EACH_CHANNEL to[c] = g[c] + w[c] * g[c];
+            for (int64_t k = 1; k < K && t + k < T; k++) EACH_CHANNEL to[c] += w[k * C + c] * g[c + k * C];
+            for (int64_t k = 0; k < K && k <= t; k++) EACH_CHANNEL sums[k * C + c] += g[c] * x[c - k * C];
+        }
+    }
+}
+
+
 /* --- a few rows times a large matrix: Y (rows, n_out) = X (rows, n_in) W^T, W (n_out, n_in) --- */
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import (ACTIVATIONS, activate, gated_pair, linear_cross_entropy, mhc_coefficients, mhc_gates,
                      pad_vocabulary, product_dtype, project, read_streams, rmsnorm, rope_table, rotate,
-                     widen, write_streams)
+                     short_conv, widen, write_streams)
 
 
 # --- the configuration --------------------------------------------------------------------------------------
@@ -84,6 +84,7 @@ class GPTConfig:
     mean_depth: float = 0.0 # layers that a token takes on average: 0 = halfway from first to last
     n_ahead: int = 0 # tokens that a small cell learns to draft, for speculative decoding: 0 = off, 7 is usual
     uncertainty: bool = False # a small head learns how probable it is that the likeliest next token is wrong
+    conv: int = 0 # tokens that a short causal convolution sees before attention and MLP: 0 = off, 4 is usual
 
     def __post_init__(self):
         if type(self.depths) is list: # JSON makes lists of tuples
@@ -119,16 +120,21 @@ class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         residual, (heads, maps) = RESIDUAL[c.residual], ATTENTION[c.attention]
+        conv = ShortConv if c.conv else NoConv
         self.residual1, self.residual2 = residual(c, 2 * layer), residual(c, 2 * layer + 1)
-        self.norm1, self.attention = NORM[c.norm](c.n_embd, c.bias), heads(c, layer, maps(c, layer))
-        self.norm2, self.mlp = NORM[c.norm](c.n_embd, c.bias), GLU[c.glu](c)
+        self.norm1, self.conv1 = NORM[c.norm](c.n_embd, c.bias), conv(c)
+        self.attention = heads(c, layer, maps(c, layer))
+        self.norm2, self.conv2 = NORM[c.norm](c.n_embd, c.bias), conv(c)
+        self.mlp = GLU[c.glu](c)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, h, pass_): # (B, T, C), or (B, T, N, C) with streams -> the same shape
         x, mix = self.residual1.read(h) # (B, T, C)
-        h = self.residual1.write(h, self.dropout(self.attention(self.norm1(x), pass_)), mix)
+        y = self.attention(self.conv1(self.norm1(x), pass_), pass_)
+        h = self.residual1.write(h, self.dropout(y), mix)
         x, mix = self.residual2.read(h)
-        return self.residual2.write(h, self.dropout(self.mlp(self.norm2(x))), mix)
+        y = self.mlp(self.conv2(self.norm2(x), pass_))
+        return self.residual2.write(h, self.dropout(y), mix)
 
 
 class CheckpointedBlock(Block):
@@ -227,6 +233,8 @@ class GPT(nn.Module):
     def layers(self, h, pass_):
         """Runs all stages. (B windows, front + T, C) -> (B, windows T, C), without the thoughts in front."""
         h = self.stage(self.streams.expand(self.dropout(h), self.n_stream), pass_)
+        if pass_.inputs:
+            pass_.cache.keep(pass_.recent_at, pass_.inputs)
         return pass_.text(self.streams.reduce(h))
 
     def stage(self, h, pass_):
@@ -254,8 +262,10 @@ class GPT(nn.Module):
         dtype = dtype or (weight.dtype if weight.is_cpu else product_dtype(weight))
         layouts = [block.attention.cache_layout for block in self.blocks]
         layouts += [memory.cache_layout] if memory else []
+        c = self.config
+        conv = (2 * c.n_layer, c.n_embd, c.conv, Cache.ROLLBACK + c.n_ahead + spare) if c.conv else ()
         cache = Cache(layouts, batch_size, self.block_size + spare, dtype, weight.device, self.n_thought,
-                      len(self.routers), memory.memory_layout if memory else ())
+                      len(self.routers), memory.memory_layout if memory else (), conv)
         if self.n_thought:
             self.fill_thoughts(cache, batch_size)
         return cache
@@ -366,8 +376,10 @@ class Pass:
         self.front, self.windows, self.table, self.cache = front, windows, table, cache
         self.notes = {} if notes is None else notes
         self.stage, self.real, self.mask = 0, None, None
+        self.inputs = [] # with a cache: of the short convolutions so far
         if cache is not None:
             self.places, self.end, self.mask = cache.places_for(start, front + idx.size(1))
+            self.recent_at, self.recent = cache.recall(start, front + idx.size(1))
 
     def rotate(self, x):
         """Queries or keys (B, heads, T, D), rotated to their positions."""
@@ -376,6 +388,11 @@ class Pass:
     def remember(self, layer, *parts):
         """Keys, values or latents (B, heads, T, width) of the new tokens -> those of all S tokens."""
         return parts if self.cache is None else self.cache.append(layer, self.places, self.end, *parts)
+
+    def before(self, x):
+        """What the cache has before the next short convolution's input x (B, T, C): (B, taps - 1, C)."""
+        self.inputs.append(x)
+        return self.recent[len(self.inputs) - 1].type_as(x)
 
     def text(self, x):
         """(B windows, front + T, C) -> (B, windows T, C)."""
@@ -398,7 +415,7 @@ class Pass:
 
 
 class Cache:
-    """What attention keeps of earlier tokens.
+    """What attention and short convolutions keep of earlier tokens.
 
     layers   per layer the tensors (B, heads, front + capacity, width) that its cache_layout lists. A token at
              position p lies at place front + p in all of them; the thoughts lie in front.
@@ -409,8 +426,13 @@ class Cache:
     alive    (stages - 1, B, front + capacity): whether the token at a place reached that stage. If not, its
              place holds nothing in the layers of the stage, and the mask hides it.
     memory   (B, heads, segments + 1, slots, width) or None: what a Memory held as each segment began
+    recent   (convolutions, B, taps + ring, C): inputs of the short convolutions. First those of the last
+             thoughts, or zeros, then a ring of the last tokens: its size does not grow with the text.
+             `slots` says where each place lies, `furthest` where the text ended that the ring holds.
     """
-    def __init__(self, layouts, batch_size, capacity, dtype, device, front=0, routers=0, memory=()):
+    ROLLBACK = 64 # tokens that a model with short convolutions can roll back, besides drafts
+
+    def __init__(self, layouts, batch_size, capacity, dtype, device, front=0, routers=0, memory=(), conv=()):
         # Zeros, not torch.empty: masked places have weight 0, but 0 times a NaN would be NaN.
         zeros = partial(torch.zeros, dtype=dtype, device=device)
         self.layers = [[zeros(batch_size, heads, front + capacity, width) for heads, width in layout]
@@ -423,6 +445,12 @@ class Cache:
             heads, self.segment, slots, width = memory
             shape = batch_size, heads, capacity // self.segment + 1, slots, width
             self.memory = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        count, C, self.taps, back = conv or (0, 0, 1, capacity) # taps: GPTConfig.conv
+        self.ring, self.furthest = min(capacity, self.taps - 1 + back), 0
+        self.recent = zeros(count, batch_size, self.taps + self.ring, C)
+        position = torch.arange(1 - self.taps - front, capacity, device=device)
+        # Thoughts too old for any text share slot 0. It is read once, before anything is stored there.
+        self.slots = self.taps + torch.where(position < 0, position.clamp(-self.taps), position % self.ring)
 
     def end(self, T: int) -> int:
         """How many places attention reads once T more tokens are stored."""
@@ -435,6 +463,7 @@ class Cache:
         view = copy.copy(self)
         view.layers, view.length = [[store[part] for store in layer] for layer in self.layers], 0
         view.alive, view.memory = self.alive[:, part], None if self.memory is None else self.memory[part]
+        view.recent = self.recent[:, part]
         return view
 
     def places_for(self, start, T):
@@ -467,6 +496,27 @@ class Cache:
                 store[:, :, places] = x.to(store.dtype)
         return [store[:, :, :end].type_as(x) for store, x in zip(self.layers[layer], parts)]
 
+    def recall(self, start, T):
+        """-> where T new tokens lie in `recent`, for `keep`; the inputs (convolutions, B, taps - 1, C) of the
+        tokens before them. One read and one write serve all convolutions.
+        """
+        if not len(self.recent):
+            return None, None
+        if not self.bucket: # else only the device knows the length, and nothing is truncated
+            goes_on = torch.is_tensor(start) or start > 0
+            self.furthest = max(self.end(T) - self.front, self.furthest if goes_on else 0)
+        first, count = self.front + start, self.taps - 1 + T
+        places = slice(first, first + count) if not torch.is_tensor(start) else (
+            first[..., None] + torch.arange(count, device=self.device)) # (count,) or (B, count)
+        before, new = self.slots[places].tensor_split([self.taps - 1], dim=-1)
+        rows = torch.arange(self.recent.size(1), device=self.device)[:, None] # (B, 1)
+        return (rows, new[..., -self.ring :]), self.recent[:, rows, before]
+
+    def keep(self, at, inputs):
+        """Stores the inputs (B, T, C) of all convolutions, or of the last tokens if the ring has fewer."""
+        last = torch.stack([x[:, -self.ring :] for x in inputs])
+        self.recent[:, at[0], at[1]] = last.to(self.recent.dtype)
+
     def enter_stage(self, stage, places, end, real):
         """Marks the real tokens at these places as alive in a stage -> the mask they need, (B, 1, T', S)."""
         alive = self.alive[stage - 1]
@@ -485,11 +535,15 @@ class Cache:
         return torch.arange(places.start, end, device=self.device).expand(self.alive.size(1), -1)
 
     def truncate(self, n: "int | torch.Tensor") -> None:
-        """Forget all but the first n tokens; n: an int, or (B,). ValueError if there are fewer."""
+        """Forget all but the first n tokens; n: an int, or (B,). ValueError if these are not kept."""
         n = n.to(self.device) if torch.is_tensor(n) and n.dim() else int(n)
         wanted = torch.as_tensor(n, device=self.device)
         if (wanted < 0).any() or (wanted > self.length).any():
             raise ValueError(f"cannot keep {n} of {self.length} cached tokens")
+        oldest = (wanted + 1 - self.taps).clamp(min=0) # that the next convolution reads, unless wanted is 0
+        if ((wanted > 0) & (oldest < self.furthest - self.ring)).any():
+            raise ValueError(f"cannot keep {n} of {self.length} cached tokens: short convolutions have forgotten "
+                             "what lies before; truncate(0), then give the text again")
         self.length = n
 
     def slide(self, n: int) -> None:
@@ -501,7 +555,8 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes allocated, as the tensors report them: for its full capacity, whatever the length."""
         memory = 0 if self.memory is None else self.memory.nbytes
-        return sum(store.nbytes for layer in self.layers for store in layer) + self.alive.nbytes + memory
+        rest = self.alive.nbytes + self.recent.nbytes + memory
+        return sum(store.nbytes for layer in self.layers for store in layer) + rest
 
 
 # --- parameters ---------------------------------------------------------------------------------------------
@@ -599,6 +654,40 @@ class HeadNorm(nn.Module):
 
 
 NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+# --- short convolution: (B, T, C) -> (B, T, C) --------------------------------------------------------------
+
+
+def naive_short_conv(x, w):
+    """y_t = x_t + sum_i w_i x_(t-i), before the first place zeros. x (T, C), w (K, C) -> (T, C)."""
+    return torch.stack([x[t] + sum(w[i] * x[t - i] for i in range(len(w)) if i <= t) for t in range(len(x))])
+
+
+class ShortConv(nn.Module):
+    """naive_short_conv between a norm and its sublayer: there, and residual, as in Canon layers A and C
+    (Allen-Zhu 2025, arXiv:2512.17351). Primer (So et al. 2021, arXiv:2109.08668) convolves queries, keys and
+    values. At first w = 0, which is the model without it. Thoughts count as tokens before the text.
+    """
+    role = "vector"
+
+    def __init__(self, c):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(c.conv, c.n_embd))
+
+    def forward(self, x, pass_):
+        weight, T = self.weight.type_as(x), x.size(1)
+        if pass_.cache is None:
+            return short_conv(x, weight)
+        return short_conv(torch.cat([pass_.before(x), x], dim=1), weight)[:, -T:]
+
+    def flops(self, T):
+        return 2 * self.weight.numel()
+
+
+class NoConv(nn.Identity):
+    def forward(self, x, pass_):
+        return x
 
 
 # --- position -----------------------------------------------------------------------------------------------
@@ -1574,6 +1663,8 @@ def complaints(c):
         yield f"n_head={c.n_head} is not divisible by n_kv_head={c.n_kv_head}; choose a divisor"
     if c.zero_init and c.tie_embeddings:
         yield "zero_init with tie_embeddings starts as a model that repeats tokens; set tie_embeddings=False"
+    if c.conv and c.depths: # the tokens before one that continues may have stopped
+        yield f"conv={c.conv} reads tokens that depths={c.depths} stops; set conv=0 or depths=()"
     for knob, (slot, names) in idle_knobs(c).items(): # silently ignored, it would spoil comparisons
         needs = f"{slot}={' or '.join(names)}" if names else slot
         yield f"{knob}={getattr(c, knob)} needs {needs}; drop it or change that"
@@ -1721,7 +1812,7 @@ def describe(config: GPTConfig, T: int, batch_size: int = 1) -> None:
     for name, out in outputs.items():
         m, (parent, _, inner) = model.get_submodule(name), name.partition(".")
         number, _, inner = inner.partition(".") if parent == "blocks" else ("", "", "")
-        if type(m) in (nn.Identity, nn.Dropout) or not name or number not in ("", "0"):
+        if isinstance(m, (nn.Identity, nn.Dropout)) or not name or number not in ("", "0"):
             continue # the other blocks are like the first
         label = "  " * (inner.count(".") + 1) + inner if inner else name
         label = f"blocks.0 (of {config.n_layer})" if name == "blocks.0" else label

@@ -64,6 +64,7 @@ CHOICES = {
     "mean_depth": (0.0, 1.2),
     "n_ahead": (0, 3),
     "uncertainty": (False, True),
+    "conv": (0, 4),
 }
 DANGEROUS = [ # what has gone wrong together
     dict(depths=(1, 2), memory_slots=3, document_token=7, thought_tokens=2),
@@ -432,7 +433,8 @@ def test_start(row):
 STARTS = [ # of 64 channels, 3 layers: how a name ends; values or their deviation, for n inputs and sublayer i
     (r"embed.weight|table.weight|thoughts.vectors|head.weight", lambda n, i: 0.25 / 64**0.5),
     (r"attention.out.weight|mlp.down.weight|between.\d.body.out.weight", lambda n, i: 1 / (n * 2 * 3) ** 0.5),
-    (r"phi.weight|dynamic.weight|(ahead|uncertainty).down.weight|nothing|bias", lambda n, i: torch.zeros(())),
+    (r"phi.weight|dynamic.weight|(ahead|uncertainty).down.weight|nothing|conv\d.weight|bias",
+     lambda n, i: torch.zeros(())),
     (r"norm\w*.weight|post", lambda n, i: torch.ones(())),
     (r"(qkv|up|down|gate)\.weight", lambda n, i: 1 / n**0.5),
     (r"alpha|scale|eps", lambda n, i: torch.tensor(0.01)), # of mhc, hyper and crrelu
@@ -450,7 +452,7 @@ STARTS = [ # of 64 channels, 3 layers: how a name ends; values or their deviatio
     dict(attention="diff_mla", diff_form="v1", q_rank=16, qk_norm=True, activation="crrelu", residual="mhc",
          tie_embeddings=False, thought_tokens=9, memory_slots=16, future_peek=3, depths=(1, 3), n_ahead=3,
          uncertainty=True),
-    dict(attention="diff", residual="hyper", glu=True, bias=True, position="learned")], ids=str)
+    dict(attention="diff", residual="hyper", glu=True, bias=True, position="learned", conv=4)], ids=str)
 def test_first_values_are_those_that_the_docstrings_state(change):
     """Of k numbers the deviation is measured to 1 / sqrt(2 k) of itself, the mean to deviation / sqrt(k)."""
     torch.manual_seed(1)
@@ -791,6 +793,7 @@ REFUSED = [ # a config, and a part of what it hears
     (dict(depths=(0, 2)), "depths=(0, 2) must rise"),
     (dict(depths=(1, 2), mean_depth=2.5), "mean_depth=2.5 must lie between 1 and 2"),
     (dict(mean_depth=1.5), "mean_depth=1.5 needs depths"),
+    (dict(conv=4, depths=(1, 2)), "conv=4 reads tokens that depths=(1, 2) stops; set conv=0 or depths=()"),
     (dict(residual="mhc", sinkhorn_iters=0), "sinkhorn_iters=0 must be at least 1"),
     (dict(residual="mhc", h_res="permutations", n_stream=5), "use at most 4"),
     (dict(residual="mhc", h_res="permutations", sinkhorn_iters=3), "sinkhorn_iters=3 needs h_res=sinkhorn"),
