@@ -120,21 +120,19 @@ class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         residual, (heads, maps) = RESIDUAL[c.residual], ATTENTION[c.attention]
-        conv = ShortConv if c.conv else NoConv
         self.residual1, self.residual2 = residual(c, 2 * layer), residual(c, 2 * layer + 1)
-        self.norm1, self.conv1 = NORM[c.norm](c.n_embd, c.bias), conv(c)
-        self.attention = heads(c, layer, maps(c, layer))
-        self.norm2, self.conv2 = NORM[c.norm](c.n_embd, c.bias), conv(c)
-        self.mlp = GLU[c.glu](c)
+        self.norm1, self.attention = NORM[c.norm](c.n_embd, c.bias), heads(c, layer, maps(c, layer))
+        self.norm2, self.mlp = NORM[c.norm](c.n_embd, c.bias), GLU[c.glu](c)
+        self.conv1, self.conv2 = (ShortConv(c) if c.conv else NoConv() for _ in range(2))
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, h, pass_): # (B, T, C), or (B, T, N, C) with streams -> the same shape
         x, mix = self.residual1.read(h) # (B, T, C)
-        y = self.attention(self.conv1(self.norm1(x), pass_), pass_)
-        h = self.residual1.write(h, self.dropout(y), mix)
+        x = self.conv1(self.norm1(x), pass_)
+        h = self.residual1.write(h, self.dropout(self.attention(x, pass_)), mix)
         x, mix = self.residual2.read(h)
-        y = self.mlp(self.conv2(self.norm2(x), pass_))
-        return self.residual2.write(h, self.dropout(y), mix)
+        x = self.conv2(self.norm2(x), pass_)
+        return self.residual2.write(h, self.dropout(self.mlp(x)), mix)
 
 
 class CheckpointedBlock(Block):
@@ -262,10 +260,10 @@ class GPT(nn.Module):
         dtype = dtype or (weight.dtype if weight.is_cpu else product_dtype(weight))
         layouts = [block.attention.cache_layout for block in self.blocks]
         layouts += [memory.cache_layout] if memory else []
-        c = self.config
-        conv = (2 * c.n_layer, c.n_embd, c.conv, Cache.ROLLBACK + c.n_ahead + spare) if c.conv else ()
+        c, back = self.config, Cache.ROLLBACK + self.config.n_ahead + spare
         cache = Cache(layouts, batch_size, self.block_size + spare, dtype, weight.device, self.n_thought,
-                      len(self.routers), memory.memory_layout if memory else (), conv)
+                      len(self.routers), memory.memory_layout if memory else (),
+                      (2 * c.n_layer, c.n_embd, c.conv, back) if c.conv else ())
         if self.n_thought:
             self.fill_thoughts(cache, batch_size)
         return cache
@@ -379,7 +377,7 @@ class Pass:
         self.inputs = [] # with a cache: of the short convolutions so far
         if cache is not None:
             self.places, self.end, self.mask = cache.places_for(start, front + idx.size(1))
-            self.recent_at, self.recent = cache.recall(start, front + idx.size(1))
+            self.recent_at, self.recent = cache.recall(start, self.places, self.end)
 
     def rotate(self, x):
         """Queries or keys (B, heads, T, D), rotated to their positions."""
@@ -428,7 +426,8 @@ class Cache:
     memory   (B, heads, segments + 1, slots, width) or None: what a Memory held as each segment began
     recent   (convolutions, B, taps + ring, C): inputs of the short convolutions. First those of the last
              thoughts, or zeros, then a ring of the last tokens: its size does not grow with the text.
-             `slots` says where each place lies, `furthest` where the text ended that the ring holds.
+             slots (places,) says where each place lies there, earlier (places, taps - 1) the places before
+             it, and furthest where the stored text ended.
     """
     ROLLBACK = 64 # tokens that a model with short convolutions can roll back, besides drafts
 
@@ -450,7 +449,8 @@ class Cache:
         self.recent = zeros(count, batch_size, self.taps + self.ring, C)
         position = torch.arange(1 - self.taps - front, capacity, device=device)
         # Thoughts too old for any text share slot 0. It is read once, before anything is stored there.
-        self.slots = self.taps + torch.where(position < 0, position.clamp(-self.taps), position % self.ring)
+        slots = self.taps + torch.where(position < 0, position.clamp(-self.taps), position % self.ring)
+        self.slots, self.earlier = slots[self.taps - 1 :], slots[:-1].unfold(0, self.taps - 1, 1)
 
     def end(self, T: int) -> int:
         """How many places attention reads once T more tokens are stored."""
@@ -496,21 +496,19 @@ class Cache:
                 store[:, :, places] = x.to(store.dtype)
         return [store[:, :, :end].type_as(x) for store, x in zip(self.layers[layer], parts)]
 
-    def recall(self, start, T):
-        """-> where T new tokens lie in `recent`, for `keep`; the inputs (convolutions, B, taps - 1, C) of the
-        tokens before them. One read and one write serve all convolutions.
+    def recall(self, start, places, end):
+        """-> where `keep` stores what convolutions see of new tokens; what they see of the tokens before,
+        (convolutions, B, taps - 1, C). One read and one write serve all convolutions.
         """
         if not len(self.recent):
             return None, None
         if not self.bucket: # else only the device knows the length, and nothing is truncated
             goes_on = torch.is_tensor(start) or start > 0
-            self.furthest = max(self.end(T) - self.front, self.furthest if goes_on else 0)
-        first, count = self.front + start, self.taps - 1 + T
-        places = slice(first, first + count) if not torch.is_tensor(start) else (
-            first[..., None] + torch.arange(count, device=self.device)) # (count,) or (B, count)
-        before, new = self.slots[places].tensor_split([self.taps - 1], dim=-1)
+            self.furthest = max(end - self.front, self.furthest if goes_on else 0)
+        first = self.front + start
+        before = self.earlier[first.reshape(-1) if torch.is_tensor(first) else first] # (1 or B, taps - 1)
         rows = torch.arange(self.recent.size(1), device=self.device)[:, None] # (B, 1)
-        return (rows, new[..., -self.ring :]), self.recent[:, rows, before]
+        return (rows, self.slots[places][..., -self.ring :]), self.recent[:, rows, before]
 
     def keep(self, at, inputs):
         """Stores the inputs (B, T, C) of all convolutions, or of the last tokens if the ring has fewer."""
@@ -542,8 +540,8 @@ class Cache:
             raise ValueError(f"cannot keep {n} of {self.length} cached tokens")
         oldest = (wanted + 1 - self.taps).clamp(min=0) # that the next convolution reads, unless wanted is 0
         if ((wanted > 0) & (oldest < self.furthest - self.ring)).any():
-            raise ValueError(f"cannot keep {n} of {self.length} cached tokens: short convolutions have forgotten "
-                             "what lies before; truncate(0), then give the text again")
+            raise ValueError(f"cannot keep {n} of {self.length} cached tokens: short convolutions keep the "
+                             f"last {self.ring}; truncate(0), then give the text again")
         self.length = n
 
     def slide(self, n: int) -> None:
@@ -554,9 +552,8 @@ class Cache:
 
     def nbytes(self) -> int:
         """Bytes allocated, as the tensors report them: for its full capacity, whatever the length."""
-        memory = 0 if self.memory is None else self.memory.nbytes
-        rest = self.alive.nbytes + self.recent.nbytes + memory
-        return sum(store.nbytes for layer in self.layers for store in layer) + rest
+        rest = [self.alive, self.recent] + ([] if self.memory is None else [self.memory])
+        return sum(store.nbytes for store in itertools.chain(*self.layers, rest))
 
 
 # --- parameters ---------------------------------------------------------------------------------------------

@@ -1,6 +1,4 @@
 """The short convolution: its formula and gradient, and decoding with a state whose size does not grow."""
-import itertools
-
 import pytest
 import torch
 
@@ -121,7 +119,7 @@ def test_chunks_and_rollbacks_past_the_ring(change, rows_differ, short_ring):
 
     with torch.no_grad():
         full = model(idx, idx)[0]
-        for most in (1, 5, 32):
+        for most in (1, 3, 32):
             cache, n = model.new_cache(3), 0
             while n < 32:
                 draft = min(random(cache.ROLLBACK), 32 - n)
@@ -186,20 +184,20 @@ def test_the_state_does_not_grow_with_the_text():
 @pytest.mark.parametrize("change", [
     dict(thought_tokens=2), pytest.param(dict(attention="diff_mla"), marks=deep)], ids=str)
 def test_every_way_writes_the_same_text(change, short_ring, monkeypatch):
-    """Past the window, with a ring of 8 + n_ahead; greedy, and drawn from one seed where that is defined."""
+    """Past the window, with a ring of 10; greedy, and drawn from one seed where that is defined."""
     monkeypatch.setattr(Decoder, "SHORTEST", 4)
-    model = build(n_ahead=2, **change)
-    for T, temperature in itertools.product((1, 40), (0, 1.0)):
+    model = build(n_ahead=2, block_size=16, **change)
+    for T, temperature in ((1, 0), (20, 1.0)):
         idx, texts = torch.randint(17, (2, T)), []
         for how in (dict(use_cache=False), {}, dict(graph=True)):
             generator = torch.Generator().manual_seed(1)
-            texts.append(torch.cat([*stream(model, idx, 60, temperature, generator=generator, **how)], 1))
+            texts.append(torch.cat([*stream(model, idx, 30, temperature, generator=generator, **how)], 1))
         assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
         if temperature == 0:
             for draft in ("ahead", "ngram"):
                 writer = Speculation(model, idx, 0, draft=draft)
-                assert torch.equal(writer.generate(60)[:, T:], texts[0]) and writer.drafted
-            drafting = torch.cat([*DraftingDecoder(model, 1, 0.0).stream(idx[:1], 60)], 1)
+                assert torch.equal(writer.generate(30)[:, T:], texts[0]) and writer.drafted
+            drafting = torch.cat([*DraftingDecoder(model, 1, 0.0).stream(idx[:1], 30)], 1)
             assert torch.equal(drafting, texts[0][:1])
 
 

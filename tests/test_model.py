@@ -766,7 +766,7 @@ def test_every_knob_has_an_effect(knob):
         for name, p in model.named_parameters():
             if name.endswith("bias"): # they start at 0
                 p.data.fill_(0.1)
-            if "residual" in name: # streams start equal: how they are mixed makes no difference yet
+            if "residual" in name or "conv" in name: # equal streams, weights of 0: no difference yet
                 p.data.normal_()
         kept, (logits, losses) = numbers_kept(model, torch.arange(8).view(1, 8))
         if knob == "block_size": # only how far back generation looks
