@@ -60,7 +60,7 @@ n_layer = 12 # of the suites for a GPU
 dtype = "float32" # of the kernels, or several with commas between. GPU: bfloat16,float32
 dry = False # the suites for a GPU at tiny sizes, on any device, without keeping their figures
 device = "auto" # auto | cpu | cuda | cuda:1
-out_dir = "" # depth, memory, speculative, uncertainty: folder of a run; empty: that of the suite's config
+out_dir = "" # folder of the run that a suite reads; empty: that of the suite's config
 x = "seconds" # compare: what the curves run over: seconds | steps | tokens
 picture = "" # compare: path of the curves; empty: bench_results/curves.svg, or out/compare.svg for named runs
 arms = "config/ideas.py" # ablate: a file with ARMS, or "mha: --attention=mha; mla: --attention=mla"
@@ -804,10 +804,10 @@ def gpu_optimizers() -> Iterator[dict]:
 # --- suites that read finished runs ---
 
 
-def trained(command: str, part: str = "") -> tuple:
+def trained(command: str, part: str = "", file: str = "best.pt") -> tuple:
     """(path, model, dataset) of the run in --out_dir, or of that which `command` makes; or a UserError."""
     config = runpy.run_path(os.path.join(HERE, command.split()[0]))
-    path = os.path.join(out_dir or config["out_dir"], "best.pt")
+    path = os.path.join(out_dir or config["out_dir"], file)
     if not os.path.exists(path):
         raise UserError(f"there is no {path}\ntrain one first: python train.py {command}, "
                         "or name the folder of a run: --out_dir=...")
@@ -1029,6 +1029,26 @@ def speculative() -> Iterator[dict]:
                                                for count in ("kept", "drafted", "tokens", "forwards"))
             kept = f"{kept / max(1, drafted):.0%} of drafts kept"
             yield row(f"{name}, {kept}", tokens / forwards, "tokens/forward")
+
+
+@torch.no_grad()
+def protocol() -> Iterator[dict]:
+    """A run's last loss over the whole validation split, and as nanoGPT estimates it, from random batches."""
+    path, model, corpus = trained("config/record_shakespeare_cpu.py", file="ckpt.pt") # of the last step
+    val, T = corpus.val, model.block_size
+
+    def mean(batches):
+        total = count = 0
+        for x, y in batches:
+            ce = model(x.to(device), y.to(device), with_logits=False)[1]["ce"].item()
+            total, count = total + ce * y.numel(), count + y.numel()
+        return total / count
+
+    print(f"protocol: {path}, context {T}, fp32")
+    yield row("whole split", mean(val.windows(T, 64)), "nats/token", digits=4)
+    for seed in range(3): # nanoGPT's config/train_shakespeare_char.py: eval_iters = 200, batch_size = 64
+        batches = (val.batch(i, 64, T, seed) for i in range(200))
+        yield row(f"200 random batches of 64 x {T}, seed {seed}", mean(batches), "nats/token", digits=4)
 
 
 # --- uncertainty: does a model know where it is right? p (n,) is a claimed probability, right (n,) a bool ---
@@ -1360,11 +1380,11 @@ def table(*files: str) -> Iterator[dict]:
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers,
           "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras,
           "c": saved_by_c, "depth": depth, "memory": memory, "speculative": speculative,
-          "uncertainty": uncertainty, "nanogpt": against_nanogpt, "compare": compare_runs, "ablate": ablate,
-          "table": table}
+          "protocol": protocol, "uncertainty": uncertainty, "nanogpt": against_nanogpt,
+          "compare": compare_runs, "ablate": ablate, "table": table}
 TAKE_WORDS = {"compare", "ablate", "table"} # the words after these are folders or files
 # They need runs or a clone; c takes a minute by itself.
-BY_NAME_ONLY = {"depth", "memory", "speculative", "uncertainty", "nanogpt", "c", *TAKE_WORDS}
+BY_NAME_ONLY = {"depth", "memory", "speculative", "protocol", "uncertainty", "nanogpt", "c", *TAKE_WORDS}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
 FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,
            "step": gpu_step, "decode": gpu_decode, "optimizers": gpu_optimizers}
@@ -1398,7 +1418,7 @@ if __name__ == "__main__":
         words, operands = sys.argv[1:2], [a for a in sys.argv[2:] if not a.startswith("-")]
     if {"--help", "-h"} & {*sys.argv}:
         print(__doc__)
-        describe("the last eight need runs or a clone, and run by name only", SUITES)
+        describe("the last nine need runs or a clone, and run by name only", SUITES)
         describe("on a GPU, or anywhere with --dry", FOR_GPU)
     given = configure(globals(), argv=flags)
     with user_errors():
