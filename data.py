@@ -978,29 +978,53 @@ class Tokens:
         lengths = [row or len(shard) for shard, row in itertools.zip_longest(shards, rows)]
         self.rows = np.array(lengths, np.int64) # (shards,) ids in a row
         self.counts = np.array([*map(len, shards)], np.int64) // np.maximum(self.rows, 1) # (shards,) rows
+        self.shuffled = None, 0, None # of the last epoch: its arguments, offset and order
 
     def __len__(self):
         return sum(map(len, self.shards))
 
-    def batch(self, step: int, batch_size: int, block_size: int, seed: int):
+    def batch(self, step: int, batch_size: int, block_size: int, seed: int, epochs: bool = False):
         """(x, y), both (B, T) int64, y one token ahead. UserError if no row has T + 1 tokens.
 
-        A pure function of (seed, step), so resuming needs no saved position. Every legal start is equally
-        likely. A smaller batch is the first rows of a larger one.
+        A pure function of its arguments, so resuming needs no saved position. Every legal start is equally
+        likely, and a smaller batch is the first rows of a larger one. epochs=True: see epoch_starts.
         """
         if min(batch_size, block_size) < 1 or min(seed, step) < 0:
             raise UserError(f"batch_size={batch_size}, block_size={block_size} must be at least 1; "
                             f"seed={seed}, step={step} at least 0")
         room = np.maximum(self.rows - block_size, 0) # (shards,) starts in a row: a window reads T + 1 ids
-        starts = self.counts * room # (shards,)
-        if starts.sum() == 0:
+        if (self.counts * room).sum() == 0:
             raise self.too_short(block_size)
-        # Numbers among the starts of all shards, end to end.
-        picks = np.random.default_rng([seed, step]).integers(starts.sum(), size=batch_size) # (B,)
-        ends = np.cumsum(starts) # (shards,)
-        which = np.searchsorted(ends, picks, side="right") # (B,) shard
-        row, first = np.divmod(picks - (ends - starts)[which], room[which]) # (B,) row, place in the row
+        if epochs:
+            which, row, first = self.epoch_starts(step * batch_size, batch_size, block_size, seed)
+        else: # numbers among the starts of all shards, end to end
+            picks = np.random.default_rng([seed, step]).integers((self.counts * room).sum(), size=batch_size)
+            which, row, first = self.locate(picks, room) # (B,) each
         return self.cut([self.shards[k] for k in which], row * self.rows[which] + first, block_size)
+
+    def locate(self, picks, each):
+        """Numbers (B,) of things, of which each row of shard k has each[k] -> shard, row, number in the row."""
+        ends = np.cumsum(self.counts * each) # (shards,)
+        which = np.searchsorted(ends, picks, side="right")
+        return which, *np.divmod(picks - (ends - self.counts * each)[which], each[which])
+
+    def epoch_starts(self, first, count, T, seed):
+        """Shard, row and start of `count` windows, from number `first` on. An epoch cuts every row into
+        windows that do not overlap, and takes each of them once, in random order. The next epoch cuts
+        elsewhere. The order takes 8 bytes for each window of the text.
+        """
+        full = np.where(self.rows > T, np.maximum((self.rows - T) // T, 1), 0) # (shards,) windows in a row
+        epochs, numbers = np.divmod(first + np.arange(count), (self.counts * full).sum())
+        parts = []
+        for epoch in np.unique(epochs).tolist():
+            if self.shuffled[0] != (seed, epoch, T):
+                rng, windows = np.random.default_rng([seed, epoch]), (self.counts * full).sum()
+                self.shuffled = (seed, epoch, T), rng.integers(T), rng.permutation(windows)
+            _, offset, order = self.shuffled
+            which, row, window = self.locate(order[numbers[epochs == epoch]], full)
+            # A row of fewer than 2 T ids has room for a smaller offset only.
+            parts.append((which, row, offset % (self.rows - T * full)[which] + T * window))
+        return map(np.concatenate, zip(*parts))
 
     def windows(self, block_size: int, batch_size: int, limit: int = 0):
         """Yields (x, y), both (up to B, T) int64, that hold every target once. limit: see layout."""

@@ -46,6 +46,7 @@ dataset = "shakespeare" # a name in data_dir, one of python data.py list, or a p
 tokenizer = "" # char | ascii | byte | gpt2 | FILE.json (ours or of `tokenizers`); empty: the data's or char
 data_dir = "data" # folder of prepared datasets and downloads
 val_fraction = 0.1 # last part of the text, kept for validation; used when train.py prepares the data
+sampling = "random" # windows of the text: random (any place) | epochs (each once, then all again elsewhere)
 offline_dataset = "" # taken instead, aloud, if dataset cannot be downloaded; empty: stop
 # --- optimization ---
 batch_size = 16 # sequences per forward
@@ -92,8 +93,8 @@ SPARSE = ("sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boos
 # setting: the setting that it needs, and a value that would switch that on
 NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16)}
 # a resumed run cannot change these, nor the model
-FIXED = {"seed", "model_size", "batch_size", "windows", "gradient_accumulation_steps", "optimizer", "dtype",
-         "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
+FIXED = {"seed", "model_size", "sampling", "batch_size", "windows", "gradient_accumulation_steps",
+         "optimizer", "dtype", "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
 LOCAL = {"out_dir", "resume", "device"} # a resumed run takes these from its own command line
 MAX_SKIPPED = 5 # steps skipped in a row that are tolerated; 4 times as many in fp16
 
@@ -261,6 +262,7 @@ for names, fits, words in [
     ("learning_rate", lambda v: v > 0, "above 0"),
     ("min_lr", lambda v: 0 <= v <= learning_rate, f"between 0 and learning_rate={learning_rate}"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("sampling", ("random", "epochs").__contains__, "random, epochs"),
     ("schedule", ("cosine", "linear", "wsd", "constant").__contains__, "cosine, linear, wsd, constant"),
     ("schedule", lambda v: v == "wsd" or not sparse, f"wsd with sparse={sparse}: add --schedule=wsd"),
     ("dtype", ("auto", "float32", "bfloat16", "float16").__contains__, "auto, float32, bfloat16, float16"),
@@ -494,7 +496,8 @@ def lr_at(step: int) -> float:
 
 def next_batch(step: int) -> list:
     """The micro-batches (x, y) of a step, each (batch_size, sequence): a function of (seed, step) alone."""
-    x, y = corpus.train.batch(step, batch_size * gradient_accumulation_steps, sequence, seed)
+    B = batch_size * gradient_accumulation_steps
+    x, y = corpus.train.batch(step, B, sequence, seed, epochs=sampling == "epochs")
     if kind == "cuda":
         x, y = x.pin_memory(), y.pin_memory()
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)

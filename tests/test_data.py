@@ -1101,6 +1101,33 @@ def test_every_legal_start_is_equally_likely():
     assert all(850 < n < 1150 for n in counts.values()), counts # 1,000 each with a standard deviation of 31
 
 
+def test_an_epoch_takes_every_window_once():
+    """Shards of 35, 20, 9 and 8 with T = 8 have (35 - 8) // 8 = 3, 1, 1 and 0 windows. tokens numbers each
+    shard from a multiple of 10,000 on."""
+    def starts(batch_size, count):
+        split = tokens(35, 20, 9, 8)
+        return [x for step in range(count // batch_size)
+                for x in split.batch(step, batch_size, 8, 3, epochs=True)[0][:, 0].tolist()]
+
+    epochs = [starts(5, 200)[i:i + 5] for i in range(0, 200, 5)]
+    for epoch in epochs:
+        first, offset = sorted(epoch), min(epoch)
+        assert first == [offset, offset + 8, offset + 16, 10_000 + offset, 20_000] and offset < 8
+    assert len({min(epoch) for epoch in epochs}) == 8 # each offset of a window comes
+    assert len({tuple(np.argsort(epoch)) for epoch in epochs}) > 20 # in another order
+    assert starts(4, 40) == starts(8, 40) == starts(40, 40) # the batch size does not matter, nor state
+    split = tokens(35, 20, 9, 8)
+    later = split.batch(7, 5, 8, 3, epochs=True)[0]
+    split.batch(0, 5, 8, 4, epochs=True), split.batch(0, 5, 7, 3, epochs=True)
+    assert torch.equal(later, split.batch(7, 5, 8, 3, epochs=True)[0])
+    assert later[:, 0].tolist() == epochs[7]
+    rows = data.Tokens([np.arange(60, dtype=np.uint16)], 100, "train split of it", rows=[20]) # three rows of 20
+    assert sorted(x // 20 for x in rows.batch(0, 6, 5, 0, epochs=True)[0][:, 0].tolist()) != [0] * 6
+    for x in rows.batch(0, 60, 5, 0, epochs=True)[0]:
+        assert x[0] // 20 == (x[-1] + 1) // 20 # no window crosses the end of a row
+    refused(lambda: tokens(8).batch(0, 1, 8, 0, epochs=True))
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 255, 256, 257, 258])
 def test_shortest_text(n):
     split = tokens(n)

@@ -287,9 +287,10 @@ def dice(step, params): return {"python": random.random(), "numpy": numpy.random
 """
 CHANGES = {"fadam": ["--optimizer=fadam"], "adam_mini": ["--optimizer=adam_mini"], "sparse": SPARSE,
            "sparse muon": ["--optimizer=muon", *SPARSE], "bf16": ["--dtype=bfloat16"],
+           "epochs": ["--sampling=epochs"],
            "hooks": ["--update_hooks=gradient_noise,clip_by_layer=0.1,dice.py:dice"]}
 # all that can be changed but FAdam, in two runs
-SHORT = [("sparse muon, bf16", 25), ("adam_mini, hooks", 22)]
+SHORT = [("sparse muon, bf16", 25), ("adam_mini, epochs, hooks", 22)]
 LONG = [(name, stop) for name in CHANGES for stop in (22, 25) if (name, stop) not in SHORT]
 
 
