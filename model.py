@@ -505,15 +505,16 @@ class Cache:
         if not self.bucket: # else only the device knows the length, and nothing is truncated
             goes_on = torch.is_tensor(start) or start > 0
             self.furthest = max(end - self.front, self.furthest if goes_on else 0)
-        first = self.front + start
-        before = self.earlier[first.reshape(-1) if torch.is_tensor(first) else first] # (1 or B, taps - 1)
-        rows = torch.arange(self.recent.size(1), device=self.device)[:, None] # (B, 1)
-        return (rows, self.slots[places][..., -self.ring :]), self.recent[:, rows, before]
+        rows, first = slice(None), self.front + start
+        if torch.is_tensor(start): # () or (B,)
+            rows, first = torch.arange(self.recent.size(1), device=self.device)[:, None], first.reshape(-1)
+        return (rows, self.slots[places][..., -self.ring :]), self.recent[:, rows, self.earlier[first]]
 
     def keep(self, at, inputs):
         """Stores the inputs (B, T, C) of all convolutions, or of the last tokens if the ring has fewer."""
-        last = torch.stack([x[:, -self.ring :] for x in inputs])
-        self.recent[:, at[0], at[1]] = last.to(self.recent.dtype)
+        if inputs[0].size(1) > self.ring:
+            inputs = [x[:, -self.ring :] for x in inputs]
+        self.recent[:, at[0], at[1]] = torch.stack(inputs).to(self.recent.dtype)
 
     def enter_stage(self, stage, places, end, real):
         """Marks the real tokens at these places as alive in a stage -> the mask they need, (B, 1, T', S)."""
@@ -676,7 +677,10 @@ class ShortConv(nn.Module):
         weight, T = self.weight.type_as(x), x.size(1)
         if pass_.cache is None:
             return short_conv(x, weight)
-        return short_conv(torch.cat([pass_.before(x), x], dim=1), weight)[:, -T:]
+        seen = torch.cat([pass_.before(x), x], dim=1) # (B, K - 1 + T, C)
+        if T == 1: # decoding: this takes fewer calls
+            return x + (seen * weight.flip(0)).sum(1, keepdim=True)
+        return short_conv(seen, weight)[:, -T:]
 
     def flops(self, T):
         return 2 * self.weight.numel()

@@ -98,6 +98,14 @@ def test_the_model_at_first_is_the_one_without():
     assert with_.flops_per_token(16) - without.flops_per_token(16) == 3 * 4 * 2 * 4 * 32
 
 
+def test_a_checkpoint_from_before_the_knob_loads():
+    model = build(conv=0)
+    chosen = {name: value for name, value in vars(model.config).items() if name != "conv"}
+    old = GPT.from_state({"config": {"model": chosen}, "model": model.state_dict()}, "old.pt")
+    idx = torch.randint(17, (2, 8))
+    assert old.config.conv == 0 and torch.equal(old.double()(idx)[0], model(idx)[0])
+
+
 # --- the cache ---
 
 

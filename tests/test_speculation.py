@@ -142,7 +142,8 @@ def test_greedy_text_is_the_same(choice, draft, rows, length):
 
 
 OTHER = [dict(memory_slots=2, depths=(1, 2), future_peek=2, uncertainty=True), dict(residual="mhc"),
-         dict(block_size=2, n_ahead=1), dict(thought_tokens=2, position="learned", logit_softcap=5.0)]
+         dict(block_size=2, n_ahead=1), dict(thought_tokens=2, position="learned", logit_softcap=5.0),
+         dict(conv=4)]
 ALONE = [dict(residual="hyper"), dict(position="learned"), dict(position="none"),
          dict(norm="layernorm", bias=True), dict(logit_softcap=5.0), dict(tie_embeddings=False),
          dict(block_size=4), dict(thought_tokens=2)]
@@ -219,14 +220,20 @@ def p_value(model, count, draft="ahead", length=4):
     return torch.special.gammaincc(torch.tensor((len(pairs) - 1) / 2), torch.tensor(max(G, 0) / 2)).item()
 
 
-def small():
-    return build(scale=0.15, vocab_size=4, block_size=32, n_ahead=2)
+def small(**change):
+    return build(scale=0.15, vocab_size=4, block_size=32, n_ahead=2, **change)
 
 
 @pytest.mark.parametrize("draft", ["ahead", "ngram"])
 @pytest.mark.parametrize("count", [3000, pytest.param(20_000, marks=deep)])
 def test_sampled_text_has_the_models_distribution(draft, count):
     assert p_value(small(), count, draft) > 0.01
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("draft", ["ahead", "ngram"])
+def test_sampled_text_has_it_with_short_convolutions(draft):
+    assert p_value(small(conv=4), 10_000, draft) > 0.01
 
 
 @pytest.mark.parametrize("fault, count", [
@@ -280,7 +287,7 @@ def test_drafts_are_kept_as_often_as_theory_says(monkeypatch):
       for change in ATTENTION),
     *(pytest.param(change, marks=pytest.mark.deep)
       for change in (dict(residual="mhc"), dict(block_size=2, n_ahead=1))),
-    dict(thought_tokens=2, position="learned", logit_softcap=5.0)], ids=str)
+    dict(conv=4), dict(thought_tokens=2, position="learned", logit_softcap=5.0)], ids=str)
 def test_steps_of_fixed_shape_write_the_same_greedy_text(change, monkeypatch):
     """Through all S, window moves, and the plain steps at a window's end."""
     monkeypatch.setattr(S.Decoder, "SHORTEST", 4)
