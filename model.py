@@ -429,7 +429,7 @@ class Cache:
              slots (places,) says where each place lies there, earlier (places, taps - 1) the places before
              it, and furthest where the stored text ended.
     """
-    ROLLBACK = 64 # tokens that a model with short convolutions can roll back, besides drafts
+    ROLLBACK = 16 # tokens that a model with short convolutions can roll back, besides drafts
 
     def __init__(self, layouts, batch_size, capacity, dtype, device, front=0, routers=0, memory=(), conv=()):
         # Zeros, not torch.empty: masked places have weight 0, but 0 times a NaN would be NaN.
