@@ -5,6 +5,7 @@
 out_dir = "out/record_shakespeare_cpu"
 dataset = "shakespeare"
 tokenizer = "char"
+sampling = "epochs"
 offline_dataset = "pystdlib"
 
 n_layer = 4
