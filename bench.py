@@ -617,9 +617,9 @@ def saved_by_c() -> Iterator[dict]:
     # {row: (function, operations, its optimizer)}
     works = {"decoding": (writing(build(**CHAR).eval(), idx[:1], 16), ["rmsnorm", "few_rows"], None)}
     for name, config, optimizer, operations in (
-            ("main step", "diffmla", "adamw", ["rmsnorm"]),
-            ("main step, fadam", "diffmla", "fadam", ["update"]),
-            ("main step, adam_mini", "diffmla", "adam_mini", ["update"]),
+            ("main step", "adamw", "adamw", ["rmsnorm"]),
+            ("main step, fadam", "adamw", "fadam", ["update"]),
+            ("main step, adam_mini", "adamw", "adam_mini", ["update"]),
             ("mhc step", "mhc", "adamw", ["rmsnorm", "mhc_coefficients", "streams"])):
         settings = runpy.run_path(os.path.join(HERE, "config", f"train_shakespeare_{config}.py"))
         fields = GPTConfig.__dataclass_fields__.keys() & settings.keys()

@@ -1,4 +1,4 @@
-# The main job with 6 layers, of which a token takes 3 on average: its own state decides when it is done.
+# train_shakespeare_adamw.py with 6 layers, of which a token takes 3 on average: its own state decides when it is done.
 # python train.py config/train_shakespeare_depths.py
 # bench_results/README.md has its loss beside 3 layers for all tokens, python bench.py depth the time saved.
 

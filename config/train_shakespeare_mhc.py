@@ -1,4 +1,4 @@
-# Manifold-constrained hyper-connections: four residual streams around the model of the main job, same budget.
+# Manifold-constrained hyper-connections: four residual streams around train_shakespeare_adamw.py, same budget.
 # python train.py config/train_shakespeare_mhc.py
 # bench_results/README.md has its losses beside --residual=hyper and plain.
 
