@@ -1137,7 +1137,7 @@ def read_arms(text: str) -> dict[str, dict]:
     else:
         pairs = [part.partition(":") for part in text.split(";")]
         found = {name.strip(): {"flags": flags.strip()} for name, colon, flags in pairs if colon}
-        if found and all(arm["flags"] for arm in found.values()):
+        if found and "base" not in found and all(arm["flags"] for arm in found.values()):
             found = {"base": {"flags": ""}, **found}
     if not found or not all("flags" in arm for arm in found.values()):
         raise UserError(f"there are no arms in {text!r}\nwrite --arms=\"mla: --attention=mla\", or in a file "

@@ -12,6 +12,15 @@ def _arm(name, flags, against="base", idea="", **more): # flag: what README show
 
 
 _arm("base", "") # the recipe without its drafting cell, which changes no loss and takes time
+_arm("no conv", "--conv=0")
+_arm("conv", "--conv=4", "no conv", "short convolution before attention and MLP")
+_arm("random", "--sampling=random")
+_arm("epochs", "--sampling=epochs", "random", "data: every window once, then all again")
+_arm("fp32", "--dtype=float32")
+_arm("bf16", "--dtype=bfloat16", "fp32", "products of matrices in bf16 on a CPU")
+
+_arm("4 heads", "--n_head=4")
+_arm("2 heads", "--n_head=2", "4 heads", "attention: two wide heads, not four")
 _arm("mha", "--attention=mha")
 _arm("mla", "--attention=mla", "mha", "attention: latent (MLA)", claim="of a small cache without loss")
 _arm("diff", "--attention=diff --diff_form=v2", "mha", "attention: differential", claim="of a lower loss")
@@ -54,8 +63,8 @@ _arm("flesh", "--schedule=wsd --sparse=skeleton_flesh", "magnitude", "sparse, 20
 _arm("thoughts", "--thought_tokens=4", "base", "thought tokens", claim="of a lower loss")
 _arm("memory", "--memory_slots=16", "base", "memory, within a window", claim="of a lower loss")
 _arm("peek", "--future_peek=8", "base", "future peek", claim="of a lower loss")
-_arm("3 layers", "--n_layer=3")
-_arm("depths", "--n_layer=6 --depths=2,3,4,5,6 --mean_depth=3", "3 layers", "depth routing, 3 of 6 layers",
+_arm("3 layers", "--n_layer=3 --conv=0") # a convolution would read tokens that have stopped
+_arm("depths", "--n_layer=6 --conv=0 --depths=2,3,4,5,6 --mean_depth=3", "3 layers", "depth routing, 3 of 6 layers",
      claim="of fewer layers at equal loss")
 _arm("uncertainty", "--uncertainty", "base", "uncertainty head")
 _arm("drafts", "", "base", "drafts: a cell, 7 tokens", claim="of faster text at equal loss")

@@ -88,6 +88,25 @@ def test_commands_of_the_results(copy):
     run_all([line for block in blocks("sh", RESULTS) for line in block.strip().splitlines()], copy)
 
 
+RANGE = r"(\d\.\d{4}) to (\d\.\d{4})"
+
+
+def test_figures_stand_in_the_results():
+    """Each number with two decimals or more; an effect is the difference of the means of its two ranges."""
+    text = re.sub(r"```.*?```", "", TEXT, flags=re.S)
+    numbers = set(re.findall(r"(?<![\w.+-])\d+\.\d{2,}(?![\d.])", text))
+    versions = {"3.10", "0.01"} # of Python; the margin of a verdict
+    arxiv = {n for n in numbers if re.fullmatch(r"\d{4}\.\d{5}", n)}
+    assert numbers - versions - arxiv - set(re.findall(r"\d+\.\d+", RESULTS)) == set()
+    stated = re.findall(rf"(\d\.\d{{4}}) \({RANGE}\)", RESULTS)
+    means = {(low, high): float(mean) for mean, low, high in stated}
+    effects = re.findall(rf"([+-]\d\.\d{{3}}) \({RANGE}; {RANGE}\)", text)
+    for effect, *ranges in effects:
+        difference = means[tuple(ranges[:2])] - means[tuple(ranges[2:])]
+        assert abs(float(effect) - difference) < 0.00056, (effect, ranges)
+    assert len(effects) >= 4
+
+
 RULES = """
 import sys
 import torch
