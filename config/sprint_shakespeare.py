@@ -20,13 +20,13 @@ zero_init = True
 tie_embeddings = False
 
 batch_size = 8
-max_iters = 200
+max_iters = 240
 optimizer = "muon"
-learning_rate = 1.2e-2
+learning_rate = 2e-2
 schedule = "linear"
 warmup_iters = 10
 min_lr = 0.0
 beta2 = 0.99
 weight_decay = 0.1
 dtype = "bfloat16"
-eval_interval = 50
+eval_interval = 20
