@@ -1315,7 +1315,8 @@ def ablate(config: str = "", *more: str) -> Iterator[dict]:
             part.replace(path)
         return table
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C, so that the runs end too
+    for number in (signal.SIGINT, signal.SIGTERM): # so that the runs end too, from a script as well
+        signal.signal(number, signal.default_int_handler)
     try:
         train_all(list(by_settings.values()), failed, note)
         for name, arm in found.items() if costs else ():

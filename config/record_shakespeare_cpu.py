@@ -4,7 +4,6 @@
 
 out_dir = "out/record_shakespeare_cpu"
 dataset = "shakespeare"
-tokenizer = "char"
 sampling = "epochs"
 offline_dataset = "pystdlib"
 
@@ -26,6 +25,4 @@ learning_rate = 8e-3
 schedule = "linear"
 warmup_iters = 50
 min_lr = 0.0
-beta2 = 0.99
-weight_decay = 0.1
 dtype = "bfloat16"

@@ -4,7 +4,6 @@
 
 out_dir = "out/record_shakespeare_gpu"
 dataset = "shakespeare"
-tokenizer = "char"
 sampling = "epochs"
 offline_dataset = "pystdlib"
 
@@ -28,6 +27,4 @@ learning_rate = 5e-3
 schedule = "linear"
 warmup_iters = 50
 min_lr = 0.0
-beta2 = 0.99
-weight_decay = 0.1
 eval_interval = 100

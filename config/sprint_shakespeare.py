@@ -4,7 +4,6 @@
 
 out_dir = "out/sprint_shakespeare"
 dataset = "shakespeare"
-tokenizer = "char"
 sampling = "epochs"
 offline_dataset = "pystdlib"
 
@@ -26,7 +25,5 @@ learning_rate = 2e-2
 schedule = "linear"
 warmup_iters = 10
 min_lr = 0.0
-beta2 = 0.99
-weight_decay = 0.1
 dtype = "bfloat16"
 eval_interval = 20

@@ -1,13 +1,10 @@
 # The main job: differential latent attention on TinyShakespeare's characters, 0.8M parameters, 2 CPU cores.
 # python train.py config/train_shakespeare_diffmla.py
-# python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:" --speculative
 
 out_dir = "out/shakespeare_diffmla"
 dataset = "shakespeare"
-tokenizer = "char"
 sampling = "epochs"
 offline_dataset = "pystdlib"
-
 n_layer = 4
 n_head = 2
 n_embd = 128
@@ -30,6 +27,4 @@ learning_rate = 8e-3
 schedule = "linear"
 warmup_iters = 50
 min_lr = 0.0
-beta2 = 0.99
-weight_decay = 0.1
 dtype = "bfloat16"

@@ -3,7 +3,6 @@
 
 out_dir = "out/shakespeare_mha"
 dataset = "shakespeare"
-tokenizer = "char"
 sampling = "epochs"
 offline_dataset = "pystdlib"
 
@@ -27,6 +26,4 @@ learning_rate = 8e-3
 schedule = "linear"
 warmup_iters = 50
 min_lr = 0.0
-beta2 = 0.99
-weight_decay = 0.1
 dtype = "bfloat16"

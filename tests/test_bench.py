@@ -275,6 +275,7 @@ def small(tmp_path):
     return partial(run, cwd=tmp_path), partial(start, cwd=tmp_path), command
 
 
+@pytest.mark.deep
 def test_one_command_trains_pairs_and_compares(small, tmp_path, monkeypatch):
     """With train.py itself; then a table and a picture of its runs, and steps of their models."""
     run, _, command = small
