@@ -1256,15 +1256,18 @@ def step_of(run: Run) -> Callable:
     """A whole training step of a run: the gradients of its batch and the update of its optimizer."""
     config = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["config"]
     t, model = config["train"], build(**config["model"])
+    bf16 = t["dtype"] == "bfloat16"
     opt = build_optimizer(model, *(t[k] for k in ("optimizer", "learning_rate", "weight_decay")),
-                          (t["beta1"], t["beta2"]))
+                          (t["beta1"], t["beta2"]), bf16)
     shape = t["gradient_accumulation_steps"], t["batch_size"], t["windows"] * model.block_size
     idx = torch.randint(model.config.vocab_size, shape, device=device)
 
     def step():
         model.zero_grad()
         for part in idx:
-            (loss_of(model, part) / len(idx)).backward()
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(model, part)
+            (loss / len(idx)).backward()
         update(model, opt)
     return step
 

@@ -993,17 +993,18 @@ class Tokens:
             raise UserError(f"batch_size={batch_size}, block_size={block_size} must be at least 1; "
                             f"seed={seed}, step={step} at least 0")
         room = np.maximum(self.rows - block_size, 0) # (shards,) starts in a row: a window reads T + 1 ids
-        if (self.counts * room).sum() == 0:
+        total = (self.counts * room).sum()
+        if total == 0:
             raise self.too_short(block_size)
         if epochs:
             which, row, first = self.epoch_starts(step * batch_size, batch_size, block_size, seed)
         else: # numbers among the starts of all shards, end to end
-            picks = np.random.default_rng([seed, step]).integers((self.counts * room).sum(), size=batch_size)
+            picks = np.random.default_rng([seed, step]).integers(total, size=batch_size)
             which, row, first = self.locate(picks, room) # (B,) each
         return self.cut([self.shards[k] for k in which], row * self.rows[which] + first, block_size)
 
     def locate(self, picks, each):
-        """Numbers (B,) of things, of which each row of shard k has each[k] -> shard, row, number in the row."""
+        """Shard, row and number in its row of things, by their numbers (B,). A row of shard k has each[k]."""
         ends = np.cumsum(self.counts * each) # (shards,)
         which = np.searchsorted(ends, picks, side="right")
         return which, *np.divmod(picks - (ends - self.counts * each)[which], each[which])
@@ -1014,11 +1015,12 @@ class Tokens:
         elsewhere. The order takes 8 bytes for each window of the text.
         """
         full = np.where(self.rows > T, np.maximum((self.rows - T) // T, 1), 0) # (shards,) windows in a row
-        epochs, numbers = np.divmod(first + np.arange(count), (self.counts * full).sum())
+        windows = (self.counts * full).sum() # of an epoch
+        epochs, numbers = np.divmod(first + np.arange(count), windows)
         parts = []
         for epoch in np.unique(epochs).tolist():
             if self.shuffled[0] != (seed, epoch, T):
-                rng, windows = np.random.default_rng([seed, epoch]), (self.counts * full).sum()
+                rng = np.random.default_rng([seed, epoch])
                 self.shuffled = (seed, epoch, T), rng.integers(T), rng.permutation(windows)
             _, offset, order = self.shuffled
             which, row, window = self.locate(order[numbers[epochs == epoch]], full)

@@ -604,7 +604,7 @@ def test_orthogonalise_against_svd(steps, cosine, low, high, shape, bf16):
     torch.manual_seed(0)
     g = torch.randn(3, *shape)
     o = orthogonalise(g, steps, bf16)
-    assert o.dtype == torch.float32
+    assert o.dtype == torch.float32 and torch.equal(o, o.bfloat16().float()) == bf16
     u, _, vt = torch.linalg.svd(g, full_matrices=False)
     assert torch.cosine_similarity(o.flatten(1), (u @ vt).flatten(1)).min() > cosine
     s = torch.linalg.svdvals(o)

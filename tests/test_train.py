@@ -822,6 +822,28 @@ def test_what_a_file_gave_goes_when_the_command_line_has_no_use_for_it(corpus, t
     train(corpus, tmp_path / "q", "--max_iters=0", "--learning_rate=3e-5", "--min_lr=1e-4", code=2)
 
 
+@pytest.mark.parametrize("flags, want", [
+    ([], "False False"), (["--dtype=bfloat16", "--sampling=epochs"], "True True")])
+def test_dtype_reaches_muon_and_sampling_the_data(corpus, tmp_path, flags, want):
+    spy = """
+import data, optim
+batch, orthogonalise, asked = data.Tokens.batch, optim.orthogonalise, []
+def spied_batch(self, *args, epochs=False):
+    asked.append(epochs)
+    return batch(self, *args, epochs=epochs)
+def spied_orthogonalise(matrices, steps, bf16):
+    print("ASKED", bf16, asked[-1])
+    return orthogonalise(matrices, steps, bf16)
+data.Tokens.batch, optim.orthogonalise = spied_batch, spied_orthogonalise
+"""
+    out = tmp_path / "o"
+    done = spoiled(spy, corpus, out, "--optimizer=muon", "--max_iters=1", *flags)
+    assert f"ASKED {want}" in ended(done).stdout
+    if flags: # another order of the data would be another run
+        refused = train(corpus, out, "--resume", "--max_iters=2", "--sampling=random", code=2)
+        assert "sampling was 'epochs', now 'random'" in refused.stdout + refused.stderr
+
+
 def test_bf16_of_a_file_is_left_where_the_cpu_has_none(corpus, tmp_path):
     old_cpu = "import kernels\nkernels.cpu_has_bf16 = lambda: False"
     (tmp_path / "c.py").write_text("dtype = 'bfloat16'")
