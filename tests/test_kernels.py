@@ -211,7 +211,7 @@ def test_sinkhorn_reference_gradient():
     assert launches["sinkhorn", "torch"] > 0
 
 
-@pytest.mark.parametrize("iters", [1, 2, 20])
+@pytest.mark.parametrize("iters", [pytest.param(1, marks=pytest.mark.deep), 2, 20])
 def test_sinkhorn_is_deepseek_s(iters):
     """transformers' hyper-connection, for a matrix that is not symmetric: its comb is our H transposed."""
     v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
@@ -226,7 +226,7 @@ def test_sinkhorn_is_deepseek_s(iters):
         torch.testing.assert_close(sinkhorn_reference(logits, iters), comb[0, 0].t(), rtol=0, atol=3e-7)
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 8])
+@pytest.mark.parametrize("n", [3, 4, *(pytest.param(n, marks=pytest.mark.deep) for n in (2, 8))])
 def test_sinkhorn_properties(n):
     x = torch.randn(50, n, n)
     y = sinkhorn(x, 100)
