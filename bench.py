@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import re
 import runpy
 import shlex
@@ -36,6 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -48,7 +50,7 @@ import torch.nn.functional as F
 import data
 import kernels
 from configurator import UserError, configure, git_commit, user_errors
-from model import GPT, GPTConfig, Pass, forward_flops, load_checkpoint
+from model import GPT, GPTConfig, OneMap, Pass, forward_flops, load_checkpoint
 from optim import build_optimizer
 from sample import Decoder, Speculation, capture, stream
 
@@ -1001,6 +1003,83 @@ def memory() -> Iterator[dict]:
     yield row("each window by itself", recalled(idx.reshape(-1, L)), "%")
 
 
+@contextmanager
+def watched(model: GPT) -> Iterator[list]:
+    """Inside, a forward of whole texts appends each layer's maps to the list: (B, output heads, T, T).
+    A map is what attention gives for values that are unit vectors.
+    """
+    seen = []
+
+    def watch(maps):
+        def attend(q, k, v, mask=None):
+            units = torch.eye(k.size(2)).to(k).expand(*k.shape[:3], -1)
+            maps.probabilities = OneMap.attend(maps, q, k, units, mask)
+            return type(maps).attend(maps, q, k, v, mask)
+
+        def combine(o, x):
+            seen.append(type(maps).combine(maps, maps.probabilities, x))
+            return type(maps).combine(maps, o, x)
+        maps.attend, maps.combine = attend, combine
+
+    every = [module for module in model.modules() if isinstance(module, OneMap)]
+    try:
+        for maps in every:
+            watch(maps)
+        yield seen
+    finally:
+        for maps in every:
+            for name in ("attend", "combine", "probabilities"):
+                maps.__dict__.pop(name, None)
+
+
+@torch.no_grad()
+def needles() -> Iterator[dict]:
+    """What a run recalls from its context, in how far the order matters, and where its attention goes."""
+    path, model, corpus = trained("config/train_needles.py")
+    if not corpus.name.startswith("needles"):
+        raise UserError(f"{path} was trained on {corpus.name}, which asks nothing\n"
+                        "train on needles: python train.py config/train_needles.py")
+    n, count, rng = 2 ** int(math.log2(model.block_size / 6)), 64, random.Random(1) # keys of a line; lines
+    text = "".join(data.needle_line(rng, n, 6 * n) for _ in range(count)) # all are told, then each is asked
+    lines = torch.from_numpy(corpus.tokenizer.encode(text).astype(np.int64)).view(count, 2 * n, 3)
+    print(f"needles: {path}, {count} lines of {n} keys told and then asked, each in 5 orders")
+    right, shares = [], [] # of each order: (B,) of answers that are right; (layers heads,) of attention
+    for order in range(5):
+        told = lines[:, torch.randperm(n, generator=torch.Generator().manual_seed(order))] # (B, n, 3)
+        x = torch.cat([told, lines[:, n:]], dim=1) # (B, 2 n, 3)
+        keys = x[..., 0] * 1000 + x[..., 1] # (B, 2 n): a number for each key
+        told_at = (keys[:, n:, None] == keys[:, None, :n]).double().argmax(-1) # (B, n): of each asked key
+        for x, told_at in zip(x.split(8), told_at.split(8)):
+            with watched(model) as maps:
+                guess = model(x.flatten(1).to(device), x.flatten(1).to(device))[0].argmax(-1).cpu()
+            right.append((guess.view(x.shape)[:, n:, 1] == x[:, n:, 2]).double().mean(1))
+            maps = torch.stack(maps).cpu()[..., 3 * n + 1 :: 3, :] # (layers, B, heads, n, T): of asked keys
+            by_key = maps.unflatten(-1, (-1, 3)).sum(-1) # (layers, B, heads, n, 2 n)
+            place = told_at[None, :, None, :, None].expand(*by_key.shape[:-1], 1)
+            answer = by_key.gather(-1, place).squeeze(-1) # a key and its digit; a difference may be below 0
+            shares.append((answer / maps.abs().sum(-1)).mean((1, 3)).flatten()) # (layers heads,)
+    right, share = torch.cat(right).view(5, -1), torch.stack(shares).mean(0)
+    yield row("answers that are right", 100 * right.mean().item(), "%")
+    yield row("best less worst order", 100 * (right.amax(0) - right.amin(0)).mean().item(), "%")
+    yield row("attention to the answer, all heads", 100 * share.mean().item(), "%")
+    yield row("attention to the answer, best head", 100 * share.max().item(), "%")
+
+
+@torch.no_grad()
+def cache_bits() -> Iterator[dict]:
+    """A run's loss with keys, values or latents rounded to 8 and 4 bits, a scale for each head and token."""
+    path, model, corpus = trained("config/train_shakespeare_diffmla.py", file="ckpt.pt")
+    numbers = sum(heads * width for heads, width in model.blocks[0].attention.cache_layout)
+    print(f"cache_bits: {path}, {numbers} numbers per token and layer, the whole validation split, fp32")
+    for bits in (32, 8, 4):
+        def rounded(pass_, layer, *parts, levels=2.0 ** (bits - 1) - 1):
+            scales = [part.abs().amax(-1, keepdim=True).clamp(min=1e-9) / levels for part in parts]
+            return tuple((part / scale).round() * scale for part, scale in zip(parts, scales))
+        with mock.patch.object(Pass, "remember", rounded):
+            loss = loss_on(model, corpus.val.windows(model.block_size, 64))
+        yield row(f"{bits} bits, {numbers * bits // 8} bytes", loss, "nats/token", digits=4)
+
+
 def speculative() -> Iterator[dict]:
     """Tokens/s of drafting and judging against plain cached decoding, on the trained model of --out_dir."""
     path, model, _ = trained("config/train_shakespeare_diffmla.py")
@@ -1031,25 +1110,27 @@ def speculative() -> Iterator[dict]:
             yield row(f"{name}, {kept}", tokens / forwards, "tokens/forward")
 
 
+def loss_on(model: GPT, batches) -> float:
+    """The mean over the targets of batches (x, y)."""
+    total = count = 0
+    for x, y in batches:
+        ce = model(x.to(device), y.to(device), with_logits=False)[1]["ce"].item()
+        total, count = total + ce * y.numel(), count + y.numel()
+    return total / count
+
+
 @torch.no_grad()
 def protocol() -> Iterator[dict]:
     """A run's last loss over the whole validation split, and as nanoGPT estimates it, from random batches."""
     path, model, corpus = trained("config/record_shakespeare_cpu.py", file="ckpt.pt") # of the last step
     val, T = corpus.val, model.block_size
-
-    def mean(batches):
-        total = count = 0
-        for x, y in batches:
-            ce = model(x.to(device), y.to(device), with_logits=False)[1]["ce"].item()
-            total, count = total + ce * y.numel(), count + y.numel()
-        return total / count
-
     print(f"protocol: {path}, context {T}, fp32")
-    yield row("whole split", mean(val.windows(T, 64)), "nats/token", digits=4)
+    yield row("whole split", loss_on(model, val.windows(T, 64)), "nats/token", digits=4)
     B = 8 * batch_size # 64, as in nanoGPT's config/train_shakespeare_char.py, where eval_iters is 200
     for seed in range(min(3, rounds)):
         batches = (val.batch(i, B, T, seed) for i in range(200))
-        yield row(f"200 random batches of {B} x {T}, seed {seed}", mean(batches), "nats/token", digits=4)
+        name = f"200 random batches of {B} x {T}, seed {seed}"
+        yield row(name, loss_on(model, batches), "nats/token", digits=4)
 
 
 # --- uncertainty: does a model know where it is right? p (n,) is a claimed probability, right (n,) a bool ---
@@ -1384,12 +1465,14 @@ def table(*files: str) -> Iterator[dict]:
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers,
           "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras,
-          "c": saved_by_c, "depth": depth, "memory": memory, "speculative": speculative,
+          "c": saved_by_c, "depth": depth, "memory": memory, "needles": needles,
+          "cache_bits": cache_bits, "speculative": speculative,
           "protocol": protocol, "uncertainty": uncertainty, "nanogpt": against_nanogpt,
           "compare": compare_runs, "ablate": ablate, "table": table}
 TAKE_WORDS = {"compare", "ablate", "table"} # the words after these are folders or files
 # They need runs or a clone; c takes a minute by itself.
-BY_NAME_ONLY = {"depth", "memory", "speculative", "protocol", "uncertainty", "nanogpt", "c", *TAKE_WORDS}
+BY_NAME_ONLY = {"depth", "memory", "needles", "cache_bits", "speculative", "protocol", "uncertainty",
+                "nanogpt", "c", *TAKE_WORDS}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
 FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,
            "step": gpu_step, "decode": gpu_decode, "optimizers": gpu_optimizers}
@@ -1423,7 +1506,7 @@ if __name__ == "__main__":
         words, operands = sys.argv[1:2], [a for a in sys.argv[2:] if not a.startswith("-")]
     if {"--help", "-h"} & {*sys.argv}:
         print(__doc__)
-        describe("the last nine need runs or a clone, and run by name only", SUITES)
+        describe("the last eleven need runs or a clone, and run by name only", SUITES)
         describe("on a GPU, or anywhere with --dry", FOR_GPU)
     given = configure(globals(), argv=flags)
     with user_errors():

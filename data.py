@@ -27,11 +27,12 @@ import random
 import re
 import shlex
 import shutil
+import string
 import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -513,7 +514,24 @@ def recall(data_dir):
     return "made by data.py", lines
 
 
-DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib, "recall": recall}
+def needle_line(rng, n, length):
+    """`length` characters: n keys of two letters are told with a digit each, then asked again and again."""
+    keys = [a + b for a in string.ascii_lowercase for b in string.ascii_lowercase]
+    told = [f"{key}{int(10 * rng.random())}" for key in sorted(keys, key=lambda _: rng.random())[:n]]
+    while 3 * len(told) <= length - 3: # shuffle() is not the same in every Python, but random() is
+        told += sorted(told[:n], key=lambda _: rng.random())
+    return "".join(told)[: length // 3 * 3].ljust(length, ".")
+
+
+def needles(data_dir, length=256):
+    """lines such as qd7xa2xa2qd7, of 256 (512, 1,024) characters: keys are told, then asked (no network)"""
+    rng, sizes = random.Random(0), [2**i for i in range(2, 9) if 6 * 2**i < length] # few keys teach the task
+    lines = [needle_line(rng, sizes[i % len(sizes)], length - 1) for i in range(1_310_720 // length)]
+    return "made by data.py", lines
+
+
+DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib, "recall": recall, "needles": needles,
+            "needles_512": partial(needles, length=512), "needles_1024": partial(needles, length=1024)}
 
 
 def dataset_name(stem: str) -> str:
@@ -1076,7 +1094,7 @@ class Tokens:
 def show_list(data_dir):
     print("known:")
     for name, source in DATASETS.items():
-        print(f"  {name:<16} {source.__doc__}")
+        print(f"  {name:<16} {getattr(source, 'func', source).__doc__}")
     print(f"prepared in {data_dir}/:")
     for name in prepared(data_dir):
         try:

@@ -15,7 +15,8 @@ import torch
 
 import bench
 import configurator
-from model import GPT, GPTConfig, without_orphans
+import data
+from model import GPT, GPTConfig, OneMap, without_orphans
 from processes import ROOT, run, start
 
 # A run has two evaluations. loss: gain, and a share of each seed that every arm has.
@@ -239,6 +240,85 @@ def test_every_arm_of_the_ideas_is_a_model(monkeypatch):
         GPT(GPTConfig(vocab_size=65, **without_orphans(fields, given.typed)))
     shared = [bench.run_of(config, arms[name]["flags"], 1, Path(name)).asked for name in ("base", "qk_norm")]
     assert shared[0] == shared[1] # the recipe makes this choice: no run is made twice
+
+
+@pytest.mark.parametrize("attention, form", [("mha", "v2"), ("mla", "v2"), ("diff", "v1"), ("diff", "v2"),
+                                             ("diff_mla", "v1"), ("diff_mla", "v2")])
+def test_watched_maps_are_what_values_are_mixed_by(attention, form, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=12, vocab_size=11, attention=attention,
+                          **{"diff_form": form} if "diff" in attention else {})).double()
+    idx, mixed, values = torch.randint(11, (2, 12)), [], []
+    kind, fused = type(model.blocks[0].attention.maps), OneMap.attend
+    finish = kind.finish
+    monkeypatch.setattr(kind, "finish", lambda self, o: (mixed.append(o), finish(self, o))[1])
+    before = model(idx, idx)[0]
+    with bench.watched(model) as maps:
+        for block in model.blocks:
+            watching = block.attention.maps.attend
+            block.attention.maps.attend = (
+                lambda q, k, v, mask=None, f=watching: (values.append(v), f(q, k, v, mask))[1])
+        mixed.clear()
+        assert torch.equal(model(idx, idx)[0], before)
+    for o, v, map_ in zip(mixed, values, maps, strict=True): # o (B, T, heads, E), v (B, K, T, D)
+        if form == "v1": # an output head's value is two heads' values side by side
+            v = torch.cat(v.chunk(2, dim=1), dim=-1)
+        torch.testing.assert_close((map_ @ v).transpose(1, 2), o, rtol=0, atol=1e-12)
+        assert not map_.triu(1).any()
+    assert torch.equal(model(idx, idx)[0], before) and len(maps) == 2 # nothing is watched any more
+    assert OneMap.attend is fused and "attend" not in vars(model.blocks[0].attention.maps)
+
+
+class Copier(torch.nn.Module):
+    """Knows a digit only if its key was told before in the text: what the suite must find to be right."""
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=37)
+    block_size = 64
+
+    def __init__(self, flaw=False):
+        super().__init__()
+        self.maps, self.flaw = OneMap(self.config, 0), flaw
+        # flaw: a digit is found only if it is larger than the digit before.
+
+    def forward(self, idx, targets):
+        B, T = idx.shape
+        shape = torch.full((B, T, T), -1e4)
+        for b, line in enumerate(idx.tolist()):
+            for t in range(1, T):
+                found = [s for s in range(2, t) if line[s - 2 : s] == line[t - 1 : t + 1]]
+                found = [s for s in found if not self.flaw or line[s] > line[s - 3]]
+                shape[b, t, found[0] if found else t] = 0.0
+        eye = torch.eye(T).expand(B, 1, T, T)
+        probabilities = shape.softmax(-1)
+        self.maps.attend(math.sqrt(T) * shape[:, None], eye, eye) # q k / sqrt(T) = shape
+        self.maps.combine(torch.zeros(B, 1, T, 1), None)
+        return probabilities @ torch.nn.functional.one_hot(idx, 37).float(), {}
+
+
+def test_the_needles_suite_counts_answers_and_attention(monkeypatch, tmp_path):
+    corpus = data.load(data.prepare("needles", data_dir=tmp_path).name, tmp_path)
+    for model in (Copier(), Copier(flaw=True)):
+        monkeypatch.setattr(bench, "trained", lambda command: ("a path", model, corpus))
+        monkeypatch.setattr(bench, "device", "cpu")
+        answers, margin, mean, best = (figure["value"] for figure in bench.needles())
+        if model.flaw: # how many digits are larger than the one before depends on the order
+            assert 30 < answers < 60 and 10 < margin < 60 and abs(best - answers) < 1
+        else:
+            assert (answers, margin) == (100.0, 0.0) and min(mean, best) > 99.9
+
+
+def test_bits_of_a_cache(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11))
+    idx = torch.randint(11, (8, 17))
+    val = type("", (), {"windows": lambda self, T, B: [(idx[:, :-1], idx[:, 1:])]})()
+    corpus = type("", (), {"val": val})
+    monkeypatch.setattr(bench, "trained", lambda command, file: ("a path", model, corpus))
+    monkeypatch.setattr(bench, "device", "cpu")
+    whole, eight, four = (figure["value"] for figure in bench.cache_bits())
+    with torch.no_grad():
+        loss = model(idx[:, :-1], idx[:, 1:])[1]["ce"].item()
+    assert abs(whole - loss) < 1e-6
+    assert 1e-7 < abs(eight - loss) < abs(four - loss) < 0.1
 
 
 def curves(n=3):

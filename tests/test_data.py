@@ -238,6 +238,20 @@ def test_pystdlib_needs_no_network(tmp_path, monkeypatch, offline):
     assert found.tokenizer.decode(whole(found.train)).startswith(first)
 
 
+@pytest.mark.parametrize("name, length", [("needles", 256), ("needles_512", 512), ("needles_1024", 1024)])
+def test_needles_ask_only_what_was_told(name, length):
+    _, lines = data.DATASETS[name](None)
+    assert len("\n".join(lines)) + 1 == 1_310_720 and {*map(len, lines)} == {length - 1}
+    sizes = set()
+    for line in lines[:50]:
+        triples, told = [line[i : i + 3] for i in range(0, len(line.rstrip(".")), 3)], {}
+        for i, (*key, digit) in enumerate(triples):
+            assert told.setdefault("".join(key), digit) == digit # a key keeps its digit
+            assert len(told) == i + 1 or i >= len(told) # all keys are told before any is asked
+        sizes.add(len(told))
+    assert sizes == {2**i for i in range(2, 9) if 6 * 2**i < length}
+
+
 # --- what lies on disk ---
 
 

@@ -119,6 +119,7 @@ SLIPS = {
     "more windows than text": ("train.py --memory_slots=2 --windows=900", "lower --windows"),
     "depth without a run": ("bench.py depth --out_dir={d}/nowhere", "config/train_shakespeare_depths.py"),
     "memory without a memory": ("bench.py memory --out_dir={d}/run", "config/train_recall.py"),
+    "needles in no haystack": ("bench.py needles --out_dir={d}/run", "config/train_needles.py"),
     "model without heads": ("model.py --n_head=0", "at least 1"),
     "unknown suite": ("bench.py speed", "train, decode, kv_cache"),
     "ablation of nothing": ("bench.py ablate", "bench.py ablate config/train_shakespeare_diffmla.py"),
