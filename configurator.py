@@ -58,7 +58,8 @@ SYNONYMS = {
     "n_embd": "d_model dim n_embed embed_dim hidden_size hidden_dim width", "mlp_hidden": "d_ff",
     "n_head": "n_heads num_heads", "n_kv_head": "n_kv_heads", "n_layer": "n_layers num_layers depth",
     "temperature": "temp", "max_new_tokens": "max_tokens num_tokens n_tokens length", "num_samples": "n",
-    "start": "prompt", "sample_prompt": "prompt", "out_dir": "out output output_dir", "dataset": "data"}
+    "start": "prompt", "sample_prompt": "prompt", "dataset": "data",
+    "out_dir": "out output output_dir save_dir checkpoint_dir", "speculative": "use_speculative"}
 
 # Setting that is a path -> what stands before a path in it: nothing, a comma of a list, FILE:
 PATHS = {**dict.fromkeys(("out_dir", "data_dir", "dataset", "offline_dataset", "tokenizer", "nanogpt"), "^"),

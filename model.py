@@ -1645,7 +1645,8 @@ def complaints(c):
     """What is wrong with a config, each sentence with the way out; GPTConfig raises the first."""
     for slot, table in SLOTS.items():
         if getattr(c, slot) not in table:
-            yield f"{slot}={getattr(c, slot)!r} is not known; choose one of: {', '.join(map(str, table))}"
+            known = ", ".join(map(str, table)) + " (swish is silu)" * (getattr(c, slot) == "swish")
+            yield f"{slot}={getattr(c, slot)!r} is not known; choose one of: {known}"
             return # what follows looks the choices up
     for knob in ("block_size", "vocab_size", "n_layer", "n_embd", "n_head"):
         if getattr(c, knob) < 1:

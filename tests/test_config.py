@@ -317,6 +317,7 @@ def test_a_tilde_is_the_home_folder(name, text, expected, monkeypatch):
     ("depth", "n_layer"),
     ("prompt", "sample_prompt"),
     ("output", "out_dir"),
+    ("checkpoint_dir", "out_dir"),
     ("data", "dataset"),
     ("warmup_steps", "warmup_iters"),
     ("betas", "beta1, beta2")
@@ -334,7 +335,7 @@ def test_synonyms_name_settings_that_exist():
     known = {f.name for f in dataclasses.fields(GPTConfig)}
     for script in SCRIPTS:
         known.update(top_level(os.path.join(ROOT, script)))
-    assert SYNONYMS.keys() <= known
+    assert SYNONYMS.keys() <= known and "use_speculative" in SYNONYMS["speculative"]
     assert "weight_decay" not in refusal("--wd=1") # the toy script has none
 
 

@@ -780,6 +780,7 @@ def test_every_knob_has_an_effect(knob):
 
 REFUSED = [ # a config, and a part of what it hears
     (dict(attention="flash"), "attention='flash' is not known; choose one of: mha, mla"),
+    (dict(activation="swish"), "relu2, silu, telu, crrelu (swish is silu)"),
     (dict(n_ahead=16), "n_ahead=16 must be below block_size=16"),
     (dict(memory_slots=2, memory_segment=3), "memory_segment=3 must divide half of block_size=16"),
     (dict(memory_segment=4), "memory_segment=4 needs memory_slots"),
