@@ -271,6 +271,7 @@ def test_shards_read_back_by_hand(tmp_path):
     assert found.meta["split"] == {"val_fraction": 0.25, "train": cut, "val": len(VERSE * 3) - cut}
 
 
+@pytest.mark.deep
 def test_more_than_65536_ids_are_uint32(tmp_path):
     text = "".join(map(chr, [*range(0x20, 0xD800), *range(0x10000, 0x13000)])) * 2
     found = made(tmp_path, text)
@@ -1433,6 +1434,7 @@ def test_wrong_commands(line, words, command):
     refused(lambda: command(line), words)
 
 
+@pytest.mark.deep
 def test_exit_codes(tmp_path):
     """In processes of their own, the first of them in an interpreter of its own."""
     write(tmp_path / "verse.txt", VERSE)

@@ -32,6 +32,8 @@ COUNTS = (1, 5, 63, 100, 1000)
 # exp within 1: no operation of Triton's is more than 5 times as far off. The interpreter computes like torch.
 APPROXIMATE = 2 if INTERPRETED or not torch.cuda.is_available() else 5
 needs_c = pytest.mark.skipif(c_library(0) is None, reason="no C compiler")
+# Each number of streams is a compilation of its own.
+STREAMS = [4, *(pytest.param(n, marks=pytest.mark.deep) for n in (2, 8))]
 interpreted = pytest.mark.skipif(not INTERPRETED,
                                  reason="run by test_triton_interpreted in a process with TRITON_INTERPRET=1")
 
@@ -211,7 +213,7 @@ def test_sinkhorn_reference_gradient():
     assert launches["sinkhorn", "torch"] > 0
 
 
-@pytest.mark.parametrize("iters", [pytest.param(1, marks=pytest.mark.deep), 2, 20])
+@pytest.mark.parametrize("iters", [*(pytest.param(n, marks=pytest.mark.deep) for n in (1, 2)), 20])
 def test_sinkhorn_is_deepseek_s(iters):
     """transformers' hyper-connection, for a matrix that is not symmetric: its comb is our H transposed."""
     v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
@@ -265,7 +267,7 @@ def check_sinkhorn(path, device, n, counts, iterations, stds, dtype=torch.float3
 
 
 @needs_c
-@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("n", STREAMS)
 def test_sinkhorn_c(n, poisoned):
     """Few iterations and large logits are where a backward that assumes convergence is wrong."""
     check_sinkhorn("c", "cpu", n, COUNTS, (1, 3, 20), (1, 3, 8))
@@ -365,7 +367,7 @@ def test_coefficients_reference_gradient():
 
 
 @needs_c
-@pytest.mark.parametrize("N", [2, 4, 8])
+@pytest.mark.parametrize("N", STREAMS)
 def test_coefficients_c(N, poisoned):
     check_coefficients("c", "cpu", N, COUNTS, (1, 3, 20), (1, 3, 8))
     h, *parameters = coefficient_inputs(N, 3, 6)
@@ -399,7 +401,7 @@ def check_streams(path, device, N, sizes, dtype=torch.float32):
 
 
 @needs_c
-@pytest.mark.parametrize("N", [2, 4, 8])
+@pytest.mark.parametrize("N", STREAMS)
 def test_streams_c(N, poisoned):
     check_streams("c", "cpu", N, ((1, 1), (5, 63), (63, 100), (3, 1000)))
 

@@ -1147,6 +1147,7 @@ def door(*argv, code=0):
     return done.stdout + done.stderr
 
 
+@deep
 def test_the_door_describes_what_is_given(tmp_path):
     """Given fields win over the preset, a file's as well as the line's, wherever model_size stands."""
     (tmp_path / "c.py").write_text("n_layer = 3\nmodel_size = 'nano'\nbatch_size = 4")

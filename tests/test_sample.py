@@ -259,6 +259,7 @@ def test_a_checkpoint_of_another_version_is_named(trained, tmp_path):
         assert words in said and "train again" in said
 
 
+@pytest.mark.deep
 def test_bench_ends_with_json():
     done = run(["bench.py", "kv_cache", "--save=false", "--rounds=1"], fresh=True)
     assert done.returncode == 0, done.stderr
