@@ -766,7 +766,7 @@ def test_auto_compiles_where_it_pays():
     body = [node for node in tree.body if getattr(node, "name", "") == "compiling_pays"]
     config = runpy.run_path(str(ROOT / "config/train_shakespeare_diffmla_gpu.py"))
     names = {"config": GPTConfig(vocab_size=65, n_layer=config["n_layer"]), "flops_per_step": 1e12,
-             "gradient_accumulation_steps": 1, "kind": "cuda"}
+             "accumulate": 1, "kind": "cuda"}
     exec(compile(ast.Module(body, []), "train.py", "exec"), names)
     for steps, pays in ((5000, True), (200, False)):
         names["max_iters"] = steps
@@ -870,10 +870,9 @@ def test_bf16_on_a_cpu_is_near_fp32(optimizer, corpus, tmp_path):
     assert {t.dtype for t in [*saved["model"].values(), *moments]} == {torch.float32}
 
 
-def test_several_processes_are_refused_in_plain_words(corpus, tmp_path):
-    """What torchrun sets. They would wait for each other's folder."""
-    assert "without torchrun" in train(corpus, tmp_path / "o", code=2,
-                                       env={"WORLD_SIZE": "2", "RANK": "1"}).stderr
+def test_several_processes_without_torchrun_are_refused(corpus, tmp_path):
+    refused = train(corpus, tmp_path / "o", code=2, env={"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": None})
+    assert "start them with torchrun" in refused.stderr
 
 
 # --- shards and tokenizers of other programs ---
