@@ -26,6 +26,7 @@ from collections import Counter
 from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.adamw import adamw
 
@@ -494,12 +495,27 @@ def orthogonalise(matrices: torch.Tensor, steps: tuple = POLAR_EXPRESS, bf16: bo
     return (x.mT if tall else x).type_as(matrices)
 
 
+def shared(f: Callable, x: torch.Tensor) -> torch.Tensor:
+    """f(x) for an f that treats each row of x alone. Each process computes an equal share of the rows."""
+    if not dist.is_initialized():
+        return f(x)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    each = -(-len(x) // world) # rows of a process; the last processes may find fewer, and send zeros too
+    part = x[rank * each : (rank + 1) * each]
+    mine, result = x.new_zeros(each, *x.shape[1:]), x.new_empty(world * each, *x.shape[1:])
+    if len(part):
+        mine[: len(part)] = f(part)
+    dist.all_gather([*result.chunk(world)], mine)
+    return result[: len(x)]
+
+
 class Muon(Base):
     """Momentum, orthogonalised, for the matrices inside the blocks; AdamW for all else.
 
     Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"; numbers are its algorithm's lines.
     Groups carry `fused`, as in Declared; () is AdamW. A matrix (n, m) has its update multiplied by
-    0.2 sqrt(max(n, m)), so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982).
+    0.2 sqrt(max(n, m)), so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982). The
+    processes of torch.distributed share out the matrices; all need the same gradients.
     """
 
     OPTIONS = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8, # betas and eps: of AdamW
@@ -530,7 +546,7 @@ class Muon(Base):
                 alike.setdefault(matrix.shape, []).append((matrix, part))
         for (n, m), pairs in alike.items():
             matrices, parts = zip(*pairs)
-            ortho = orthogonalise(torch.stack(parts), group["steps"], self.bf16) # 5
+            ortho = shared(lambda x: orthogonalise(x, group["steps"], self.bf16), torch.stack(parts)) # 5
             ortho = ortho if bad is None else ok * ortho
             torch._foreach_add_(matrices, ortho.unbind(), alpha=-group["lr"] * 0.2 * max(n, m) ** 0.5) # 6
 

@@ -1,6 +1,5 @@
 """train.py on several processes, joined by gloo on this CPU: they take the steps of one, and end together."""
 import json
-import os
 import random
 import signal
 import time
@@ -103,8 +102,8 @@ def test_two_processes_take_the_steps_of_one(corpus, tmp_path):
 @pytest.mark.deep
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_number_of_processes_takes_the_same_steps(name, corpus, tmp_path):
-    """With 2 processes each has a micro-batch of 4 rows, with 4 one of 2 rows. The evaluations are shared out
-    unequally. Muon's 27 matrices of 3 layers are too.
+    """With 2 processes each has a micro-batch of 4 rows, with 4 one of 2 rows. Neither the batches of the
+    evaluation nor Muon's 3 matrices of a shape can be shared out equally.
     """
     for count in (1, 2, 4):
         train(count, corpus, tmp_path / f"{count}", "--max_iters=50", f"--optimizer={name}")
