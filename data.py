@@ -17,6 +17,7 @@ B rows of a batch   T block_size   N tokens of a shard   an "id" is a token's nu
 """
 from configurator import UserError, configure # first: see stop_at_once there
 
+import codecs
 import difflib
 import hashlib
 import importlib
@@ -30,6 +31,8 @@ import shutil
 import string
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -54,6 +57,9 @@ data_dir = "data" # folder of prepared datasets and of downloaded files
 _FORMAT = 1 # version of meta.json: raise it with a change that makes older folders unreadable
 _HEADER = 1024 # bytes of a shard's header: 256 int32
 _SHARD = 100_000_000 # most tokens of one file, as in llm.c: 200 MB of uint16
+_PIECE = 2 ** 16 # characters or bytes that are read, encoded and written at a time
+_LONGEST = 2 ** 24 # characters that may have to be in memory together, as a line of .jsonl does
+_THREADS = min(len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)), 16)
 _DEADLINE = 600 # seconds that a download may take in all
 _TIMEOUT = (10, 30) # seconds to connect, seconds without a byte
 
@@ -85,6 +91,10 @@ class Tokenizer:
     def unknown(self, text: str) -> list[str]:
         """The distinct characters of text that have no id."""
         return []
+
+    def cut(self, text: str) -> int:
+        """Where text may be divided: the ids of the parts, joined, are the ids of the whole. 0: nowhere."""
+        return len(text)
 
     def readable(self, ids: list[int]) -> str:
         """decode for what a model wrote. An id of a padded vocabulary means nothing and becomes U+FFFD."""
@@ -197,6 +207,11 @@ class GPT2Tokenizer(Tokenizer):
         # Nothing is disallowed: "<|endoftext|>" in a document is text, neither separator nor error.
         return self.codec.encode_to_numpy(without_surrogates(text), disallowed_special=()).astype("<u2")
 
+    def cut(self, text):
+        # No token of GPT-2's pattern holds a visible character and a space or newline behind it.
+        found = re.search(r"[ \n]\S", text[::-1])
+        return len(text) - 1 - found.start() if found else 0
+
     def decode(self, ids):
         return self.codec.decode(self.checked(ids).tolist())
 
@@ -240,6 +255,15 @@ class HFTokenizer(Tokenizer):
         found = self.codec.encode_batch_fast([without_surrogates(text)], add_special_tokens=False)[0]
         return np.array(found.ids, token_type(self.vocab_size))
 
+    def cut(self, text):
+        # No rule holds for every file, so each place is tried with the 100 characters on both sides.
+        for found in itertools.islice(re.finditer(r"[ \n]\S", text[:-100][::-1]), 10):
+            at = len(text) - 101 - found.start()
+            left, right = text[max(at - 100, 0):at], text[at:at + 100]
+            if [*self.encode(left), *self.encode(right)] == self.encode(left + right).tolist():
+                return at
+        return 0
+
     def decode(self, ids):
         return self.codec.decode(self.checked(ids).tolist(), skip_special_tokens=False)
 
@@ -268,7 +292,7 @@ def make_tokenizer(name: str, text_chars, data_dir: str = "data") -> Tokenizer:
     if not name.endswith(".json") or not os.path.isfile(name):
         raise UserError(f"no tokenizer {name!r}: choose {', '.join(TOKENIZERS)}, or a saved FILE.json")
     try:
-        saved = json.loads(text := read_text(name))
+        saved = json.loads(text := "".join(read_text(name)))
         if isinstance(saved, dict) and isinstance(saved.get("model"), dict): # Hugging Face's
             saved = {"name": "hf", "json": text}
         elif isinstance(saved, dict) and "tokenizer" in saved: # the meta.json of another dataset
@@ -426,73 +450,119 @@ def receive(url, part, deadline):
     return None, 0
 
 
-# --- sources: where the text comes from, as a list of documents ---
-def read_text(path) -> str:
-    """The text of a UTF-8 file without its byte order mark, line ends as they are. UserError for all else."""
+# --- sources: where the text comes from ---
+# A text is a stream: pieces of a document (str), and None where a document ends. What is called documents is
+# a list of them, or a function that starts their stream anew: a text is read twice, first to be measured.
+def blocks(path):
+    """Yields the bytes of a file in pieces."""
     try:
-        raw = Path(path).read_bytes() # reading as text would turn \r\n into \n
+        with open(path, "rb") as file: # reading as text would turn \r\n into \n
+            while raw := file.read(_PIECE):
+                yield raw
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_text(path):
+    """Yields the text of a UTF-8 file in pieces, without its byte order mark, line ends as they are.
+
+    UserError for all else. Several of these errors need the whole file, so they come after its pieces.
+    """
+    decoder, size, letters, controls, wide = codecs.getincrementaldecoder("utf-8")(), 0, 0, 0, ""
+    for raw in itertools.chain(blocks(path), [b""]):
+        if not size:
+            wide = first_look(path, raw)
+        some = raw.replace(b"\0", b"") if wide else raw # token shards have as many zeros as UTF-16
+        letters, controls = letters + len(some), controls + len(some) - len(some.translate(None, CONTROLS))
+        try:
+            begin, what = size - len(decoder.getstate()[0]), wide and "every second byte is zero"
+            text, size = decoder.decode(raw, not raw), size + len(raw)
+        except UnicodeDecodeError as error:
+            what = f"byte 0x{error.object[error.start]:02x} at offset {begin + error.start}"
+            # Latin-1 has no letters from 0x80 to 0x9f.
+            wide = "windows-1252" if re.search(b"[\x80-\x9f]", raw) else "latin1"
+        if (what or not raw) and controls > 0.01 * letters:
+            raise UserError(f"{path} is no text: more than one byte in a hundred is a control character")
+        if what:
+            raise UserError(f"{path} is not UTF-8: {what}\n"
+                            f"if it is {wide}: iconv -f {wide} -t utf-8 OLD > NEW")
+        yield text if begin else text.removeprefix("\ufeff")
+
+
+def first_look(path, raw):
+    """UserError if the first bytes of a file tell what else it is. Returns the kind of UTF-16 it may be."""
     for first, what in FIRST_BYTES.items():
         if raw.startswith(first):
             raise UserError(f"{path} is {what}")
     # Latin letters in UTF-16: most bytes at even offsets are zero and none at odd offsets, or the reverse.
     even, odd = (raw[::2].count(0), raw[1::2].count(0)) if 0 in raw else (0, 0)
     wide = min(even, odd) < 0.05 * len(raw) and max(even, odd) > 0.4 * len(raw)
-    letters = raw.replace(b"\0", b"") if wide else raw # token shards have as many zeros
-    if len(letters.translate(None, CONTROLS)) < 0.99 * len(letters): # translate deletes these bytes
-        raise UserError(f"{path} is no text: more than one byte in a hundred is a control character")
-    try:
-        if not wide:
-            return raw.decode("utf-8").removeprefix("\ufeff")
-        code, what = "utf-16be" if even > odd else "utf-16le", "every second byte is zero"
-    except UnicodeDecodeError as error:
-        what = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-        code = "windows-1252" if re.search(b"[\x80-\x9f]", raw) else "latin1" # Latin-1 has no letters there
-    raise UserError(f"{path} is not UTF-8: {what}\nif it is {code}: iconv -f {code} -t utf-8 OLD > NEW")
+    return ("utf-16be" if even > odd else "utf-16le") if wide else ""
 
 
-def read_file(path: Path) -> list[str]:
-    """The documents of one file: the field "text" of every line of a .jsonl, else the whole text as one."""
+def read_lines(path):
+    """Yields (number, line) of a text file. UserError for a line that would fill the memory."""
+    held, number = "", 0
+    for text in itertools.chain(read_text(path), ["\n"]):
+        *lines, held = (held + text).split("\n") # splitlines would cut at U+2028
+        for number, line in enumerate(lines, number + 1):
+            yield number, line
+        if len(held) > _LONGEST:
+            raise UserError(f"{path} line {number + 1} has more than {_LONGEST:,} characters\n"
+                            "divide it into several documents, each with its own line")
+
+
+def read_file(path: Path):
+    """The stream of one file: the field "text" of every line of a .jsonl, else the whole text as one."""
     if is_part(path):
         raise UserError(f"{path} is part of a dataset, not text: name its folder, {path.parent}")
     if path.suffix != ".jsonl":
-        return [read_text(path)]
-    documents = []
-    for number, line in enumerate(read_text(path).split("\n"), 1): # splitlines would cut at U+2028
+        yield from read_text(path)
+        return
+    for number, line in read_lines(path):
         try:
-            documents += [json.loads(line)["text"] + ""] if line.strip() else [] # + "": no text, a TypeError
+            yield json.loads(line)["text"] + "" if line.strip() else "" # + "": no text, a TypeError
+            yield None
         except (KeyError, TypeError) as error:
             raise UserError(f'{path} line {number} has no text, as in {{"text": "..."}}') from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
-    return documents
 
 
-def read_folder(folder: Path) -> list[str]:
+def in_order(documents):
+    """The stream of documents, a list or a function."""
+    if callable(documents):
+        yield from documents()
+    else:
+        for text in documents:
+            yield from (text, None)
+
+
+def read_folder(folder: Path):
     """The documents of all text files below folder, sorted by path. Hidden files do not count."""
-    documents, left_out = [], []
+    files, left_out = [], []
     inside = {path.relative_to(folder): path for path in folder.rglob("*") if not path.is_dir()}
     for short in sorted(inside, key=Path.as_posix):
         try:
-            hidden = any(part.startswith(".") for part in short.parts)
-            documents += [] if hidden else read_file(inside[short])
+            if not any(part.startswith(".") for part in short.parts):
+                deque(read_file(inside[short]), maxlen=0) # reads all: damage may be at the end
+                files.append(inside[short])
         except UserError:
             if short.suffix in TEXTS: # meant as text, so a person must know
                 raise
             left_out.append(short.name)
     if left_out:
         print(f"left out, because they are no text in UTF-8: {listed(left_out)}")
-    if not documents:
+    if not files:
         raise UserError(f"{folder} has no text files: put .txt, .md, .py or .jsonl files there")
-    return documents
+    return lambda: itertools.chain.from_iterable(itertools.chain(read_file(path), [None]) for path in files)
 
 
 def shakespeare(data_dir):
     """TinyShakespeare: 1,115,394 characters of his plays, which nanoGPT trains on (a download of 1.1 MB)"""
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    return url, [read_text(fetch(url, "tinyshakespeare.txt", sha256, data_dir))]
+    return url, partial(read_text, fetch(url, "tinyshakespeare.txt", sha256, data_dir))
 
 
 def pystdlib(data_dir):
@@ -552,9 +622,12 @@ def read_source(source, data_dir):
     """(name of the dataset, origin, documents) of a known dataset or a path. UserError if it is neither."""
     if source in DATASETS:
         return source, *DATASETS[source](data_dir)
-    if source and os.path.exists(source):
-        read = read_folder if os.path.isdir(source) else read_file
-        return own_name(source), os.path.abspath(source), read(Path(source))
+    if os.path.isdir(source):
+        return own_name(source), os.path.abspath(source), read_folder(Path(source))
+    if os.path.exists(source):
+        if not os.path.isfile(source):
+            raise UserError(f"{source} is no file, and a text is read twice: write it into a file first")
+        return own_name(source), os.path.abspath(source), partial(read_file, Path(source))
     beside = Path(source).parent.glob("[!._]*") # where source would lie; [!._]: no hidden or private names
     beside = [str(path) for path in beside if path.is_dir() or path.suffix in TEXTS]
     near = difflib.get_close_matches(source, [*DATASETS, *prepared(data_dir), *beside], n=3)
@@ -582,13 +655,16 @@ def open_npy(path: Path) -> np.ndarray:
     return rows
 
 
-def row_parts(files, first, last, kind):
-    """Yields (ids, length of a row) for the rows first to last of all files, at most one shard at a time."""
+def row_shards(files, first, last, kind):
+    """Yields (arrays of ids, length of a row) of each shard for the rows first to last of all files."""
     for rows in map(open_npy, files):
         n, length = rows.shape
         step = max(1, _SHARD // length) # rows of one shard; a row longer than a shard is one by itself
+        some = max(1, _PIECE // length)
         for start in range(max(first, 0), min(last, n), step):
-            yield rows[start:min(start + step, last, n)].astype(kind).reshape(-1), length
+            end = min(start + step, last, n)
+            pieces = (rows[i:min(i + some, end)] for i in range(start, end, some))
+            yield (piece.astype(kind).reshape(-1) for piece in pieces), length
         first, last = first - n, last - n # counted from the start of the next file
 
 
@@ -745,8 +821,8 @@ def verify(name: str, data_dir: str = "data") -> list[str]:
 def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fraction: float = 0.1) -> Path:
     """Writes source, a known dataset or a path, as shards and meta.json. Returns their folder, data_dir/NAME.
 
-    Text and ids are held in memory: 11 bytes per character for char, 7 byte, 5 gpt2, 133 `tokenizers`.
-    shard_*.npy go shard by shard. tokenizer "": the dataset's own, else char. If interrupted, leaves nothing.
+    Goes piece by piece, so that memory does not grow with the text. tokenizer "": the dataset's own, else
+    char. If interrupted, leaves what was there.
     """
     source = str(source) # a Path is welcome too
     if not 0 <= val_fraction < 1:
@@ -757,61 +833,156 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     there = is_dataset(source) or not os.path.exists(source) and find(source, data_dir)
     if there and source not in DATASETS:
         raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}")
-    try:
-        files = npy_files(source)
-        name, origin, documents = (own_name(source), "", []) if files else read_source(source, data_dir)
-        target = Path(data_dir) / name
-        if not tokenizer: # the dataset's own, by its name, or by its file if only that has the vocabulary
-            codec = load(os.path.abspath(target)).tokenizer if is_dataset(target) else None
-            tokenizer = codec.name if codec else "char"
-            tokenizer = tokenizer if tokenizer in TOKENIZERS else str(target / "meta.json")
-        if files:
-            prepare_rows(target, source, files, tokenizer, val_fraction)
-        else:
-            prepare_text(target, origin, documents, tokenizer, val_fraction)
-        return target
-    except MemoryError as error:
-        raise UserError(f"{source} does not fit into memory: a character takes 5 bytes with --tokenizer=gpt2,"
-                        " 7 with byte, 11 with char\ntake one of these, or a part of the text") from error
+    files = npy_files(source)
+    name, origin, documents = (own_name(source), "", []) if files else read_source(source, data_dir)
+    target = Path(data_dir) / name
+    if not tokenizer: # the dataset's own, by its name, or by its file if only that has the vocabulary
+        codec = load(os.path.abspath(target)).tokenizer if is_dataset(target) else None
+        tokenizer = codec.name if codec else "char"
+        tokenizer = tokenizer if tokenizer in TOKENIZERS else str(target / "meta.json")
+    if files:
+        prepare_rows(target, source, files, tokenizer, val_fraction)
+    else:
+        prepare_text(target, origin, documents, tokenizer, val_fraction)
+    return target
+
+
+class Survey:
+    """Measures a text that streams by: its characters, documents, sha256 and alphabet."""
+    def __init__(self):
+        self.count, self.documents, self.digest = 0, 0, hashlib.sha256()
+        self.seen = np.zeros(sys.maxunicode + 1, bool) # (code points,)
+
+    def watch(self, stream, before=None):
+        """Yields the stream. UserError in the end if the Survey `before` has seen another text."""
+        new = True
+        for text in stream:
+            if text and new:
+                self.documents += 1
+                self.digest.update(b"\xff" if self.documents > 1 else b"") # 0xff is never in UTF-8
+            if text:
+                self.count += len(text)
+                self.digest.update(text.encode("utf-8", "surrogatepass"))
+                self.seen[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")] = True
+            new = text is None or new and not text
+            yield text
+        if before and before.digest.digest() != self.digest.digest():
+            raise UserError("the text has changed while it was read: prepare it again")
+
+    def chars(self) -> str:
+        """The sorted characters, and the newline that stands between documents."""
+        self.seen[10] |= self.documents > 1
+        return "".join(map(chr, np.flatnonzero(self.seen)))
 
 
 def prepare_text(target, origin, documents, tokenizer, val_fraction):
     """The end of the text becomes the validation split."""
-    documents = [text for text in documents if text]
-    if not documents:
+    text, again = Survey(), Survey()
+    deque(text.watch(in_order(documents)), maxlen=0)
+    if not text.documents:
         raise UserError(f"{origin} is empty: there is no text to prepare")
-    separator = "\n" if len(documents) > 1 else ""
-    chars = "".join(sorted(set().union(*documents, separator)))
+    chars = text.chars()
     codec = make_tokenizer(tokenizer, chars, target.parent)
     codec.encode(chars) # a character without an id stops us now, not after an hour of encoding
-    whole = b"\xff".join(text.encode("utf-8", "surrogatepass") for text in documents) # 0xff is never in UTF-8
-    source = {"from": origin, "sha256": hashlib.sha256(whole).hexdigest(), "documents": len(documents)}
-    splits = (encode_all(texts, codec) for texts in split_documents(documents, val_fraction))
+    source = {"from": origin, "sha256": text.digest.hexdigest(), "documents": text.documents}
+    halves = split_at(again.watch(in_order(documents), text), int(text.count * (1 - val_fraction)))
+    told = (reported(encode_all(half, codec), lambda: again.count / text.count) for half in halves)
+    splits = (in_shards(arrays, token_type(codec.vocab_size)) for arrays in told)
     if put(target, source, codec, codec.vocab_size, val_fraction, splits) and (lost := codec.unknown(chars)):
         print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
 
 
-def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """(train, val) by characters: of one document nanoGPT's text[:int(n * 0.9)]. The cut may divide one."""
-    cut = int(sum(map(len, documents)) * (1 - val_fraction)) # characters for training
-    train, val = [], []
-    for document in documents:
-        train.append(document[:cut]) # cut counts from this document's start
-        val.append(document[cut:])
-        cut = max(cut - len(document), 0)
-    return [text for text in train if text], [text for text in val if text]
+def split_at(stream, cut: int):
+    """(train, val): two streams, the first of cut characters; of one document nanoGPT's text[:int(n * 0.9)].
+
+    They share the stream given: val begins where train has ended. The cut may divide a document.
+    """
+    rest = []
+
+    def train():
+        left = cut
+        for text in stream:
+            if len(text or "") > left:
+                rest.append(text[left:])
+                yield text[:left]
+                return
+            left -= len(text or "")
+            yield text
+
+    return train(), itertools.chain(rest, stream) # chain looks into rest only after train has ended
 
 
-def encode_all(documents, codec):
-    """Yields (ids, 0 for no rows), a separator between two documents: one shard at a time, at least one."""
-    parts = [np.zeros(0, token_type(codec.vocab_size))] # (0,), because concatenate needs an array
-    for document in documents:
-        if len(parts) > 1:
-            parts.append(codec.encode("\n") if codec.eot is None else np.array([codec.eot], parts[0].dtype))
-        parts.append(codec.encode(document))
-    ids = np.concatenate(parts)
-    for start in range(0, max(len(ids), 1), _SHARD):
-        yield ids[start:start + _SHARD], 0
+def encodable(stream, codec):
+    """Yields texts, and arrays of ids, that give the ids of the stream, separators included."""
+    separator = "\n" if codec.eot is None else np.array([codec.eot])
+    held, begun, ended = "", False, False
+    for text in stream:
+        if text is None:
+            if held:
+                yield held
+            held, begun, ended = "", False, begun or ended
+        elif text:
+            if ended:
+                yield separator
+            held, begun, ended = held + text, True, False
+        while len(held) > _PIECE and (cut := codec.cut(held)):
+            yield held[:cut]
+            held = held[cut:]
+        if len(held) > _LONGEST:
+            raise UserError(f"{len(held):,} characters have no place where {codec.name} could divide them\n"
+                            "put spaces or line ends there, or take --tokenizer=byte")
+    if held:
+        yield held
+
+
+def encode_all(stream, codec):
+    """Yields arrays of ids, in order. Every core works: tokenizers release Python's lock meanwhile."""
+    kind, waiting, texts, size = token_type(codec.vocab_size), deque(), [], 0
+    encode = lambda texts: np.concatenate([codec.encode(text) if isinstance(text, str) else text.astype(kind)
+                                           for text in texts])
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for text in encodable(stream, codec):
+            texts.append(text)
+            size += len(text)
+            if size >= _PIECE:
+                waiting.append(pool.submit(encode, texts))
+                texts, size = [], 0
+            if len(waiting) > 2 * _THREADS:
+                yield waiting.popleft().result()
+        waiting += [pool.submit(encode, texts)] if texts else []
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def in_shards(arrays, kind):
+    """Yields (arrays of ids, 0 for no rows) of each shard, at least one. Read each to its end."""
+    left = next(arrays, np.zeros(0, kind)) # (ids,)
+
+    def shard():
+        nonlocal left
+        room = _SHARD
+        while room and left is not None:
+            some, left = left[:room], left[room:]
+            left = left if len(left) else next(arrays, None)
+            room -= len(some)
+            yield some
+
+    while left is not None:
+        yield shard(), 0
+
+
+def reported(arrays, done):
+    """Yields the arrays; tells now and then on stderr how far they are. done(): share of the text, 0 to 1."""
+    every, end = (1, "\r") if sys.stderr.isatty() else (60, "\n")
+    count, begin = 0, time.monotonic()
+    for ids in arrays:
+        yield ids
+        count, passed = count + len(ids), time.monotonic() - begin
+        if passed > every:
+            every = passed + (1 if end == "\r" else 60)
+            print(f"{done():.0%} of the text, {count / passed:,.0f} tokens a second, "
+                  f"{passed / max(done(), 1e-9) / 60 - passed / 60:.1f} minutes left".ljust(79), end=end,
+                  file=sys.stderr, flush=True)
 
 
 def prepare_rows(target, source, files, tokenizer, val_fraction):
@@ -839,7 +1010,7 @@ def prepare_rows(target, source, files, tokenizer, val_fraction):
     sha256 = hash_of_json([sha256_of(path) for path in files])
     about = {"from": os.path.abspath(source), "sha256": sha256, "documents": n}
     kind = token_type(vocab_size)
-    splits = row_parts(files, 0, cut, kind), row_parts(files, cut, n, kind)
+    splits = row_shards(files, 0, cut, kind), row_shards(files, cut, n, kind)
     put(target, about, codec, vocab_size, val_fraction, splits)
 
 
@@ -884,30 +1055,38 @@ def is_same(target, meta):
 
 def write_dataset(folder, meta, splits):
     """Writes all shards of splits, and meta.json, into folder."""
-    shards, counts = {}, {"train": 0, "val": 0}
+    shards, counts, kind = {}, {"train": 0, "val": 0}, token_type(meta["vocab_size"])
     for split, parts in zip(counts, splits):
-        for number, (ids, row) in enumerate(parts):
-            header = np.zeros(_HEADER // 4, "<i4") # (256,)
-            header[:3] = *next(key for key in WIDTHS if WIDTHS[key] == ids.dtype), len(ids)
+        for number, (arrays, row) in enumerate(parts):
             file = f"{split}_{number:06d}.bin"
-            sha256 = write_synced(folder / file, header.tobytes() + ids.tobytes())
-            shards[file] = {"tokens": len(ids), "sha256": sha256, **({"row": row} if row else {})}
-            counts[split] += len(ids)
+            sha256 = write_synced(folder / file, (ids.astype(kind).tobytes() for ids in arrays), kind)
+            tokens = len(open_shard(folder / file))
+            shards[file] = {"tokens": tokens, "sha256": sha256, **({"row": row} if row else {})}
+            counts[split] += tokens
     if counts["train"] < 2:
         raise UserError(f"{meta['source']['from']} gives {counts['train']} training tokens, "
                         "a model needs at least 2: take a longer text")
     meta = {**meta, "split": {**meta["split"], **counts}, "shards": shards}
     meta["sha256"] = hash_of_json(meta) # a damaged letter in the tokenizer would spoil every sample
-    write_synced(folder / "meta.json", (json.dumps(meta, indent=1) + "\n").encode("utf-8"))
+    write_synced(folder / "meta.json", [(json.dumps(meta, indent=1) + "\n").encode("utf-8")])
 
 
-def write_synced(path: Path, content: bytes) -> str:
-    """Returns the sha256 of content once it is on the disk. Only then may its folder be renamed."""
+def write_synced(path: Path, pieces, kind: str = "") -> str:
+    """Writes pieces of bytes, as a shard if kind is the type of its tokens. Returns the file's sha256 once it
+    is on the disk: only then may its folder be renamed.
+    """
     with open(path, "wb") as file:
-        file.write(content)
+        file.write(bytes(_HEADER if kind else 0))
+        for piece in pieces:
+            file.write(piece)
+        if kind: # the tokens are counted only now
+            count = (file.tell() - _HEADER) // np.dtype(kind).itemsize
+            file.seek(0)
+            key = next(key for key in WIDTHS if WIDTHS[key] == kind)
+            file.write(np.array([*key, count], "<i4").tobytes())
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
+    return sha256_of(path)
 
 
 @contextmanager
