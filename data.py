@@ -4,6 +4,7 @@ In reading order: tokenizers turn text into ids; fetch downloads a file; read_so
 corpus or a path; prepare writes its ids as shards; load opens shards; Tokens cuts batches from them.
 
     python data.py prepare shakespeare       # or pystdlib, or a path: a text, a .jsonl, a folder of texts
+    python data.py prepare web.jsonl.gz --field=body --name=web # .csv .parquet too; .gz and .zst are unpacked
     python data.py prepare book.txt --tokenizer=gpt2        # char (default), ascii, gpt2, byte or FILE.json
     python data.py prepare folder --tokenizer=FILE.json     # of shard_*.npy: rows of ids that FILE.json made
     python data.py verify shakespeare        # or data/shakespeare: reads all, checks sizes, hashes and ids
@@ -18,7 +19,9 @@ B rows of a batch   T block_size   N tokens of a shard   an "id" is a token's nu
 from configurator import UserError, configure # first: see stop_at_once there
 
 import codecs
+import csv
 import difflib
+import gzip
 import hashlib
 import importlib
 import itertools
@@ -31,6 +34,7 @@ import shutil
 import string
 import sys
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -52,6 +56,8 @@ except ImportError:
 tokenizer = "char" # char, ascii, gpt2, byte, or a FILE.json that we or Hugging Face's tokenizers saved
 val_fraction = 0.1 # share of the characters, from the end of the text, that becomes the validation split
 data_dir = "data" # folder of prepared datasets and of downloaded files
+name = "" # folder of the dataset inside data_dir; "": the name of the source
+field = "" # column of a .csv, or key of a .jsonl or .parquet, that holds the text; "": text, and a .csv whole
 
 # Private names, because configure takes every public number or text for a setting.
 _FORMAT = 1 # version of meta.json: raise it with a change that makes older folders unreadable
@@ -65,10 +71,12 @@ _TIMEOUT = (10, 30) # seconds to connect, seconds without a byte
 
 # (magic, version) of a header -> type of a token: the headers of llm.c, the second for Llama 3's vocabulary.
 WIDTHS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
-TEXTS = {".txt", ".md", ".py", ".jsonl"} # files meant as text; any other file of a folder may be anything
+_RATIO = 200 # times its size that a packed text may take: text packs 3 to 50 times, a bomb 1,000
+TEXTS = {".txt", ".md", ".py", ".jsonl", ".csv"} # meant as text; any other file of a folder may be anything
 CONTROLS = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b")) # characters that even a log does not have
 FIRST_BYTES = { # first bytes of files that are no text -> what the file is, and the way out
-    b"\x1f\x8b": "gzip, not text: unpack it with gunzip -k",
+    b"\x1f\x8b": "gzip, not text: name it FILE.gz, or unpack it with gunzip -k",
+    b"\x28\xb5\x2f\xfd": "zstd, not text: name it FILE.zst, or unpack it with unzstd",
     b"%PDF": "a PDF, not text: take its text out, say with pdftotext",
     b"PK\3\4": "a zip archive (as .docx and .epub are), not text: take its text out",
     b"\x93NUMPY": "a numpy array, not text: call it shard_0.npy and prepare its folder",
@@ -302,12 +310,12 @@ def make_tokenizer(name: str, text_chars, data_dir: str = "data") -> Tokenizer:
         raise UserError(f"{name}: {error}") from error
 
 
-def package(name):
-    """The imported package. Only who chooses its tokenizer needs it."""
+def package(name, what="this tokenizer"):
+    """The imported package. Only who chooses what needs it must have it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"this tokenizer needs a package: pip install {name} (char needs none)") from error
+        raise UserError(f"{what} needs a package: pip install {name.split('.')[0]}") from error
 
 
 def without_surrogates(text):
@@ -454,13 +462,35 @@ def receive(url, part, deadline):
 # A text is a stream: pieces of a document (str), and None where a document ends. What is called documents is
 # a list of them, or a function that starts their stream anew: a text is read twice, first to be measured.
 def blocks(path):
-    """Yields the bytes of a file in pieces."""
+    """Yields the bytes of a file in pieces, those of a .gz or .zst unpacked."""
+    path, size = Path(path), 0
     try:
         with open(path, "rb") as file: # reading as text would turn \r\n into \n
-            while raw := file.read(_PIECE):
+            read = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read
+            for raw in unzstd(file) if path.suffix == ".zst" else iter(partial(read, _PIECE), b""):
+                size += len(raw)
+                if size > max(_LONGEST, _RATIO * file.tell()):
+                    raise UserError(f"{path} unpacks to more than {_RATIO} times its size, as no text does\n"
+                                    "if you trust it, unpack it first")
                 yield raw
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from error
+
+
+def unzstd(file):
+    """Yields what the bytes of a .zst unpack to, in pieces of 32 MB at most."""
+    zstandard, unpacker = package("zstandard", "a .zst file"), None
+    while raw := file.read(1024): # a byte may unpack to 32 KB
+        while raw:
+            unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                if text := unpacker.decompress(raw):
+                    yield text
+            except zstandard.ZstdError as error:
+                raise EOFError(error) from error
+            raw, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
+    if unpacker:
+        raise EOFError("it is cut off")
 
 
 def read_text(path):
@@ -512,21 +542,60 @@ def read_lines(path):
                             "divide it into several documents, each with its own line")
 
 
-def read_file(path: Path):
-    """The stream of one file: the field "text" of every line of a .jsonl, else the whole text as one."""
-    if is_part(path):
-        raise UserError(f"{path} is part of a dataset, not text: name its folder, {path.parent}")
-    if path.suffix != ".jsonl":
-        yield from read_text(path)
-        return
+def unpacked(path: Path) -> Path:
+    """a.txt for a.txt.gz: the name that tells what the file holds."""
+    return path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+
+
+def json_rows(path, field):
+    """Yields (line number, value) of a .jsonl. csv_rows and parquet_rows do so for their files."""
     for number, line in read_lines(path):
         try:
-            yield json.loads(line)["text"] + "" if line.strip() else "" # + "": no text, a TypeError
-            yield None
-        except (KeyError, TypeError) as error:
-            raise UserError(f'{path} line {number} has no text, as in {{"text": "..."}}') from error
+            if line.strip():
+                yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
+
+
+def csv_rows(path, field):
+    csv.field_size_limit(_LONGEST)
+    rows = csv.DictReader((line + "\n" for _, line in read_lines(path)), strict=True)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num} is not CSV: {error}") from error
+
+
+def parquet_rows(path, field):
+    parquet = package("pyarrow.parquet", "a .parquet file")
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(64, columns=[field]):
+            yield from enumerate(batch.to_pylist(), 1)
+    except Exception as error: # the package raises many kinds
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is damaged or no .parquet file: {reason}") from error
+
+
+ROWS = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+
+
+def read_file(path: Path, field: str = ""):
+    """The stream of one file: the field of every row of a .jsonl, .csv or .parquet, else the text as one."""
+    if is_part(path):
+        raise UserError(f"{path} is part of a dataset, not text: name its folder, {path.parent}")
+    kind = unpacked(path).suffix
+    if kind not in ROWS or kind == ".csv" and not field:
+        yield from read_text(path)
+        return
+    field = field or "text"
+    for number, row in ROWS[kind](path, field):
+        try:
+            yield row[field] + "" # + "": no text, a TypeError
+        except (KeyError, TypeError) as error:
+            keys = f", only {listed(row)}: choose one with --field" if isinstance(row, dict) else ""
+            raise UserError(f'{path} line {number} has no text, as in {{"{field}": "..."}}{keys}') from error
+        yield None
 
 
 def in_order(documents):
@@ -538,24 +607,27 @@ def in_order(documents):
             yield from (text, None)
 
 
-def read_folder(folder: Path):
+def read_folder(folder: Path, field: str = ""):
     """The documents of all text files below folder, sorted by path. Hidden files do not count."""
-    files, left_out = [], []
+    files, damaged, left_out = [], [], []
     inside = {path.relative_to(folder): path for path in folder.rglob("*") if not path.is_dir()}
     for short in sorted(inside, key=Path.as_posix):
         try:
             if not any(part.startswith(".") for part in short.parts):
-                deque(read_file(inside[short]), maxlen=0) # reads all: damage may be at the end
+                deque(read_file(inside[short], field), maxlen=0) # reads all: damage may be at the end
                 files.append(inside[short])
-        except UserError:
-            if short.suffix in TEXTS: # meant as text, so a person must know
-                raise
-            left_out.append(short.name)
+        except UserError as error:
+            meant = unpacked(short).suffix in TEXTS
+            (damaged if meant else left_out).append(str(error).splitlines()[0] if meant else short.name)
     if left_out:
         print(f"left out, because they are no text in UTF-8: {listed(left_out)}")
+    if damaged and files: # meant as text, so a person must know
+        print(f"{len(damaged)} OF {len(damaged) + len(files)} TEXTS LEFT OUT:", *damaged[:10], sep="\n    ")
     if not files:
-        raise UserError(f"{folder} has no text files: put .txt, .md, .py or .jsonl files there")
-    return lambda: itertools.chain.from_iterable(itertools.chain(read_file(path), [None]) for path in files)
+        none = f"{folder} has no text files: put .txt, .md, .py or .jsonl files there"
+        raise UserError(damaged[0] if damaged else none)
+    return lambda: itertools.chain.from_iterable(itertools.chain(read_file(path, field), [None])
+                                                 for path in files)
 
 
 def shakespeare(data_dir):
@@ -609,25 +681,29 @@ def dataset_name(stem: str) -> str:
     return re.sub(r"[^\w.-]+", "_", stem).strip("._-")[:100] or "text"
 
 
-def own_name(path):
-    """The dataset's name for a person's own file or folder. UserError for the name of a known dataset."""
+def own_name(source, path, name=""):
+    """name, else the name of a source with this path. UserError for the name of another known dataset."""
     path = Path(os.path.abspath(path)) # so that "." has a name
-    name = dataset_name(path.name if path.is_dir() else path.stem)
-    if name in DATASETS: # --dataset=shakespeare must mean one text
-        raise UserError(f"{path} would take the name of a known dataset\nrename it, say to my_{path.name}")
-    return name
+    own = source if source in DATASETS else dataset_name(path.name if path.is_dir() else unpacked(path).stem)
+    if name and name != dataset_name(name):
+        raise UserError(f"--name={name} cannot be the name of a folder, as {dataset_name(name)} can")
+    if (name or own) in DATASETS and source != (name or own): # --dataset=shakespeare must mean one text
+        raise UserError(f"{path} would take the name of a known dataset\ntry --name=my_{name or own}")
+    return name or own
 
 
-def read_source(source, data_dir):
-    """(name of the dataset, origin, documents) of a known dataset or a path. UserError if it is neither."""
+def read_source(source, data_dir, field=""):
+    """(origin, documents) of a known dataset or a path. UserError if it is neither."""
     if source in DATASETS:
-        return source, *DATASETS[source](data_dir)
+        return DATASETS[source](data_dir)
     if os.path.isdir(source):
-        return own_name(source), os.path.abspath(source), read_folder(Path(source))
+        return os.path.abspath(source), read_folder(Path(source), field)
     if os.path.exists(source):
         if not os.path.isfile(source):
             raise UserError(f"{source} is no file, and a text is read twice: write it into a file first")
-        return own_name(source), os.path.abspath(source), partial(read_file, Path(source))
+        if field and unpacked(Path(source)).suffix not in ROWS:
+            raise UserError(f"{source} has no fields: drop --field, which is for {listed(ROWS)}")
+        return os.path.abspath(source), partial(read_file, Path(source), field)
     beside = Path(source).parent.glob("[!._]*") # where source would lie; [!._]: no hidden or private names
     beside = [str(path) for path in beside if path.is_dir() or path.suffix in TEXTS]
     near = difflib.get_close_matches(source, [*DATASETS, *prepared(data_dir), *beside], n=3)
@@ -818,7 +894,8 @@ def verify(name: str, data_dir: str = "data") -> list[str]:
 
 
 # --- prepare: text -> shards ---
-def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fraction: float = 0.1) -> Path:
+def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fraction: float = 0.1,
+            field: str = "", name: str = "") -> Path:
     """Writes source, a known dataset or a path, as shards and meta.json. Returns their folder, data_dir/NAME.
 
     Goes piece by piece, so that memory does not grow with the text. tokenizer "": the dataset's own, else
@@ -834,8 +911,8 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     if there and source not in DATASETS:
         raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}")
     files = npy_files(source)
-    name, origin, documents = (own_name(source), "", []) if files else read_source(source, data_dir)
-    target = Path(data_dir) / name
+    origin, documents = ("", []) if files else read_source(source, data_dir, field)
+    target = Path(data_dir) / own_name(source, source, name)
     if not tokenizer: # the dataset's own, by its name, or by its file if only that has the vocabulary
         codec = load(os.path.abspath(target)).tokenizer if is_dataset(target) else None
         tokenizer = codec.name if codec else "char"
@@ -1046,7 +1123,7 @@ def is_same(target, meta):
         if meta["name"] in DATASETS or os.path.abspath(old["from"]) == new["from"]:
             return False
         raise UserError(f"{target} was prepared from {old['from']}: {new['from']} would replace it\n"
-                        f"choose another --data_dir, rename one, or delete {target} if no run needs it")
+                        f"choose another --name or another --data_dir, or delete {target} if no run needs it")
     with suppress(UserError): # damaged shards are written again
         same_split = was["split"]["val_fraction"] == meta["split"]["val_fraction"]
         return same_split and was["tokenizer"] == meta["tokenizer"] and bool(verify(os.path.abspath(target)))
@@ -1296,9 +1373,9 @@ def main(argv: list[str]) -> None:
         near = [] if command in commands else difflib.get_close_matches(command, commands, n=1, cutoff=0.5)
         raise UserError((f"no command {command!r}, nearest: {near[0]}\n" if near else "")
                         + "usage: python data.py prepare SOURCE | verify NAME | list, "
-                        "then --tokenizer=, --val_fraction=, --data_dir=")
+                        "then --tokenizer=, --val_fraction=, --data_dir=, --name=, --field=")
     if command == "prepare":
-        prepare(words[1], tokenizer, data_dir, val_fraction)
+        prepare(words[1], tokenizer, data_dir, val_fraction, field, name)
     elif command == "verify":
         print("\n".join(verify(words[1], data_dir)))
     else:

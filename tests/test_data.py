@@ -378,7 +378,12 @@ def test_folder(tmp_path, capsys):
     assert found.name == "my_texts"
     assert found.tokenizer.decode(whole(found.train)) == "first \nsecond \nthird \nfourth"
     assert found.meta["source"]["documents"] == 4 and "d.bin, e.png" in capsys.readouterr().out
-    write(tmp_path / "my texts" / "f.txt", b"caf\xe9") # meant as text, so it must not be left out
+    write(tmp_path / "my texts" / "f.txt", b"caf\xe9") # meant as text, so a person must know
+    assert load(prepare(tmp_path / "my texts", "byte", tmp_path / "data", 0.0)).sha256 == found.sha256
+    said = capsys.readouterr().out
+    assert "1 OF 4 TEXTS LEFT OUT" in said and "f.txt is not UTF-8: byte 0xe9 at offset 3" in said
+    for name in ("b.txt", "a/z.md", "c.jsonl"):
+        (tmp_path / "my texts" / name).unlink()
     refused(lambda: prepare(tmp_path / "my texts", data_dir=tmp_path / "data"), "f.txt", "offset 3")
 
 
@@ -494,7 +499,7 @@ def test_two_sources_never_share_a_name_in_silence(tmp_path, monkeypatch):
     lines = write(tmp_path / "c/play.jsonl", json.dumps({"text": VERSE[::-1]}))
     folder, rows = write(tmp_path / "play/x.txt", "ab").parent, shards(tmp_path / "d/play", numbered(20, 9))
     for other in (path, lines, folder, rows):
-        refused(lambda: again(other), "prepared from", tmp_path / "a/play.txt", other, "another --data_dir")
+        refused(lambda: again(other), "prepared from", tmp_path / "a/play.txt", other, "another --name")
     assert again(tmp_path / "a/play.txt").sha256 == first.sha256
     monkeypatch.chdir(tmp_path / "a")
     write(tmp_path / "a/play.txt", VERSE + "edited")
@@ -511,7 +516,7 @@ def test_two_sources_never_share_a_name_in_silence(tmp_path, monkeypatch):
 def test_a_known_name_is_not_taken(name, tmp_path):
     path = write(tmp_path / name, VERSE)
     source = path if path.suffix == ".txt" and name.count("/") == 0 else path.parent
-    refused(lambda: prepare(source, data_dir=tmp_path / "data"), source, "known dataset", f"my_{source.name}")
+    refused(lambda: prepare(source, data_dir=tmp_path / "data"), source, "known dataset", f"--name=my_{source.stem}")
     assert not (tmp_path / "data").exists()
 
 
@@ -1393,7 +1398,8 @@ def command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     def run(line):
-        for name, value in (("tokenizer", "char"), ("val_fraction", 0.1), ("data_dir", "data")):
+        for name, value in (("tokenizer", "char"), ("val_fraction", 0.1), ("data_dir", "data"), ("name", ""),
+                            ("field", "")):
             monkeypatch.setattr(data, name, value)
         data.main(line.split())
     return run
