@@ -5,6 +5,7 @@ corpus or a path; prepare writes its ids as shards; load opens shards; Tokens cu
 
     python data.py prepare shakespeare       # or pystdlib, or a path: a text, a .jsonl, a folder of texts
     python data.py prepare web.jsonl.gz --field=body --name=web # .csv .parquet too; .gz and .zst are unpacked
+    python data.py prepare c4 --max_tokens=1_000_000_000 # or tinystories, wikipedia, fineweb, wikitext
     python data.py prepare book.txt --tokenizer=gpt2        # char (default), ascii, gpt2, byte or FILE.json
     python data.py prepare folder --tokenizer=FILE.json     # of shard_*.npy: rows of ids that FILE.json made
     python data.py verify shakespeare        # or data/shakespeare: reads all, checks sizes, hashes and ids
@@ -23,7 +24,7 @@ import csv
 import difflib
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -56,6 +57,7 @@ except ImportError:
 tokenizer = "char" # char, ascii, gpt2, byte, or a FILE.json that we or Hugging Face's tokenizers saved
 val_fraction = 0.1 # share of the characters, from the end of the text, that becomes the validation split
 data_dir = "data" # folder of prepared datasets and of downloaded files
+max_tokens = 0 # most tokens to train on; 0: all, but 100 million of c4, wikipedia and fineweb
 name = "" # folder of the dataset inside data_dir; "": the name of the source
 field = "" # column of a .csv, or key of a .jsonl or .parquet, that holds the text; "": text, and a .csv whole
 
@@ -65,13 +67,14 @@ _HEADER = 1024 # bytes of a shard's header: 256 int32
 _SHARD = 100_000_000 # most tokens of one file, as in llm.c: 200 MB of uint16
 _PIECE = 2 ** 16 # characters or bytes that are read, encoded and written at a time
 _LONGEST = 2 ** 24 # characters that may have to be in memory together, as a line of .jsonl does
+_RATIO = 200 # times its size that a packed text may take: text packs 3 to 50 times, a bomb 1,000
 _THREADS = min(len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)), 16)
 _DEADLINE = 600 # seconds that a download may take in all
 _TIMEOUT = (10, 30) # seconds to connect, seconds without a byte
+_PATIENCE = 300 # most seconds that a server may ask to wait: the hub counts requests in windows of 5 minutes
 
 # (magic, version) of a header -> type of a token: the headers of llm.c, the second for Llama 3's vocabulary.
 WIDTHS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
-_RATIO = 200 # times its size that a packed text may take: text packs 3 to 50 times, a bomb 1,000
 TEXTS = {".txt", ".md", ".py", ".jsonl", ".csv"} # meant as text; any other file of a folder may be anything
 CONTROLS = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b")) # characters that even a log does not have
 FIRST_BYTES = { # first bytes of files that are no text -> what the file is, and the way out
@@ -347,7 +350,12 @@ def sha256_of(path) -> str:
 
 
 def has_hash(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_of(path) == sha256
+    """Whether a file is there and whole. sha256 "": one of JSON, which nobody has hashed, but can be read."""
+    if sha256 or not path.is_file():
+        return path.is_file() and sha256_of(path) == sha256
+    with suppress(ValueError, RecursionError):
+        return bool(json.loads(path.read_bytes()))
+    return False
 
 
 @contextmanager
@@ -386,8 +394,11 @@ class DownloadError(UserError):
     """A file could not be had. Says from where, why, and what to do without a network."""
 
 
-def fetch(url: str, filename: str, sha256: str, data_dir: str = "data") -> Path:
-    """The path of filename in data_dir: it lies there, or in the folder DATA_MIRROR, or is downloaded."""
+def fetch(url: str, filename: str, sha256: str, data_dir: str = "data", size: int = 2 ** 27) -> Path:
+    """The path of filename in data_dir: it lies there, or in the folder DATA_MIRROR, or is downloaded.
+
+    sha256: see has_hash. size: the most bytes that are taken.
+    """
     target, named = Path(data_dir) / filename, re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII)
     if named and has_hash(target, sha256): # perhaps through a link
         return target
@@ -406,61 +417,148 @@ def fetch(url: str, filename: str, sha256: str, data_dir: str = "data") -> Path:
         elif mirrored.exists():
             print(f"{mirrored} is not used: its sha256 is not {sha256}", file=sys.stderr)
         # part may be whole: an earlier process was killed after the last byte.
-        if not has_hash(part, sha256) and (problem := download(url, part, sha256)):
+        if not has_hash(part, sha256) and (problem := download(url, part, sha256, size)):
             raise DownloadError(f"could not download {url}\n{problem}\nput {filename} into {data_dir}/ or "
                                 f"set DATA_MIRROR to a folder that has it, with sha256 {sha256[:12]}...")
         os.replace(part, target) # whoever finds the file under its full name finds all of it
     return target
 
 
-def download(url, part, sha256):
-    """Gets url into the file part, from where an earlier call stopped. Returns None, or the last problem."""
-    deadline = time.monotonic() + _DEADLINE
-    for pause in (0.5, 1, None): # seconds before the next request
-        problem, wait = receive(url, part, deadline)
-        if has_hash(part, sha256): # only the bytes count, whatever the server said about their number
-            print(f"{part.stem}: {part.stat().st_size:,} bytes from {url}", file=sys.stderr)
-            return None
-        if problem is None: # all came, and it is wrong: there is nothing to continue
-            problem = (f"the {part.stat().st_size:,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
-                       f"expected {sha256[:12]}...")
-            part.unlink()
-        if pause is None or wait is None: # the last request, or a problem that stays
-            break
+def persist(attempt, deadline):
+    """Calls attempt() until it works, three times at most. Returns None, or the last problem.
+
+    attempt returns (problem or None, seconds to wait; 0: the usual, None: give up).
+    """
+    for pause in (0.5, 1, None): # seconds before the next attempt
+        problem, wait = attempt()
+        if None in (problem, wait, pause) or time.monotonic() + wait > deadline:
+            return problem
+        if wait > 5:
+            print(f"{problem}: waiting {wait} seconds, as it asks", file=sys.stderr)
         time.sleep(wait or pause)
+
+
+def download(url, part, sha256, size):
+    """Gets url into the file part, from where an earlier call stopped. Returns None, or the last problem."""
+    deadline = time.monotonic() + _DEADLINE + (size - 2 ** 27 >> 20 if size > 2 ** 27 else 0) # 1 MB a second
+    bytes_of = lambda: part.stat().st_size if part.exists() else 0
+
+    def attempt():
+        problem, wait, grown = "", 0, 2 ** 20
+        while problem is not None and wait == 0 and grown >= 2 ** 20: # a cut after 1 MB is no failed attempt
+            grown = -bytes_of()
+            problem, wait = receive(url, part, deadline, size)
+            grown += bytes_of()
+        if has_hash(part, sha256): # only the bytes count, whatever the server said about their number
+            return None, 0
+        if problem is None: # all came, and it is wrong: there is nothing to continue
+            problem = f"the {bytes_of():,} bytes that came are no JSON" if not sha256 else (
+                f"the {bytes_of():,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
+                f"expected {sha256[:12]}...")
+            part.unlink()
+        return problem, wait
+
+    problem = persist(attempt, deadline)
+    if problem is None and sha256:
+        print(f"{part.stem}: {bytes_of():,} bytes from {url}", file=sys.stderr)
     return problem
 
 
-def receive(url, part, deadline):
-    """One request, appended to part. Returns (problem, seconds to wait; 0: the usual, None: give up)."""
-    have = part.stat().st_size if part.exists() else 0
+def endpoint() -> str:
+    """Address of Hugging Face's hub, or of the mirror that HF_ENDPOINT names: the hub's own convention."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def ask(method, url, **headers):
+    """The response to a request. Only the hub gets HF_TOKEN: requests drops it where another host goes on."""
+    if url.startswith(endpoint() + "/"):
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+            raise requests.ConnectionError("HF_HUB_OFFLINE is set, so nobody was asked")
+        token = os.environ.get("HF_TOKEN", "").strip()
+        if not re.fullmatch("[!-~]*", token): # requests would show it in its error
+            raise requests.ConnectionError("HF_TOKEN has characters that no token has, so nobody was asked")
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
     # identity, because a range counts the bytes of the file itself
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    return requests.request(method, url, headers={"Accept-Encoding": "identity", **headers}, stream=True,
+                            timeout=_TIMEOUT, allow_redirects=method == "GET")
+
+
+def refusal(response):
+    """(problem, seconds to wait) of an answer that is not what was asked for. See persist."""
+    status, limits = response.status_code, response.headers.get("RateLimit", "") # as in "api";r=0;t=55
+    asked = response.headers.get("Retry-After") or "".join(re.findall(r";t=(\d+)", limits)[:1])
+    wait = int(asked) if asked.isdigit() else 0 # a date, its other form, is rare
+    passes = wait <= _PATIENCE and (status in (416, 429) or status >= 500) # what is 404 now stays 404
+    return f"the server answered {status} {response.reason}", wait if passes else None
+
+
+def failure(error):
+    """(problem, seconds to wait) of a request that failed. See persist."""
+    # These messages nest several objects. The last one says what a person needs.
+    problem = " ".join(str(error).split("): ")[-1].strip("\"'()").split())[:160] or type(error).__name__
+    stays = "resolve" in problem or "nobody was asked" in problem # an unknown host stays unknown
+    return problem, None if stays else 0
+
+
+def receive(url, part, deadline, most):
+    """One request, appended to part. Returns (problem, seconds to wait) as persist wants it."""
+    have = part.stat().st_size if part.exists() else 0
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-            status, asked = response.status_code, response.headers.get("Retry-After", "")
-            if status == 416: # nothing comes after our bytes, so they are not the start of this file
+        with ask("GET", url, **({"Range": f"bytes={have}-"} if have else {})) as response:
+            if response.status_code == 416: # nothing comes after our bytes, so they are not the file's start
                 part.unlink(missing_ok=True)
-            if status not in (200, 206):
-                wait = int(asked) if asked.isdigit() else 0 # a date, its other form, is rare
-                passes = wait <= 30 and (status in (416, 429) or status >= 500) # what is 404 now stays 404
-                return f"the server answered {status} {response.reason}", wait if passes else None
-            with open(part, "ab" if status == 206 else "wb") as file: # 200: all of it, whatever was asked for
+            if response.status_code not in (200, 206):
+                return refusal(response)
+            # 200: all of it, whatever was asked for
+            with open(part, "ab" if response.status_code == 206 else "wb") as file:
                 # read1 does not wait for a full block, so a server that trickles meets the deadline.
                 while block := response.raw.read1(2 ** 16, decode_content=False):
                     file.write(block)
+                    if file.tell() > most:
+                        return f"more than the expected {most:,} bytes came", None
                     if time.monotonic() > deadline:
                         return f"not finished after {_DEADLINE} seconds; the next call continues", None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        # These messages nest several objects. The last one says what a person needs.
-        problem = " ".join(str(error).split("): ")[-1].strip("\"'()").split())[:160] or type(error).__name__
-        return problem, None if "resolve" in problem else 0 # an unknown host stays unknown
+        return failure(error)
     return None, 0
+
+
+def hub_file(repo, revision, path, data_dir) -> Path:
+    """The path of a file of a dataset on Hugging Face's hub: downloaded, and with the sha256 given there."""
+    url, found = f"{endpoint()}/datasets/{repo}/resolve/{revision}/{path}", []
+    # One flat name. C4's .json are .jsonl. A .bin among the datasets would make their folder look like one.
+    filename = f"{repo.split('/')[1]}-{path}".replace("/", "-").replace(".json.", ".jsonl.")
+    filename = filename.replace(".bin", ".tokens")
+    note = Path(data_dir) / f"{filename}.sha256" # so that a file that is there needs no network
+
+    def attempt():
+        try:
+            with ask("HEAD", url) as response:
+                # Of the file itself, wherever the hub redirects to.
+                keys = "X-Linked-ETag", "X-Linked-Size"
+                found[:] = (response.headers.get(key, "").strip('"') for key in keys)
+                return (None, 0) if response.status_code < 400 else refusal(response)
+        except requests.RequestException as error:
+            return failure(error)
+
+    for folder in (os.environ.get("DATA_MIRROR") or data_dir, data_dir):
+        with suppress(OSError, UnicodeDecodeError):
+            found = (Path(folder) / note.name).read_text().split()
+    if found[2:] != [revision]:
+        problem = persist(attempt, time.monotonic() + _DEADLINE)
+        if not problem and not re.fullmatch("[0-9a-f]{64} [0-9]+", " ".join(found)):
+            problem = "the server does not tell its sha256 and size"
+        if problem:
+            raise DownloadError(f"could not download {url}\n{problem}\nput {filename} and {note.name} into "
+                                f"{data_dir}/, from a machine that has them")
+        with alone(note):
+            note.write_text(" ".join([*found[:2], revision]))
+    return fetch(url, filename, found[0], data_dir, int(found[1]))
 
 
 # --- sources: where the text comes from ---
 # A text is a stream: pieces of a document (str), and None where a document ends. What is called documents is
-# a list of them, or a function that starts their stream anew: a text is read twice, first to be measured.
+# a list, or a function that starts their stream anew, because a text is read twice: first it is measured.
 def blocks(path):
     """Yields the bytes of a file in pieces, those of a .gz or .zst unpacked."""
     path, size = Path(path), 0
@@ -530,13 +628,15 @@ def first_look(path, raw):
     return ("utf-16be" if even > odd else "utf-16le") if wide else ""
 
 
-def read_lines(path):
+def read_lines(path, end="\n"):
     """Yields (number, line) of a text file. UserError for a line that would fill the memory."""
     held, number = "", 0
-    for text in itertools.chain(read_text(path), ["\n"]):
-        *lines, held = (held + text).split("\n") # splitlines would cut at U+2028
-        for number, line in enumerate(lines, number + 1):
-            yield number, line
+    for text in itertools.chain(read_text(path), [end]):
+        new, held = held[1 - len(end) or len(held):] + text, held + text
+        if end in new: # searching all that is held at each piece would take long
+            *lines, held = held.split(end) # splitlines would cut at U+2028
+            for number, line in enumerate(lines, number + 1):
+                yield number, line
         if len(held) > _LONGEST:
             raise UserError(f"{path} line {number + 1} has more than {_LONGEST:,} characters\n"
                             "divide it into several documents, each with its own line")
@@ -596,15 +696,6 @@ def read_file(path: Path, field: str = ""):
             keys = f", only {listed(row)}: choose one with --field" if isinstance(row, dict) else ""
             raise UserError(f'{path} line {number} has no text, as in {{"{field}": "..."}}{keys}') from error
         yield None
-
-
-def in_order(documents):
-    """The stream of documents, a list or a function."""
-    if callable(documents):
-        yield from documents()
-    else:
-        for text in documents:
-            yield from (text, None)
 
 
 def read_folder(folder: Path, field: str = ""):
@@ -672,8 +763,109 @@ def needles(data_dir, length=256):
     return "made by data.py", lines
 
 
+# --- corpora on Hugging Face's hub: each a fixed revision, downloaded file by file as tokens are needed ---
+# Tried against a server that plays the hub, not against the hub itself: neither its redirects with their
+# X-Linked headers, nor the pages of its viewer.
+def hub_files(repo, revision, data_dir, read, path, numbers=(0,)):
+    """The stream of the files that path names with these numbers in it."""
+    for number in numbers:
+        yield from read(hub_file(repo, revision, path.format(number), data_dir))
+
+
+def hub_table(repo, revision, data_dir, config, split, numbers, files, part=slice(None)):
+    """The stream of a table's texts: of some of its parquet files, without pyarrow of some of its pages."""
+    if importlib.util.find_spec("pyarrow"):
+        path = f"{config}/{split}-{{:05d}}-of-{files:05d}.parquet"
+        yield from hub_files(repo, revision, data_dir, read_file, path, numbers)
+        return
+    total, _ = hub_page(repo, data_dir, config, split, 0)
+    for first in range(0, total, 100)[part]:
+        for text in hub_page(repo, data_dir, config, split, first, total)[1]:
+            yield from (text, None)
+
+
+def hub_page(repo, data_dir, config, split, first, total=None):
+    """(rows of the table, texts of 100 of them) as the dataset viewer shows them: of the newest revision.
+
+    A text that the viewer has truncated is left out.
+    """
+    server = endpoint().replace("https://", "https://datasets-server.")
+    url = f"{server}/rows?dataset={repo}&config={config}&split={split}&offset={first}&length=100"
+    path = fetch(url, f"{config}-{split}-{first:09d}.json", "", Path(data_dir) / f"{repo.split('/')[1]}-rows")
+    page = json.loads(path.read_bytes())
+    with suppress(KeyError, TypeError):
+        rows, count = page["rows"], page["num_rows_total"]
+        numbers = [row["row_idx"] for row in rows]
+        if total in (None, count) and numbers == [*range(first, min(first + 100, count))]:
+            return count, [row["row"]["text"] + "" for row in rows if not row["truncated_cells"]]
+    path.unlink() # it would not be asked for again
+    raise DownloadError(f"{url}\nis no page with rows {first} to {first + 99}, or of another revision")
+
+
+def read_stories(path):
+    """The stream of a text that has <|endoftext|> between its documents."""
+    for _, story in read_lines(path, "<|endoftext|>"):
+        yield from (story.strip(), None)
+
+
+def tinystories(data_dir):
+    """TinyStories: short stories by GPT-4 in the words of a small child (a download of 2.2 GB)"""
+    files = "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64", data_dir, read_stories
+    return (files[:2], partial(hub_files, *files, "TinyStoriesV2-GPT4-train.txt"),
+            partial(hub_files, *files, "TinyStoriesV2-GPT4-valid.txt"))
+
+
+def c4(data_dir):
+    """C4: pages of the English web (downloads of 320 MB, one for about 170 million tokens)"""
+    files = "allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", data_dir, read_file
+    return (files[:2], partial(hub_files, *files, "en/c4-train.{:05d}-of-01024.json.gz", range(1024)),
+            partial(hub_files, *files, "en/c4-validation.{:05d}-of-00008.json.gz", range(8)))
+
+
+def fineweb(data_dir):
+    """FineWeb: pages of the English web as 10 billion ids of GPT-2 (200 MB for every 100 million)"""
+    files = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c", data_dir, read_ids
+    return (files[:2], partial(hub_files, *files, "fineweb_train_{:06d}.bin", range(1, 104)),
+            partial(hub_files, *files, "fineweb_val_{:06d}.bin"))
+
+
+def read_ids(path):
+    """The stream of a shard of GPT-2's ids: arrays, which are encoded already, the ends of documents too."""
+    if (top := highest(ids := open_shard(path))) >= GPT2Tokenizer.vocab_size:
+        raise damaged(path, f"id {top} found, expected ids below {GPT2Tokenizer.vocab_size}")
+    for start in range(0, len(ids), _PIECE):
+        yield ids[start:start + _PIECE]
+
+
+def wikipedia(data_dir):
+    """Wikipedia: English articles of November 2023 (faster with pyarrow, else 100 articles a request)"""
+    table = "wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", data_dir, "20231101.en"
+    how = "parquet" if importlib.util.find_spec("pyarrow") else "rows" # other articles are for validation
+    return ((*table[:2], how), partial(hub_table, *table, "train", range(40), 41, slice(50, None)),
+            partial(hub_table, *table, "train", [40], 41, slice(50))) # the viewer may lack the end of a table
+
+
+def wikitext(data_dir, config="wikitext-2-raw-v1", files=1):
+    """WikiText: good articles of Wikipedia, 2 million tokens (wikitext103: 118 million)"""
+    table = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", data_dir, config
+    return (table[:2], lambda: articles(hub_table(*table, "train", range(files), files)),
+            lambda: articles(hub_table(*table, "validation", [0], 1)))
+
+
+def articles(rows):
+    """WikiText has one row a paragraph: documents end where a title begins, as in " = Title = \\n"."""
+    for text in filter(None, rows):
+        if re.match(r" = [^=].* = \n$", text):
+            yield None
+        yield text
+
+
 DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib, "recall": recall, "needles": needles,
-            "needles_512": partial(needles, length=512), "needles_1024": partial(needles, length=1024)}
+            "needles_512": partial(needles, length=512), "needles_1024": partial(needles, length=1024),
+            "tinystories": tinystories, "c4": c4, "fineweb": fineweb, "wikipedia": wikipedia,
+            "wikitext": wikitext, "wikitext103": partial(wikitext, config="wikitext-103-raw-v1", files=2)}
+CORPORA = {"tinystories": 0, "c4": 10 ** 8, "fineweb": 10 ** 8, "wikipedia": 10 ** 8, "wikitext": 0,
+           "wikitext103": 0} # those on the hub -> most tokens without --max_tokens, 0: all
 
 
 def dataset_name(stem: str) -> str:
@@ -681,29 +873,30 @@ def dataset_name(stem: str) -> str:
     return re.sub(r"[^\w.-]+", "_", stem).strip("._-")[:100] or "text"
 
 
-def own_name(source, path, name=""):
-    """name, else the name of a source with this path. UserError for the name of another known dataset."""
-    path = Path(os.path.abspath(path)) # so that "." has a name
+def own_name(source, name=""):
+    """name, else the source's own name. UserError for the name of another known dataset."""
+    path = Path(os.path.abspath(source)) # so that "." has a name
     own = source if source in DATASETS else dataset_name(path.name if path.is_dir() else unpacked(path).stem)
-    if name and name != dataset_name(name):
+    name = name or own
+    if name != dataset_name(name):
         raise UserError(f"--name={name} cannot be the name of a folder, as {dataset_name(name)} can")
-    if (name or own) in DATASETS and source != (name or own): # --dataset=shakespeare must mean one text
-        raise UserError(f"{path} would take the name of a known dataset\ntry --name=my_{name or own}")
-    return name or own
+    if name in DATASETS and source != name: # --dataset=shakespeare must mean one text
+        raise UserError(f"{path} would take the name of a known dataset\ntry --name=my_{name}")
+    return name
 
 
 def read_source(source, data_dir, field=""):
-    """(origin, documents) of a known dataset or a path. UserError if it is neither."""
+    """(origin, documents, maybe documents for validation) of a source. UserError if there is none."""
+    if field and not os.path.isdir(source) and unpacked(Path(source)).suffix not in ROWS:
+        raise UserError(f"{source} has no fields: drop --field, which is for {listed(ROWS)}")
     if source in DATASETS:
         return DATASETS[source](data_dir)
     if os.path.isdir(source):
         return os.path.abspath(source), read_folder(Path(source), field)
-    if os.path.exists(source):
-        if not os.path.isfile(source):
-            raise UserError(f"{source} is no file, and a text is read twice: write it into a file first")
-        if field and unpacked(Path(source)).suffix not in ROWS:
-            raise UserError(f"{source} has no fields: drop --field, which is for {listed(ROWS)}")
+    if os.path.isfile(source):
         return os.path.abspath(source), partial(read_file, Path(source), field)
+    if os.path.exists(source):
+        raise UserError(f"{source} is no file, and a text is read twice: write it into a file first")
     beside = Path(source).parent.glob("[!._]*") # where source would lie; [!._]: no hidden or private names
     beside = [str(path) for path in beside if path.is_dir() or path.suffix in TEXTS]
     near = difflib.get_close_matches(source, [*DATASETS, *prepared(data_dir), *beside], n=3)
@@ -895,15 +1088,17 @@ def verify(name: str, data_dir: str = "data") -> list[str]:
 
 # --- prepare: text -> shards ---
 def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fraction: float = 0.1,
-            field: str = "", name: str = "") -> Path:
+            field: str = "", name: str = "", max_tokens: int = 0) -> Path:
     """Writes source, a known dataset or a path, as shards and meta.json. Returns their folder, data_dir/NAME.
 
     Goes piece by piece, so that memory does not grow with the text. tokenizer "": the dataset's own, else
-    char. If interrupted, leaves what was there.
+    char, of a corpus on the hub gpt2. If interrupted, leaves what was there.
     """
     source = str(source) # a Path is welcome too
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1, say 0.1")
+    if max_tokens < 0:
+        raise UserError(f"max_tokens={max_tokens} must be at least 0, for all")
     if is_dataset(data_dir) or npy_files(data_dir): # a dataset would be made among the shards of another
         raise UserError(f"--data_dir={data_dir} is a dataset, not a folder of datasets; "
                         f"did you mean --dataset={data_dir}?")
@@ -911,16 +1106,22 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     if there and source not in DATASETS:
         raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}")
     files = npy_files(source)
-    origin, documents = ("", []) if files else read_source(source, data_dir, field)
-    target = Path(data_dir) / own_name(source, source, name)
+    origin, *documents = ("", []) if files else read_source(source, data_dir, field)
+    target = Path(data_dir) / own_name(source, name)
     if not tokenizer: # the dataset's own, by its name, or by its file if only that has the vocabulary
         codec = load(os.path.abspath(target)).tokenizer if is_dataset(target) else None
-        tokenizer = codec.name if codec else "char"
+        tokenizer = codec.name if codec else "gpt2" if source in CORPORA else "char"
         tokenizer = tokenizer if tokenizer in TOKENIZERS else str(target / "meta.json")
+    if files and (field or max_tokens):
+        raise UserError(f"{source}: shard_*.npy are taken whole, drop --field and --max_tokens")
     if files:
         prepare_rows(target, source, files, tokenizer, val_fraction)
+    elif source == "fineweb" and tokenizer != "gpt2":
+        raise UserError("fineweb holds ids of GPT-2, not text: add --tokenizer=gpt2")
+    elif source in CORPORA:
+        prepare_corpus(target, origin, documents, tokenizer, val_fraction, max_tokens or CORPORA[source])
     else:
-        prepare_text(target, origin, documents, tokenizer, val_fraction)
+        prepare_text(target, origin, *documents, tokenizer, val_fraction, max_tokens)
     return target
 
 
@@ -952,21 +1153,63 @@ class Survey:
         return "".join(map(chr, np.flatnonzero(self.seen)))
 
 
-def prepare_text(target, origin, documents, tokenizer, val_fraction):
+def prepare_text(target, origin, documents, tokenizer, val_fraction, limit):
     """The end of the text becomes the validation split."""
     text, again = Survey(), Survey()
-    deque(text.watch(in_order(documents)), maxlen=0)
+    stream = documents if callable(documents) else lambda: itertools.chain.from_iterable(
+        (document, None) for document in documents)
+    deque(text.watch(stream()), maxlen=0)
     if not text.documents:
         raise UserError(f"{origin} is empty: there is no text to prepare")
     chars = text.chars()
     codec = make_tokenizer(tokenizer, chars, target.parent)
     codec.encode(chars) # a character without an id stops us now, not after an hour of encoding
     source = {"from": origin, "sha256": text.digest.hexdigest(), "documents": text.documents}
-    halves = split_at(again.watch(in_order(documents), text), int(text.count * (1 - val_fraction)))
-    told = (reported(encode_all(half, codec), lambda: again.count / text.count) for half in halves)
-    splits = (in_shards(arrays, token_type(codec.vocab_size)) for arrays in told)
-    if put(target, source, codec, codec.vocab_size, val_fraction, splits) and (lost := codec.unknown(chars)):
+    halves = split_at(again.watch(stream(), text), int(text.count * (1 - val_fraction)))
+    share = lambda count: again.count / text.count
+    put_text(target, source, codec, chars, val_fraction, limit, halves, share)
+
+
+def prepare_corpus(target, origin, documents, tokenizer, val_fraction, limit):
+    """A corpus that has a validation split of its own and may be too large to be read to its end."""
+    text = Survey()
+    if tokenizer in ("char", "ascii"): # a character is a token: these are read for the alphabet
+        for stream, count in zip(documents, shares(limit, val_fraction)):
+            deque(text.watch(at_most(stream(), count)), maxlen=0)
+    codec = make_tokenizer(tokenizer, text.chars(), target.parent)
+    codec.encode(text.chars())
+    source = {"from": "@".join(origin), "sha256": hash_of_json(origin)}
+    # Encoding reads ahead, so that the number of ids read from shards has to be limited before it.
+    streams = (at_most(stream(), count, np.ndarray)
+               for stream, count in zip(documents, shares(limit, val_fraction)))
+    share = lambda count: count / limit if limit else 0
+    put_text(target, source, codec, text.chars(), val_fraction, limit, streams, share)
+
+
+def shares(limit, val_fraction):
+    """The most tokens of train, and of val."""
+    limit = limit or 2 ** 62
+    return limit, int(limit * val_fraction)
+
+
+def put_text(target, source, codec, chars, val_fraction, limit, streams, share):
+    """Encodes two streams and writes them. share(tokens so far) -> share of the text, 0: unknown."""
+    arrays = (at_most(reported(encode_all(stream, codec), share), count)
+              for stream, count in zip(streams, shares(limit, val_fraction)))
+    splits = (in_shards(some, token_type(codec.vocab_size)) for some in arrays)
+    done = put(target, source, codec, codec.vocab_size, val_fraction, splits, limit)
+    if done and (lost := codec.unknown(chars)):
         print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
+
+
+def at_most(pieces, count, kind=(str, np.ndarray)):
+    """Yields the pieces of a stream up to count characters or ids. Those of other kinds do not count."""
+    for piece in pieces if count else ():
+        counts = isinstance(piece, kind)
+        yield piece[:count] if counts else piece
+        count -= min(len(piece), count) if counts else 0
+        if not count: # asking for one more piece might download a file
+            return
 
 
 def split_at(stream, cut: int):
@@ -976,7 +1219,7 @@ def split_at(stream, cut: int):
     """
     rest = []
 
-    def train():
+    def before():
         left = cut
         for text in stream:
             if len(text or "") > left:
@@ -986,25 +1229,34 @@ def split_at(stream, cut: int):
             left -= len(text or "")
             yield text
 
-    return train(), itertools.chain(rest, stream) # chain looks into rest only after train has ended
+    def after():
+        deque(train, maxlen=0) # what --max_tokens left over
+        yield from rest
+        yield from stream
+
+    train = before()
+    return train, after()
 
 
 def encodable(stream, codec):
     """Yields texts, and arrays of ids, that give the ids of the stream, separators included."""
     separator = "\n" if codec.eot is None else np.array([codec.eot])
-    held, begun, ended = "", False, False
+    held, begun, ended, enough = "", False, False, _PIECE
     for text in stream:
-        if text is None:
+        if isinstance(text, np.ndarray): # encoded already
+            yield text
+        elif text is None:
             if held:
                 yield held
             held, begun, ended = "", False, begun or ended
-        elif text:
+        elif text != "":
             if ended:
                 yield separator
             held, begun, ended = held + text, True, False
-        while len(held) > _PIECE and (cut := codec.cut(held)):
-            yield held[:cut]
-            held = held[cut:]
+        while len(held) > enough:
+            if cut := codec.cut(held):
+                yield held[:cut]
+            held, enough = held[cut:], _PIECE if cut else 2 * enough # searching all at each piece takes long
         if len(held) > _LONGEST:
             raise UserError(f"{len(held):,} characters have no place where {codec.name} could divide them\n"
                             "put spaces or line ends there, or take --tokenizer=byte")
@@ -1048,18 +1300,18 @@ def in_shards(arrays, kind):
         yield shard(), 0
 
 
-def reported(arrays, done):
-    """Yields the arrays; tells now and then on stderr how far they are. done(): share of the text, 0 to 1."""
+def reported(arrays, share):
+    """Yields the arrays; tells now and then on stderr how far they are. share: see put_text."""
     every, end = (1, "\r") if sys.stderr.isatty() else (60, "\n")
     count, begin = 0, time.monotonic()
     for ids in arrays:
         yield ids
         count, passed = count + len(ids), time.monotonic() - begin
         if passed > every:
-            every = passed + (1 if end == "\r" else 60)
-            print(f"{done():.0%} of the text, {count / passed:,.0f} tokens a second, "
-                  f"{passed / max(done(), 1e-9) / 60 - passed / 60:.1f} minutes left".ljust(79), end=end,
-                  file=sys.stderr, flush=True)
+            every, done = passed + (1 if end == "\r" else 60), share(count)
+            left = f", {done:.0%}, {passed / done / 60 - passed / 60:.1f} minutes left" if done else ""
+            line = f"{count:,} tokens, {count / passed:,.0f} a second{left}"
+            print(line.ljust(79), end=end, file=sys.stderr, flush=True)
 
 
 def prepare_rows(target, source, files, tokenizer, val_fraction):
@@ -1091,10 +1343,11 @@ def prepare_rows(target, source, files, tokenizer, val_fraction):
     put(target, about, codec, vocab_size, val_fraction, splits)
 
 
-def put(target, source, codec, vocab_size, val_fraction, splits):
+def put(target, source, codec, vocab_size, val_fraction, splits, limit=0):
     """Writes a dataset. splits: (ids, length of a row or 0) of train, and of val. False if it is there."""
     meta = {"format": _FORMAT, "name": target.name, "source": source, "tokenizer": codec and codec.to_dict(),
             "vocab_size": vocab_size, "split": {"val_fraction": val_fraction}}
+    meta["split"] |= {"max_tokens": limit} if limit else {}
     with alone(target): # of two calls at once, the second finds what the first has prepared
         here = [target] if target.is_file() else target.glob("*")
         ours = re.compile(r"meta\.json|(train|val)_\d{6}\.bin") # all that write_dataset writes
@@ -1125,7 +1378,8 @@ def is_same(target, meta):
         raise UserError(f"{target} was prepared from {old['from']}: {new['from']} would replace it\n"
                         f"choose another --name or another --data_dir, or delete {target} if no run needs it")
     with suppress(UserError): # damaged shards are written again
-        same_split = was["split"]["val_fraction"] == meta["split"]["val_fraction"]
+        keys = "val_fraction", "max_tokens"
+        same_split = [was["split"].get(key) for key in keys] == [meta["split"].get(key) for key in keys]
         return same_split and was["tokenizer"] == meta["tokenizer"] and bool(verify(os.path.abspath(target)))
     return False
 
@@ -1366,16 +1620,17 @@ def main(argv: list[str]) -> None:
     if help_asked:
         print(__doc__)
     # Options without a command before them get the usage below.
-    configure(globals(), argv=argv[len(words):] if words or help_asked else [])
+    given = configure(globals(), argv=argv[len(words):] if words or help_asked else [])
     commands = {"prepare": 2, "verify": 2, "list": 1} # number of words, with the command itself
     command = words[0] if words else ""
     if commands.get(command) != len(words):
         near = [] if command in commands else difflib.get_close_matches(command, commands, n=1, cutoff=0.5)
         raise UserError((f"no command {command!r}, nearest: {near[0]}\n" if near else "")
                         + "usage: python data.py prepare SOURCE | verify NAME | list, "
-                        "then --tokenizer=, --val_fraction=, --data_dir=, --name=, --field=")
+                        "then --tokenizer=, --val_fraction=, --max_tokens=, --data_dir=, --name=, --field=")
     if command == "prepare":
-        prepare(words[1], tokenizer, data_dir, val_fraction, field, name)
+        kind = tokenizer if "tokenizer" in given or words[1] not in CORPORA else ""
+        prepare(words[1], kind, data_dir, val_fraction, field, name, max_tokens)
     elif command == "verify":
         print("\n".join(verify(words[1], data_dir)))
     else:

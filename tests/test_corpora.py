@@ -1,10 +1,16 @@
 """data.py: texts of any size and form, and known corpora, in little memory and from a hub that misbehaves."""
 import gzip
+import hashlib
+import http.server
 import io
 import json
+import os
 import random
 import sys
+import threading
+import urllib.parse
 
+import numpy as np
 import pytest
 
 import data
@@ -88,7 +94,7 @@ def test_progress_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
     made(tmp_path, VERSE)
     said = capsys.readouterr().err
-    assert "% of the text" in said and "tokens a second" in said and "minutes left" in said
+    assert " tokens, " in said and " a second, " in said and "%, " in said and "minutes left" in said
 
 
 @pytest.mark.deep
@@ -144,10 +150,10 @@ def test_sources_that_are_refused(name, content, field, words, tmp_path):
 
 
 def test_a_bomb_stops_early(tmp_path, monkeypatch):
-    """1 GB of spaces in 1 MB of .gz: no more of it is unpacked than the limit."""
+    """32 MB of spaces in 32 KB: no more of it is unpacked than the limit."""
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb") as file:
-        for _ in range(64):
+        for _ in range(32):
             file.write(b" " * 2**20)
     monkeypatch.setattr(data, "_LONGEST", 2**21)
     path, seen = write(tmp_path / "x.txt.gz", packed.getvalue()), 0
@@ -178,11 +184,284 @@ def test_parquet(tmp_path):
     refused(lambda: made(tmp_path, content[:-30], "x.parquet"), "no .parquet file")
 
 
-def test_a_name_of_ones_own(tmp_path):
+def test_a_name_of_ones_own(tmp_path, monkeypatch):
     for name in ("one", "two"): # two sources of the same name side by side
         path = write(tmp_path / name / "verse.txt", VERSE + name)
         assert prepare(path, data_dir=tmp_path / "data", name=name) == tmp_path / "data" / name
-    assert texts(load(prepare("recall", data_dir=tmp_path, name="mine"))).startswith("d2e5")
+    monkeypatch.setitem(data.DATASETS, "recall", lambda data_dir: ("made", ["d2e5"] * 9))
+    assert texts(load(prepare("recall", data_dir=tmp_path, name="mine"))).split("\n")[0] == "d2e5"
     refused(lambda: prepare(path, data_dir=tmp_path, name="../up"), "--name=../up", "as up can")
     for source, name in ((path, "recall"), ("recall", "shakespeare")):
         refused(lambda: prepare(source, data_dir=tmp_path, name=name), "known dataset", f"my_{name}")
+
+
+# --- corpora from a server that plays the hub, and one that plays the host it redirects to ---
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The n-th request for a file's bytes is answered by plan[n], "ok" after the last."""
+    def log_message(self, *args):
+        return
+
+    def reply(self, status, body=b"", **headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    def do_GET(self):
+        hub, path = self.server.hub, urllib.parse.urlsplit(self.path)
+        hub.asked.append((self.server is hub.cdn, self.command, self.path, self.headers.get("Authorization")))
+        if path.path == "/rows":
+            return self.rows({key: value[0] for key, value in urllib.parse.parse_qs(path.query).items()})
+        body = hub.files.get(path.path.split("/resolve/")[-1].split("/", 1)[1])
+        if body is None:
+            self.reply(404)
+        elif self.server is not hub.cdn:
+            self.reply(302, **{"Location": f"{hub.cdn_url}/resolve/{path.path.split('/resolve/')[1]}",
+                               "X_Linked_Size": len(body), "X_Linked_ETag": hashlib.sha256(body).hexdigest(),
+                               **hub.more})
+        else:
+            self.blob(body, hub.plan.pop(0) if hub.plan else "ok")
+
+    do_HEAD = do_GET
+
+    def blob(self, body, act):
+        first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if act == "ok" and first >= len(body) > 0: self.reply(416)
+        elif act == "ok": self.reply(206 if first else 200, body[first:])
+        elif act == "cut": self.reply(206 if first else 200, body[first:first + 1 + len(body) // 3],
+                                      Content_Length=len(body) - first)
+        elif act == "wrong": self.reply(200, body[::-1])
+        elif act == "long": self.reply(200, body + bytes(len(body)))
+        elif act == "stall":
+            self.reply(200, body[:10], Content_Length=len(body))
+            self.server.hub.over.wait(5)
+        elif act.startswith("429"): self.reply(429, Retry_After=act[4:])
+        elif act.startswith("limit"): self.reply(429, RateLimit=f'"resolvers";r=0;t={act[6:]}')
+        else: self.reply(int(act))
+
+    def rows(self, asked):
+        texts, first = self.server.hub.tables[asked["config"], asked["split"]], int(asked["offset"])
+        rows = [{"row_idx": i, "row": {"text": texts[i]}, "truncated_cells": ["text"] * (texts[i] == "long")}
+                for i in range(first, min(first + int(asked["length"]), len(texts)))]
+        act = self.server.hub.plan.pop(0) if self.server.hub.plan else "ok"
+        page = json.dumps({"rows": rows[act == "fewer":], "num_rows_total": len(texts)}).encode()
+        if act == "html": self.reply(200, b"<html>")
+        elif act.isdigit(): self.reply(int(act))
+        else: self.reply(200, page)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """files {path: bytes}, tables {(config, split): texts}, plan: see Hub, asked: requests, slept: pauses."""
+    class State:
+        files, tables, plan, asked, slept, more, over = {}, {}, [], [], [], {}, threading.Event()
+    hub, servers = State, []
+    for _ in range(2):
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub))
+        servers[-1].hub, servers[-1].handle_error = hub, lambda *args: None
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+    hub.cdn, hub.cdn_url = servers[1], f"http://127.0.0.1:{servers[1].server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{servers[0].server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(data.time, "sleep", hub.slept.append)
+    # the rows are asked for, whether or not pyarrow is there
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    words = "once upon a time there was a little cat who saw the big dog".split()
+    def story(seed):
+        return " ".join(random.Random(seed).choices(words, k=300)) + "."
+    stories = [story(i) for i in range(60)]
+    hub.stories = stories
+    hub.files["TinyStoriesV2-GPT4-train.txt"] = "\n<|endoftext|>\n".join(stories[:50]).encode()
+    hub.files["TinyStoriesV2-GPT4-valid.txt"] = "\n<|endoftext|>\n".join(stories[50:]).encode()
+    for name, some in (("train.00000-of-01024", stories[:20]), ("train.00001-of-01024", stories[20:50]),
+                       ("validation.00000-of-00008", stories[50:])):
+        lines = "\n".join(json.dumps({"text": text, "url": "x"}) for text in some)
+        hub.files[f"en/c4-{name}.json.gz"] = gzip.compress(lines.encode())
+    yield hub
+    hub.over.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def corpus(tmp_path, source, **kwargs):
+    return load(prepare(source, **{"tokenizer": "byte", "data_dir": tmp_path / "data", **kwargs}))
+
+
+def decoded(split, codec):
+    return codec.decode(whole(split))
+
+
+def test_tinystories(hub, tmp_path, capsys):
+    found = corpus(tmp_path, "tinystories")
+    assert decoded(found.train, found.tokenizer) == "\n".join(hub.stories[:50])
+    assert decoded(found.val, found.tokenizer) == "\n".join(hub.stories[50:])
+    assert found.meta["source"]["from"] == "roneneldan/TinyStories@f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+    asked = len(hub.asked)
+    assert corpus(tmp_path, "tinystories").sha256 == found.sha256 and len(hub.asked) == asked
+    assert "nothing to do" in capsys.readouterr().out
+    char = corpus(tmp_path, "tinystories", tokenizer="char") # from the files that are there
+    assert len(hub.asked) == asked and decoded(char.val, char.tokenizer) == "\n".join(hub.stories[50:])
+
+
+def test_gpt2_is_the_tokenizer_of_corpora(hub, mirror, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.main(["prepare", "tinystories", "--data_dir=data", "--max_tokens=5000"])
+    monkeypatch.setattr(data, "data_dir", "data")
+    monkeypatch.setattr(data, "max_tokens", 0)
+    found = load("tinystories")
+    assert found.tokenizer.name == "gpt2" and (len(found.train), len(found.val)) == (5000, 500)
+    documents = decoded(found.train, found.tokenizer).split("<|endoftext|>")
+    assert documents[:-1] == hub.stories[:len(documents) - 1] and len(documents) > 10
+
+
+def test_max_tokens_takes_no_more_files_than_it_needs(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "_THREADS", 1)
+    monkeypatch.setattr(data, "_PIECE", 500)
+    found = corpus(tmp_path, "c4", max_tokens=10_000)
+    assert decoded(found.train, found.tokenizer) == "\n".join(hub.stories)[:10_000]
+    assert decoded(found.val, found.tokenizer) == "\n".join(hub.stories[50:])[:1000]
+    assert not any("train.00001" in path for _, _, path, _ in hub.asked)
+    assert found.meta["split"]["max_tokens"] == 10_000
+    more = corpus(tmp_path, "c4", max_tokens=40_000)
+    assert "is replaced" in capsys.readouterr().out and len(more.train) == 40_000
+    assert decoded(more.train, more.tokenizer) == "\n".join(hub.stories)[:40_000]
+    assert sum("train.00000" in path for _, _, path, _ in hub.asked) == 3 # HEAD, and GET with its redirect
+    char = corpus(tmp_path, "c4", max_tokens=10_000, tokenizer="char", name="small")
+    assert decoded(char.train, char.tokenizer) == "\n".join(hub.stories)[:10_000] and char.name == "small"
+    refused(lambda: corpus(tmp_path, "c4", max_tokens=-1), "max_tokens")
+    local = load(prepare(write(tmp_path / "verse.txt", VERSE), data_dir=tmp_path / "data", max_tokens=100))
+    assert decoded(local.train, local.tokenizer) == VERSE[:100]
+    assert decoded(local.val, local.tokenizer) == VERSE[int(len(VERSE) * 0.9):][:10]
+
+
+def test_fineweb(hub, mirror, tmp_path, monkeypatch):
+    def shard(ids):
+        return np.array([20240520, 1, len(ids), *[0] * 253], "<i4").tobytes() + np.array(ids, "<u2").tobytes()
+    ids = np.random.default_rng(0).integers(0, 50257, 3000)
+    hub.files["fineweb_val_000000.bin"] = shard(ids[2000:])
+    for k in (1, 2):
+        hub.files[f"fineweb_train_{k:06d}.bin"] = shard(ids[1000 * k - 1000:1000 * k])
+    monkeypatch.setattr(data, "_SHARD", 1000)
+    found = corpus(tmp_path, "fineweb", tokenizer="", max_tokens=1500)
+    assert whole(found.train).tolist() == ids[:1500].tolist() and found.tokenizer.name == "gpt2"
+    assert whole(found.val).tolist() == ids[2000:2150].tolist()
+    same = (found.folder / "train_000000.bin").read_bytes() == hub.files["fineweb_train_000001.bin"]
+    assert same and "fineweb" in data.prepared(tmp_path / "data")
+    refused(lambda: corpus(tmp_path, "fineweb", tokenizer="byte"), "--tokenizer=gpt2")
+    hub.files["fineweb_train_000001.bin"] = shard([1, 50257])
+    refused(lambda: corpus(tmp_path / "bad", "fineweb", tokenizer="", max_tokens=99), "id 50257")
+
+
+def test_wikipedia_and_wikitext_by_rows(hub, tmp_path, monkeypatch):
+    hub.tables["20231101.en", "train"] = [f"article {i}" if i % 70 else "long" for i in range(5230)]
+    hub.plan[:] = ["ok", "503", "ok", "404"]
+    refused(lambda: corpus(tmp_path, "wikipedia"), "404", kind=data.DownloadError)
+    asked = len(hub.asked)
+    found = corpus(tmp_path, "wikipedia", max_tokens=0)
+    expected = [f"article {i}" for i in range(5230) if i % 70]
+    assert decoded(found.train, found.tokenizer).split("\n") == [a for a in expected if int(a[8:]) >= 5000]
+    assert decoded(found.val, found.tokenizer).split("\n") == [a for a in expected if int(a[8:]) < 5000]
+    again = [path for _, _, path, _ in hub.asked[asked:]]
+    assert not any("offset=0&" in path or "offset=5000&" in path for path in again)
+    lines = [" = One = \n", "", " first . \n", " = = Part = = \n", " more \n", " = Two = \n", " second \n"]
+    hub.tables["wikitext-2-raw-v1", "train"] = hub.tables["wikitext-2-raw-v1", "validation"] = lines
+    found = corpus(tmp_path, "wikitext", tokenizer="char")
+    assert decoded(found.train, found.tokenizer) == "".join(lines[:5]) + "\n" + "".join(lines[5:])
+
+
+@pytest.mark.parametrize("act, kind", [("fewer", "no page"), ("html", "no JSON")])
+def test_rows_that_are_none(act, kind, hub, tmp_path):
+    hub.tables["wikitext-2-raw-v1", "train"] = ["a\n"] * 150
+    hub.plan[:] = ["ok", act, act, act]
+    refused(lambda: corpus(tmp_path, "wikitext"), kind, kind=data.DownloadError)
+    assert len(os.listdir(tmp_path / "data/wikitext-rows")) == 1 # the good page, which is not asked for again
+
+
+@pytest.mark.parametrize("plan, slept", [
+    (["cut", "cut", "ok"], 2), (["429 7", "limit 280", "ok"], 2), (["500", "503", "ok"], 2),
+    (["wrong", "ok"], 1), (["cut", "wrong", "ok"], 2)])
+def test_a_hub_that_stumbles(plan, slept, hub, tmp_path, capsys):
+    hub.plan[:] = plan
+    found = corpus(tmp_path, "tinystories")
+    assert decoded(found.train, found.tokenizer) == "\n".join(hub.stories[:50])
+    assert len(hub.slept) == slept and (slept != 2 or plan[0] != "429 7" or hub.slept == [7, 280])
+    assert ("waiting 280 seconds" in capsys.readouterr().err) == (plan[0] == "429 7")
+
+
+@pytest.mark.parametrize("plan, words", [
+    (["wrong"] * 3, "sha256"), (["long"] * 3, "more than the expected"), (["404"], "404"), (["403"], "403"),
+    (["429 301"], "429"), (["500"] * 3, "500")])
+def test_a_hub_that_gives_no_file(plan, words, hub, tmp_path):
+    hub.plan[:] = plan
+    refused(lambda: corpus(tmp_path, "tinystories"), "could not download", words, kind=data.DownloadError)
+    assert not (tmp_path / "data/tinystories").exists() and not hub.plan[:max(0, len(plan) - 3)]
+    hub.plan.clear()
+    assert len(corpus(tmp_path, "tinystories").val) > 0 # the next call
+
+
+def test_a_hub_without_hashes_is_not_believed(hub, tmp_path):
+    hub.more = {"X_Linked_ETag": '"1234"'}
+    refused(lambda: corpus(tmp_path, "tinystories"), "sha256 and size", kind=data.DownloadError)
+
+
+def test_what_the_hub_may_send(hub, tmp_path, monkeypatch):
+    """The hash is right, and yet: a bomb, a line that fills the memory, a line that is no JSON."""
+    monkeypatch.setattr(data, "_LONGEST", 2**17)
+    name = "en/c4-train.00000-of-01024.json.gz"
+    for k, (content, words) in enumerate([(b"\n" * 2**21, "200 times"), (b"{", "not JSON"),
+                                          (os.urandom(2**17).hex().encode(), "line 1 has more")]):
+        hub.files[name] = gzip.compress(content)
+        refused(lambda: corpus(tmp_path / str(k), "c4"), "c4-en-c4-train.00000-of-01024.jsonl.gz", words)
+
+
+def test_the_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    hub.plan[:] = ["cut", "500", "ok", "404"]
+    refused(lambda: corpus(tmp_path, "tinystories"), "404", kind=data.DownloadError)
+    seen = {(cdn, token) for cdn, _, _, token in hub.asked}
+    assert seen == {(False, "Bearer hf_canary"), (True, None)}
+    said = "".join(capsys.readouterr())
+    corpus(tmp_path, "tinystories")
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert "canary" not in said and b"canary" not in written
+    monkeypatch.setenv("HF_TOKEN", "hf_can\nary") # requests would show it
+    message = refused(lambda: corpus(tmp_path, "c4"), "HF_TOKEN has", kind=data.DownloadError)
+    assert "hf_can" not in message
+
+
+def test_the_hub_is_not_asked_offline(hub, tmp_path, monkeypatch):
+    corpus(tmp_path, "tinystories")
+    asked = len(hub.asked)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    corpus(tmp_path, "tinystories", tokenizer="ascii")
+    refused(lambda: corpus(tmp_path, "c4"), "HF_HUB_OFFLINE", kind=data.DownloadError)
+    assert len(hub.asked) == asked
+
+
+@pytest.mark.deep
+def test_a_hostile_hub_200_times(hub, tmp_path, monkeypatch):
+    """Whatever comes in whatever order: the right bytes or a refusal, soon."""
+    monkeypatch.setattr(data, "_TIMEOUT", (5, 0.1))
+    monkeypatch.setattr(data, "_THREADS", 1)
+    monkeypatch.setattr(data, "_PIECE", 500) # reads little ahead: there are two files
+    acts = ["ok", "cut", "wrong", "long", "stall", "429 1", "429 999", "limit 3", "404", "500", "503"]
+    right, outcomes = None, []
+    for run_number in range(200):
+        rng = random.Random(run_number)
+        hub.plan[:] = [rng.choice(acts) for _ in range(rng.randrange(1, 9))]
+        begin = data.time.monotonic()
+        try:
+            sha256 = corpus(tmp_path / str(run_number // 2), "c4", max_tokens=40_000).sha256
+            outcomes.append("done")
+            right = right or sha256
+            assert sha256 == right
+        except data.DownloadError:
+            outcomes.append("refused")
+        assert data.time.monotonic() - begin < 30
+    assert min(outcomes.count("done"), outcomes.count("refused")) > 20
