@@ -1035,8 +1035,8 @@ def watched(model: GPT) -> Iterator[list]:
 @torch.no_grad()
 def needles() -> Iterator[dict]:
     """What a run recalls from its context, in how far the order matters, and where its attention goes."""
-    path, model, corpus = trained("config/train_needles.py")
-    if not corpus.name.startswith("needles"):
+    path, model, corpus = trained("config/train_needles.py", file="ckpt.pt")
+    if corpus.name not in data.NEEDLES:
         raise UserError(f"{path} was trained on {corpus.name}, which asks nothing\n"
                         "train on needles: python train.py config/train_needles.py")
     n, count, rng = 2 ** int(math.log2(model.block_size / 6)), 64, random.Random(1) # keys of a line; lines
@@ -1049,13 +1049,14 @@ def needles() -> Iterator[dict]:
         x = torch.cat([told, lines[:, n:]], dim=1) # (B, 2 n, 3)
         keys = x[..., 0] * 1000 + x[..., 1] # (B, 2 n): a number for each key
         told_at = (keys[:, n:, None] == keys[:, None, :n]).double().argmax(-1) # (B, n): of each asked key
-        for x, told_at in zip(x.split(8), told_at.split(8)):
+        for part, at in zip(x.split(8), told_at.split(8)):
+            idx = part.flatten(1).to(device) # (B, 6 n)
             with watched(model) as maps:
-                guess = model(x.flatten(1).to(device), x.flatten(1).to(device))[0].argmax(-1).cpu()
-            right.append((guess.view(x.shape)[:, n:, 1] == x[:, n:, 2]).double().mean(1))
+                guess = model(idx, idx)[0].argmax(-1).view(part.shape).cpu()
+            right.append((guess[:, n:, 1] == part[:, n:, 2]).double().mean(1))
             maps = torch.stack(maps).cpu()[..., 3 * n + 1 :: 3, :] # (layers, B, heads, n, T): of asked keys
             by_key = maps.unflatten(-1, (-1, 3)).sum(-1) # (layers, B, heads, n, 2 n)
-            place = told_at[None, :, None, :, None].expand(*by_key.shape[:-1], 1)
+            place = at[None, :, None, :, None].expand(*by_key.shape[:-1], 1)
             answer = by_key.gather(-1, place).squeeze(-1) # a key and its digit; a difference may be below 0
             shares.append((answer / maps.abs().sum(-1)).mean((1, 3)).flatten()) # (layers heads,)
     right, share = torch.cat(right).view(5, -1), torch.stack(shares).mean(0)

@@ -756,7 +756,7 @@ def needle_line(rng, n, length):
     return "".join(told)[: length // 3 * 3].ljust(length, ".")
 
 
-def needles(data_dir, length=256):
+def needles(data_dir, length):
     """lines such as qd7xa2xa2qd7, of 256 (512, 1,024) characters: keys are told, then asked (no network)"""
     rng, sizes = random.Random(0), [2**i for i in range(2, 9) if 6 * 2**i < length] # few keys teach the task
     lines = [needle_line(rng, sizes[i % len(sizes)], length - 1) for i in range(1_310_720 // length)]
@@ -860,8 +860,9 @@ def articles(rows):
         yield text
 
 
-DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib, "recall": recall, "needles": needles,
-            "needles_512": partial(needles, length=512), "needles_1024": partial(needles, length=1024),
+NEEDLES = {"needles": 256, "needles_512": 512, "needles_1024": 1024} # characters of a line
+DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib, "recall": recall,
+            **{name: partial(needles, length=length) for name, length in NEEDLES.items()},
             "tinystories": tinystories, "c4": c4, "fineweb": fineweb, "wikipedia": wikipedia,
             "wikitext": wikitext, "wikitext103": partial(wikitext, config="wikitext-103-raw-v1", files=2)}
 CORPORA = {"tinystories": 0, "c4": 10 ** 8, "fineweb": 10 ** 8, "wikipedia": 10 ** 8, "wikitext": 0,

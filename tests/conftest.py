@@ -5,6 +5,7 @@ takes longer and has a short sibling, for instance the run that is killed 20 tim
 killed 3 times, is marked deep and runs with `python -m pytest -m deep`. processes.py runs the commands.
 """
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def poisoned(monkeypatch):
         return made if kwargs.get("dtype") == torch.int64 else made.fill_(float("nan"))
 
     monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with play.txt, a text of few words, prepared as data/play."""
+    from data import prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(1)
+    words = ["to be", "or not", "that is", "the question", "thou art", "\n"]
+    (folder / "play.txt").write_text(" ".join(rng.choice(words) for _ in range(1500)), encoding="utf-8")
+    prepare(folder / "play.txt", data_dir=folder / "data")
+    return folder
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ class Copier(torch.nn.Module):
 def test_the_needles_suite_counts_answers_and_attention(monkeypatch, tmp_path):
     corpus = data.load(data.prepare("needles", data_dir=tmp_path).name, tmp_path)
     for model in (Copier(), Copier(flaw=True)):
-        monkeypatch.setattr(bench, "trained", lambda command: ("a path", model, corpus))
+        monkeypatch.setattr(bench, "trained", lambda command, file: ("a path", model, corpus))
         monkeypatch.setattr(bench, "device", "cpu")
         answers, margin, mean, best = (figure["value"] for figure in bench.needles())
         if model.flaw: # how many digits are larger than the one before depends on the order

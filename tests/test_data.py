@@ -238,7 +238,7 @@ def test_pystdlib_needs_no_network(tmp_path, monkeypatch, offline):
     assert found.tokenizer.decode(whole(found.train)).startswith(first)
 
 
-@pytest.mark.parametrize("name, length", [("needles", 256), ("needles_512", 512), ("needles_1024", 1024)])
+@pytest.mark.parametrize("name, length", data.NEEDLES.items())
 def test_needles_ask_only_what_was_told(name, length):
     _, lines = data.DATASETS[name](None)
     assert len("\n".join(lines)) + 1 == 1_310_720 and {*map(len, lines)} == {length - 1}
@@ -516,7 +516,8 @@ def test_two_sources_never_share_a_name_in_silence(tmp_path, monkeypatch):
 def test_a_known_name_is_not_taken(name, tmp_path):
     path = write(tmp_path / name, VERSE)
     source = path if path.suffix == ".txt" and name.count("/") == 0 else path.parent
-    refused(lambda: prepare(source, data_dir=tmp_path / "data"), source, "known dataset", f"--name=my_{source.stem}")
+    refused(lambda: prepare(source, data_dir=tmp_path / "data"),
+            source, "known dataset", f"--name=my_{source.stem}")
     assert not (tmp_path / "data").exists()
 
 

@@ -1,6 +1,5 @@
 """train.py on several processes, joined by gloo on this CPU: they take the steps of one, and end together."""
 import json
-import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from data import prepare
 from model import load_checkpoint
 from optim import OPTIMIZERS
 from processes import ROOT, run, start
@@ -17,16 +15,6 @@ from processes import ROOT, run, start
 TINY = ("--n_layer=3 --n_head=2 --n_embd=32 --block_size=32 --attention=diff_mla --batch_size=4 "
         "--gradient_accumulation_steps=2 --learning_rate=1e-3 --warmup_iters=5 --log_interval=1 "
         "--eval_interval=10 --sample_tokens=8").split()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(1)
-    words = ["to be", "or not", "that is", "the question", "thou art", "\n"]
-    (folder / "play.txt").write_text(" ".join(rng.choice(words) for _ in range(1500)), encoding="utf-8")
-    prepare(folder / "play.txt", data_dir=folder / "data")
-    return folder
 
 
 def command(corpus, out, *flags, code=""):

@@ -35,16 +35,6 @@ TINY = ("--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --attention=diff_mla
 TIMES = ("time_s", "tokens_per_s")
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(1)
-    words = ["to be", "or not", "that is", "the question", "thou art", "\n"]
-    (folder / "play.txt").write_text(" ".join(rng.choice(words) for _ in range(1500)), encoding="utf-8")
-    prepare(folder / "play.txt", data_dir=folder / "data")
-    return folder
-
-
 def command(corpus, out, *flags):
     return [ROOT / "train.py", "--dataset=play", f"--data_dir={corpus / 'data'}", f"--out_dir={out}", *TINY,
             *flags]
