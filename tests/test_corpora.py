@@ -64,6 +64,16 @@ def test_a_cut_changes_no_id(name, tmp_path, request):
     assert codec.cut(VERSE) > len(VERSE) - 150 and codec.cut("x" * 500) == 0
 
 
+def test_no_cut_where_a_token_holds_the_end_of_a_word_and_the_space(tmp_path):
+    package = pytest.importorskip("tokenizers")
+    merged = package.models.BPE({"a": 0, "b": 1, " ": 2, "a ": 3}, [("a", " ")])
+    package.Tokenizer(merged).save(str(tmp_path / "merged.json"))
+    codec = make_tokenizer(str(tmp_path / "merged.json"), "", tmp_path)
+    assert codec.cut("ba " * 200) == 0
+    at = codec.cut("ba " * 200 + "b a " + "ba " * 40)
+    assert at == 601 # between "b" and the space behind it
+
+
 def test_a_stretch_without_a_place_to_divide(mirror, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_PIECE", 1000)
     monkeypatch.setattr(data, "_LONGEST", 3000)
@@ -433,6 +443,18 @@ def test_the_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_can\nary") # requests would show it
     message = refused(lambda: corpus(tmp_path, "c4"), "HF_TOKEN has", kind=data.DownloadError)
     assert "hf_can" not in message
+
+
+@pytest.mark.parametrize("url, sent", [
+    ("https://huggingface.co/datasets/x", True), ("https://raw.githubusercontent.com/x", False),
+    ("https://datasets-server.huggingface.co/rows", False), ("https://huggingface.co.evil.org/x", False)])
+def test_no_other_server_is_sent_the_token(url, sent, monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(data.requests, "request", lambda method, url, **how: how["headers"])
+    assert (data.ask("GET", url).get("Authorization") == "Bearer hf_secret") == sent
+    assert ("hf_secret" in str(data.ask("GET", url))) == sent
 
 
 def test_the_hub_is_not_asked_offline(hub, tmp_path, monkeypatch):
