@@ -1135,7 +1135,7 @@ def test_an_epoch_takes_every_window_once():
     split.batch(0, 5, 8, 4, epochs=True), split.batch(0, 5, 7, 3, epochs=True)
     assert torch.equal(later, split.batch(7, 5, 8, 3, epochs=True)[0])
     assert later[:, 0].tolist() == epochs[7]
-    rows = data.Tokens([np.arange(60, dtype=np.uint16)], 100, "train split of it", rows=[20]) # three rows of 20
+    rows = data.Tokens([np.arange(60, dtype=np.uint16)], 100, "train split of it", rows=[20]) # 3 rows of 20
     assert sorted(x // 20 for x in rows.batch(0, 6, 5, 0, epochs=True)[0][:, 0].tolist()) != [0] * 6
     for x in rows.batch(0, 60, 5, 0, epochs=True)[0]:
         assert x[0] // 20 == (x[-1] + 1) // 20 # no window crosses the end of a row
