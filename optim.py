@@ -116,7 +116,7 @@ class Base(torch.optim.Optimizer):
         """loop, c or triton. RuntimeError if the form that was asked for cannot run, as where able=False."""
         form, kind, dtype = self.form, params[0].device.type, params[0].dtype
         able = able and all(p.device == params[0].device and p.dtype == dtype and p.is_contiguous()
-                            for p in params)
+                            and not hasattr(p, "full_tensor") for p in params)
         on_gpu = kind == "cuda" or INTERPRETED and form == "triton"
         if able and form in ("auto", "triton") and on_gpu and dtype in IN_TRITON:
             return "triton"
@@ -189,6 +189,19 @@ class Base(torch.optim.Optimizer):
                 for key, value in state_dict["state"].get(i, {}).items():
                     if key in self.FP32 and torch.is_tensor(value): # Python's number of steps needs no place
                         self.state[p][key] = value.to(p.device, torch.float32, copy=True)
+
+
+def whole(x: object) -> object:
+    """The whole of a tensor that FSDP has shared out, in all processes: all must ask. Else x itself."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def share_of(x: torch.Tensor, like: object) -> torch.Tensor:
+    """x, which all processes have whole, shared out as `like` is; x itself if `like` is not."""
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor # takes 1 s to import
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def upload(numbers: list, device: torch.device) -> torch.Tensor:
@@ -540,15 +553,20 @@ class Muon(Base):
         torch._foreach_lerp_(ms, grads, 1 - momentum) # 4: a mean for Jordan's sum; 5 takes the scale out
         updates = torch._foreach_lerp(grads, ms, momentum) # Nesterov's
         torch._foreach_mul_(params, 1 - ok * (group["lr"] * group["weight_decay"]))
+        updates = [*map(whole, updates)] # where FSDP has shared out p, a step goes into zeros first
+        goals = [torch.zeros_like(u) if hasattr(p, "full_tensor") else p for p, u in zip(params, updates)]
         alike = {} # shape -> matrices of all parameters and their updates, for one batched iteration
-        for p, update in zip(params, updates):
-            for matrix, part in zip(p.split(group["fused"]), update.split(group["fused"])):
+        for goal, update in zip(goals, updates):
+            for matrix, part in zip(goal.split(group["fused"]), update.split(group["fused"])):
                 alike.setdefault(matrix.shape, []).append((matrix, part))
         for (n, m), pairs in alike.items():
             matrices, parts = zip(*pairs)
             ortho = shared(lambda x: orthogonalise(x, group["steps"], self.bf16), torch.stack(parts)) # 5
             ortho = ortho if bad is None else ok * ortho
             torch._foreach_add_(matrices, ortho.unbind(), alpha=-group["lr"] * 0.2 * max(n, m) ** 0.5) # 6
+        for p, step in zip(params, goals):
+            if p is not step:
+                p.add_(share_of(step, p))
 
     def adamw(self, params, grads, group):
         states = [self.state_of(p, True, {"m": p.shape, "v": p.shape}) for p in params]

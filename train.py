@@ -13,6 +13,7 @@ ends in the same bits. GPU kernels may add numbers in another order.
 N processes share out the rows of each global batch, the validation windows and Muon's matrices. They take the
 steps of one process, up to rounding and dropout, and a run may be resumed on another N. All need one out_dir
 and one data_dir, so several machines need a common file system. The first process alone writes and prints.
+--fsdp shares out weights, gradients and the optimizer's state too; checkpoints are the same with and without.
 """
 import configurator # first: see stop_at_once there
 
@@ -35,13 +36,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
 import data
 from configurator import UserError, configure, git_commit, report, user_errors
 from kernels import choose_device, cpu_has_bf16, path_for, use_kernel
 from model import GPT, GPTConfig, load_checkpoint, preset, save_checkpoint, saved_fields, without_orphans
-from optim import (LATE, Sparse, build_optimizer, declarations, find_hooks, run_update_hooks,
-                   step_where_finite, watch)
+from optim import (LATE, Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, share_of,
+                   step_where_finite, watch, whole)
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
@@ -91,6 +93,7 @@ sample_tokens = 100 # length of that continuation; 0 = none
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | cuda:1 | mps
 dtype = "auto" # auto | float32 | bfloat16 | float16
 compile = "auto" # torch.compile: auto (where it pays back within the run) | true | false
+fsdp = False # each process keeps its share of weights, gradients and optimizer state: FSDP2, with torchrun
 kernel = "auto" # of kernels.py: auto (Triton on CUDA, C on a CPU, else PyTorch) | triton | torch
 
 DEFAULTS = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bool, int, float, str)}
@@ -158,7 +161,7 @@ NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("mem
 # a resumed run cannot change these, nor the model
 FIXED = {"seed", "model_size", "sampling", "batch_size", "windows", "gradient_accumulation_steps",
          "optimizer", "dtype", "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
-LOCAL = {"out_dir", "resume", "device"} # a resumed run takes these from its own command line
+LOCAL = {"out_dir", "resume", "device", "fsdp"} # a resumed run takes these from its own command line
 MAX_SKIPPED = 5 # steps skipped in a row that are tolerated; 4 times as many in fp16
 
 # --- resume -------------------------------------------------------------------------------------------------
@@ -247,6 +250,12 @@ def adopt(config: dict) -> None:
                         "drop --dataset, or train anew in another --out_dir")
 
 
+def gathered(x: object) -> object:
+    """The whole of a shared-out tensor, in the first process's memory alone. All processes must ask."""
+    full = whole(x)
+    return full if full is x else full.cpu() if not RANK else None
+
+
 def snapshot() -> dict:
     """The state of the run after run["step"] steps: all that restore and sample.py need."""
     name, keys, *rest = np.random.get_state()
@@ -255,16 +264,22 @@ def snapshot() -> dict:
            "mps": lambda: [torch.mps.get_rng_state()]}.get(kind, list)
     generators = {"torch": torch.get_rng_state(), "device": get(), "python": random.getstate(),
                   "numpy": [name, keys, *rest]}
-    return {**run, "model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(),
+    weights, moments = model.state_dict(), opt.state_dict()
+    if fsdp:
+        weights, moments = tree_map(gathered, (weights, moments))
+    return {**run, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
             "sparse": sparsity.state_dict() if sparsity else None, "random": generators, "config": run_config,
             "tokenizer": codec.to_dict() if codec else None, "data_sha256": corpus.sha256}
 
 
 def restore(state: dict) -> None:
     """Puts a snapshot back. UserError if its weights are those of another model.py."""
+    now = model.state_dict()
     with user_errors():
-        model.load(state["model"], folder / "ckpt.pt")
+        model.load({k: share_of(v, now.get(k)) for k, v in state["model"].items()}, folder / "ckpt.pt")
     opt.load_state_dict(state["optimizer"])
+    for p, moments in opt.state.items():
+        moments.update({k: share_of(v, p) for k, v in moments.items() if getattr(v, "shape", 0) == p.shape})
     scaler.load_state_dict(state["scaler"])
     if sparsity:
         sparsity.load_state_dict(state["sparse"])
@@ -337,6 +352,15 @@ for names, fits, words in [
     for name in names.split():
         if not fits(globals()[name]):
             raise UserError(f"{name}={globals()[name]!r} must be {words}")
+
+if fsdp and WORLD == 1:
+    raise UserError("fsdp shares out a model over processes: start them with torchrun, or drop --fsdp")
+# fsdp needs the same layers in all processes, and a choice of weights, a hook or a block needs whole tensors
+unfit = {"sparse": sparse, "update_hooks": update_hooks, "forward_hooks": forward_hooks,
+         "depths": model_fields.get("depths"), "optimizer": optimizer * (optimizer == "adam_mini"),
+         "compile": compile * (compile.lower() == "true"), "dtype": dtype * (dtype == "float16")}
+if unfit := [f"--{k}={v}" for k, v in unfit.items() if fsdp and v]:
+    raise UserError(f"fsdp does not work with {' '.join(unfit)}\ndrop --fsdp, or that")
 
 rows = batch_size * gradient_accumulation_steps # sequences of a step in all processes
 if rows % WORLD:
@@ -415,7 +439,7 @@ if WORLD > 1: # now every process has read the files of the earlier run, which t
         raise UserError(f"the processes found different data in {corpus.folder}\nall need the same folder")
 codec, prompt_ids = corpus.tokenizer, [] # an empty prompt: no samples
 try:
-    if codec and sample_tokens and not RANK:
+    if codec and sample_tokens and not RANK and not fsdp: # the first process cannot compute alone there
         prompt_ids = [] if codec.unknown(sample_prompt) else codec.encode(sample_prompt).tolist()
         if not prompt_ids and "sample_prompt" in given:
             raise UserError(f"sample_prompt={sample_prompt!r} is empty, or {dataset} lacks its characters")
@@ -441,7 +465,14 @@ with user_errors():
         raise UserError(f"windows={windows} are {sequence:,} tokens, more than the text has: lower --windows")
     corpus.train.batch(0, 1, sequence, seed) # refuses a text that is too short
     corpus.val.batch(0, 1, sequence, seed) if eval_iters > 0 else next(corpus.val.windows(sequence, 1))
-    model = GPT(config).to(device)
+    model = GPT(config)
+    if fsdp: # before the model goes to the device, which may be too small for the whole
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh(kind, (WORLD,))
+        for part in (*model.blocks, model): # a block is gathered just before it computes
+            fully_shard(part, mesh=mesh)
+    model = model.to(device)
     opt = build_optimizer(model, optimizer, learning_rate, weight_decay, (beta1, beta2), dtype == "bfloat16")
     decay_from = warmup_iters + int(0.8 * ((lr_decay_iters or max_iters) - warmup_iters)) # of schedule=wsd
     sparsity = Sparse(model, opt, sparse, sparse_density, sparse_interval, (warmup_iters, decay_from),
@@ -469,7 +500,7 @@ def compiling_pays() -> tuple[float, float]:
     return saved * max_iters, 25 if kind == "cuda" else 55
 
 
-gain, cost = compiling_pays() # auto compiles where it gains twice what it costs
+gain, cost = (0, 0) if fsdp else compiling_pays() # auto compiles where it gains twice what it costs
 compile_reason = f"auto: about {gain:.0f} s to gain, {cost} s to compile" if compile == "auto" else "as asked"
 compile = str(gain > 2 * cost).lower() if compile == "auto" else compile.lower() # a resumed run keeps it
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, "
@@ -490,6 +521,8 @@ def save(name: str, keep_previous: bool, **changed) -> bool:
     """Writes a checkpoint; True if that worked. On a full disk the old file stays and the run goes on."""
     settle()
     if RANK:
+        if fsdp: # the first process gathers the shares of all
+            snapshot()
         return True
     write_lines()
     with suppress(OSError): # a full disk, which is reported below
@@ -622,6 +655,9 @@ def mean_over_processes(losses: dict) -> dict:
     """
     if WORLD == 1:
         return losses
+    if fsdp: # which has replaced the gradients
+        dist.all_reduce(means := torch.stack([loss.float() for loss in losses.values()]))
+        return dict(zip(losses, means / WORLD))
     trained, one = list(declared), torch.ones_like(zero)
     present = torch.stack([zero if p.grad is None else one for p in trained])
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
@@ -647,7 +683,7 @@ def draw_from(stream: int) -> None:
 
 # late: a GPU decides itself whether a batch is skipped, and the host reads the numbers of a step when it has
 # launched the next one. Not with sparse training: Sparse.finish must know whether the weights have changed.
-late = kind in LATE and not sparsity
+late = kind in LATE and not sparsity and not fsdp
 launched, told = [], {} # (step, names, numbers, event) of steps not read yet; {name: number} of the last read
 
 
@@ -689,7 +725,7 @@ eval_tokens = max(0, eval_iters) * batch_size * sequence or corpus.val.targets(s
 def evaluate() -> float | None:
     """Cross-entropy in nats per token of always the same validation data; None if a signal asks to stop.
 
-    Of N processes each takes every Nth batch.
+    Of N processes each takes every Nth batch, and some repeat the last one: with fsdp all must compute.
     """
     batches = corpus.val.windows(sequence, batch_size, eval_limit)
     if eval_iters > 0:
@@ -697,15 +733,17 @@ def evaluate() -> float | None:
     model.eval()
     total, count, start = 0.0, 0, time.monotonic()
     spoke, on_terminal = start, sys.stdout.isatty()
-    for x, y in itertools.islice(batches, RANK, None, WORLD):
+    while group := [*itertools.islice(batches, WORLD)]:
+        x, y = group[min(RANK, len(group) - 1)]
         with autocast: # not the compiled model, which would compile again for the last, smaller batches
             _, losses = model(x.to(device), y.to(device), with_logits=False)
-        total += losses["ce"].item() * y.numel()
-        count += y.numel()
-        if caught:
+        counts = RANK < len(group)
+        total += losses["ce"].item() * y.numel() * counts
+        count += y.numel() * counts
+        if caught and not fsdp:
             break
         now = time.monotonic()
-        left = (eval_tokens / WORLD / count - 1) * (now - start) # seconds
+        left = (eval_tokens / WORLD / max(count, 1) - 1) * (now - start) # seconds
         if now - spoke > 2 < left and (on_terminal or spoke == start): # a log file gets one line
             words = f"evaluating: {count * WORLD:,} of {eval_tokens:,} tokens, {left:.0f} s left"
             say(words, end="\r" if on_terminal else "\n")
@@ -787,8 +825,9 @@ while True:
         clock += time.monotonic() - paused
         run["evaluated"] = step
         sparse_enough = not sparsity or sparsity.reached # a denser model is not what was asked for
-        if sparse_enough and val_loss < run["best"] and save("best.pt", keep_previous=False, best=val_loss):
-            run["best"] = val_loss # that of the file: after a full disk the next better model is kept
+        if sparse_enough and val_loss < run["best"]:
+            if save("best.pt", keep_previous=False, best=val_loss) or fsdp: # there all must decide alike
+                run["best"] = val_loss # that of the file: after a full disk the next better model is kept
 
     # now and then, and at the end: the checkpoint
     if stop and not caught:
@@ -814,8 +853,8 @@ while True:
     noted = run_update_hooks(hooks["update"], step, named)
     if sparsity:
         sparsity.mask_gradients(step)
-    norm, norm_beside = (torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf) if params else zero
-                         for params in (own, beside))
+    norm, norm_beside = (whole(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).to(device)
+                         if params else zero for params in (own, beside))
 
     # the update. A batch whose loss or gradient is NaN or infinite is skipped: neither the weights nor the
     # optimizer's moments ever see it. What learns beside the model skips its own bad batches alone. The loss

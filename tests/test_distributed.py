@@ -112,6 +112,64 @@ def test_extras_take_the_same_steps(flags, corpus, tmp_path):
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize("name", ["adamw", "fadam", "muon"])
+def test_sharing_out_the_model_changes_no_step(name, corpus, tmp_path):
+    """fsdp against whole models. Dropout differs between processes, a cell learns beside the model, and the
+    three batches of an evaluation cannot be shared out equally. Then 2, 1, 2 processes.
+    """
+    flags = (f"--optimizer={name}", "--eval_iters=3", "--n_ahead=2", "--residual=mhc", "--n_stream=2",
+             "--glu", "--conv=4", "--lr_decay_iters=50")
+    count = 4 if name == "muon" else 2
+    train(count, corpus, tmp_path / "whole", *flags, "--max_iters=50", "--dropout=0.1")
+    train(count, corpus, tmp_path / "shared", *flags, "--max_iters=50", "--dropout=0.1", "--fsdp")
+    assert_alike(tmp_path / "whole", tmp_path / "shared")
+    moments = [load_checkpoint(tmp_path / out / "ckpt.pt")["optimizer"]["state"]
+               for out in ("whole", "shared")]
+    for a, b in zip(*map(dict.values, moments)):
+        for key in a:
+            x, y = (torch.as_tensor(moment[key]).double() for moment in (a, b))
+            assert (x - y).norm() <= 0.01 * x.norm() # FAdam divides rounding by small moments too
+
+    train(2, corpus, tmp_path / "straight", *flags, "--max_iters=30")
+    for processes, until, more in (2, 10, ["--fsdp"]), (1, 20, []), (2, 30, ["--fsdp"]):
+        again = flags if until == 10 else ["--resume"]
+        train(processes, corpus, tmp_path / "turns", *again, f"--max_iters={until}", *more)
+    assert_alike(tmp_path / "straight", tmp_path / "turns")
+
+
+@pytest.mark.deep
+def test_each_process_holds_its_share_alone(corpus, tmp_path):
+    """Weights and moments: half of them in each of two processes, to within a row of each tensor."""
+    code = f"""import optim
+build = optim.build_optimizer
+def noting(model, *args):
+    def count(opt, *_):
+        held = [p.to_local().numel() for p in model.parameters()]
+        held += [x.to_local().numel() for s in opt.state.values() for x in s.values() if x.dim()]
+        rows = sum(p.numel() // len(p) for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters())
+        print(sum(held), 3 * total, 3 * rows, file=open(f"{tmp_path}/{{os.environ['RANK']}}", "w"))
+    opt = build(model, *args)
+    opt.register_step_post_hook(count)
+    return opt
+optim.build_optimizer = noting"""
+    train(2, corpus, tmp_path / "o", "--max_iters=1", "--fsdp", code=code)
+    for rank in "01":
+        held, total, rows = map(int, (tmp_path / rank).read_text().split())
+        assert abs(held - total / 2) <= rows
+
+
+@pytest.mark.deep
+def test_what_does_not_go_with_sharing_out_is_refused(corpus, tmp_path):
+    for count, flag, word in ((1, "--seed=1", "torchrun"), (2, "--depths=(1,3)", "depths"),
+                              (2, "--optimizer=adam_mini", "adam_mini"), (2, "--compile=true", "compile"),
+                              (2, "--update_hooks=identity", "update_hooks")):
+        said = ended(started(count, corpus, tmp_path / "o", "--fsdp", flag), 2)
+        assert word in said[0][1] and not (tmp_path / "o" / "run.json").exists()
+        assert len("".join(err for _, err in said).splitlines()) <= 3
+
+
+@pytest.mark.deep
 def test_hooks_draw_alike_and_dropout_does_not(corpus, tmp_path):
     """Each process writes down the seed of its forwards, and in a hook a random number and its weights."""
     place = f"{tmp_path}/{{os.environ['RANK']}}"
