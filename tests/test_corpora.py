@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import runpy
 import sys
 import threading
 import urllib.parse
@@ -487,3 +488,39 @@ def test_a_hostile_hub_200_times(hub, tmp_path, monkeypatch):
             outcomes.append("refused")
         assert data.time.monotonic() - begin < 30
     assert min(outcomes.count("done"), outcomes.count("refused")) > 20
+
+
+# --- the configs that train on corpora ---
+
+
+SMALL = ("--n_layer=2 --n_head=2 --n_embd=32 --mlp_hidden=64 --block_size=32 --batch_size=2 --max_iters=200 "
+         "--gradient_accumulation_steps=1 --eval_interval=100 --sample_tokens=5 --warmup_iters=10").split()
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("config, corpus_name, flags", [
+    ("train_tinystories_sota", "tinystories", ()),
+    ("train_c4_kepler", "c4", ("--sparse_interval=10", "--sparse_boost_steps=5")),
+    ("train_wikipedia_optimus", "wikipedia", ("--q_rank=16", "--kv_rank=16", "--rope_dim=8")),
+    ("train_wikitext_llama", "wikitext", ()), ("gpt2_124m_fineweb", "fineweb", ())])
+def test_a_config_trains_on_its_corpus(config, corpus_name, flags, hub, mirror, tmp_path, monkeypatch):
+    """200 steps of a small model on what the hub serves; the loss falls. The config's own corpus is taken."""
+    chosen = runpy.run_path(str(ROOT / f"config/{config}.py"))
+    assert chosen["dataset"] == corpus_name and chosen["offline_dataset"]
+    hub.tables["20231101.en", "train"] = hub.stories * 100
+    hub.tables["wikitext-2-raw-v1", "train"] = hub.tables["wikitext-2-raw-v1", "validation"] = hub.stories
+    ids = make_tokenizer("gpt2", "", tmp_path).encode(" ".join(hub.stories))
+    for name in ("val_000000", "train_000001"):
+        header = np.array([20240520, 1, len(ids), *[0] * 253], "<i4").tobytes()
+        hub.files[f"fineweb_{name}.bin"] = header + ids.astype("<u2").tobytes()
+    monkeypatch.setattr(data, "_THREADS", 1) # so that no more is read than is needed
+    monkeypatch.setattr(data, "_PIECE", 500)
+    kind = chosen["tokenizer"] if corpus_name != "fineweb" else ""
+    prepare(corpus_name, kind, tmp_path / "data", max_tokens=5_000)
+    out = tmp_path / "out"
+    result = run([ROOT / "train.py", ROOT / f"config/{config}.py", f"--data_dir={tmp_path / 'data'}",
+                  f"--out_dir={out}", *SMALL, *flags], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.5, losses

@@ -1,12 +1,13 @@
 # Latent attention on GPT-2 tokens: 8 layers of 768, 12 heads of 64, latents of 384, SwiGLU of 3072. Half of
 # each head is rotated, and all heads share one rotary key: 416 cached numbers a token. Its source, with a
 # rotary key per head, caches 1,152, and plain attention 1,536. 149M parameters want a GPU.
-# python train.py config/optimus_mla.py --dataset=path/to/text
+# python train.py config/train_wikipedia_optimus.py
+# Its source pads the first 64 tokens of each article; here whole articles follow one another.
 
-out_dir = "out/optimus_mla"
-dataset = "shakespeare"
+out_dir = "out/wikipedia_optimus"
+dataset = "wikipedia" # its first 100 million tokens; python data.py prepare has more
 tokenizer = "gpt2"
-data_dir = "data/gpt2" # beside the char version of the same text
+data_dir = "data/gpt2" # beside other versions of the same text
 offline_dataset = "pystdlib"
 n_layer = 8
 n_head = 12
