@@ -557,8 +557,19 @@ def hub_file(repo, revision, path, data_dir) -> Path:
 
 
 # --- sources: where the text comes from ---
-# A text is a stream: pieces of a document (str), and None where a document ends. What is called documents is
-# a list, or a function that starts their stream anew, because a text is read twice: first it is measured.
+# A stream is the text of a file: pieces of a document (str), and None where a document ends. A source is a
+# function: files(first=n) yields the streams of its files from number n on. It is called twice, because a
+# text is measured before it is encoded, or with a higher n, to go on where an earlier call has stopped.
+def one_file(stream):
+    """The source of a single file: stream() starts its stream."""
+    return lambda first=0: iter([stream()][first:])
+
+
+def joined(files):
+    """The stream of all files."""
+    return itertools.chain.from_iterable(files())
+
+
 def blocks(path):
     """Yields the bytes of a file in pieces, those of a .gz or .zst unpacked."""
     path, size = Path(path), 0
@@ -717,15 +728,14 @@ def read_folder(folder: Path, field: str = ""):
     if not files:
         none = f"{folder} has no text files: put .txt, .md, .py or .jsonl files there"
         raise UserError(damaged[0] if damaged else none)
-    return lambda: itertools.chain.from_iterable(itertools.chain(read_file(path, field), [None])
-                                                 for path in files)
+    return lambda first=0: (itertools.chain(read_file(path, field), [None]) for path in files[first:])
 
 
 def shakespeare(data_dir):
     """TinyShakespeare: 1,115,394 characters of his plays, which nanoGPT trains on (a download of 1.1 MB)"""
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    return url, partial(read_text, fetch(url, "tinyshakespeare.txt", sha256, data_dir))
+    return url, one_file(partial(read_text, fetch(url, "tinyshakespeare.txt", sha256, data_dir)))
 
 
 def pystdlib(data_dir):
@@ -766,22 +776,22 @@ def needles(data_dir, length):
 # --- corpora on Hugging Face's hub: each a fixed revision, downloaded file by file as tokens are needed ---
 # Tried against a server that plays the hub, not against the hub itself: neither its redirects with their
 # X-Linked headers, nor the pages of its viewer.
-def hub_files(repo, revision, data_dir, read, path, numbers=(0,)):
-    """The stream of the files that path names with these numbers in it."""
-    for number in numbers:
-        yield from read(hub_file(repo, revision, path.format(number), data_dir))
+def hub_files(repo, revision, data_dir, read, path, numbers=(0,), first=0):
+    """Yields the streams of the files that path names with these numbers in it."""
+    for number in numbers[first:]:
+        yield read(hub_file(repo, revision, path.format(number), data_dir))
 
 
-def hub_table(repo, revision, data_dir, config, split, numbers, files, part=slice(None)):
-    """The stream of a table's texts: of some of its parquet files, without pyarrow of some of its pages."""
+def hub_table(repo, revision, data_dir, config, split, numbers, files, part=slice(None), first=0):
+    """Yields the streams of some of a table's parquet files, without pyarrow of some of its pages."""
     if importlib.util.find_spec("pyarrow"):
         path = f"{config}/{split}-{{:05d}}-of-{files:05d}.parquet"
-        yield from hub_files(repo, revision, data_dir, read_file, path, numbers)
+        yield from hub_files(repo, revision, data_dir, read_file, path, numbers, first)
         return
     total, _ = hub_page(repo, data_dir, config, split, 0)
-    for first in range(0, total, 100)[part]:
-        for text in hub_page(repo, data_dir, config, split, first, total)[1]:
-            yield from (text, None)
+    for row in range(0, total, 100)[part][first:]:
+        texts = hub_page(repo, data_dir, config, split, row, total)[1]
+        yield itertools.chain.from_iterable((text, None) for text in texts)
 
 
 def hub_page(repo, data_dir, config, split, first, total=None):
@@ -848,8 +858,10 @@ def wikipedia(data_dir):
 def wikitext(data_dir, config="wikitext-2-raw-v1", files=1):
     """WikiText: good articles of Wikipedia, 2 million tokens (wikitext103: 118 million)"""
     table = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", data_dir, config
-    return (table[:2], lambda: articles(hub_table(*table, "train", range(files), files)),
-            lambda: articles(hub_table(*table, "validation", [0], 1)))
+    parts = ("train", range(files), files), ("validation", [0], 1)
+    # A page or file may end inside an article, so all of them are one file here.
+    return table[:2], *(one_file(lambda part=part: articles(joined(partial(hub_table, *table, *part))))
+                        for part in parts)
 
 
 def articles(rows):
@@ -887,7 +899,10 @@ def own_name(source, name=""):
 
 
 def read_source(source, data_dir, field=""):
-    """(origin, documents, maybe documents for validation) of a source. UserError if there is none."""
+    """(origin, files, maybe files for validation) of a source. UserError if there is none.
+
+    A list of documents may stand for files.
+    """
     if field and not os.path.isdir(source) and unpacked(Path(source)).suffix not in ROWS:
         raise UserError(f"{source} has no fields: drop --field, which is for {listed(ROWS)}")
     if source in DATASETS:
@@ -895,7 +910,7 @@ def read_source(source, data_dir, field=""):
     if os.path.isdir(source):
         return os.path.abspath(source), read_folder(Path(source), field)
     if os.path.isfile(source):
-        return os.path.abspath(source), partial(read_file, Path(source), field)
+        return os.path.abspath(source), one_file(partial(read_file, Path(source), field))
     if os.path.exists(source):
         raise UserError(f"{source} is no file, and a text is read twice: write it into a file first")
     beside = Path(source).parent.glob("[!._]*") # where source would lie; [!._]: no hidden or private names
@@ -926,7 +941,7 @@ def open_npy(path: Path) -> np.ndarray:
 
 
 def row_shards(files, first, last, kind):
-    """Yields (arrays of ids, length of a row) of each shard for the rows first to last of all files."""
+    """Yields (arrays of ids, length of a row, None) of each shard for the rows first to last of all files."""
     for rows in map(open_npy, files):
         n, length = rows.shape
         step = max(1, _SHARD // length) # rows of one shard; a row longer than a shard is one by itself
@@ -934,7 +949,7 @@ def row_shards(files, first, last, kind):
         for start in range(max(first, 0), min(last, n), step):
             end = min(start + step, last, n)
             pieces = (rows[i:min(i + some, end)] for i in range(start, end, some))
-            yield (piece.astype(kind).reshape(-1) for piece in pieces), length
+            yield (piece.astype(kind).reshape(-1) for piece in pieces), length, None
         first, last = first - n, last - n # counted from the start of the next file
 
 
@@ -1093,7 +1108,8 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     """Writes source, a known dataset or a path, as shards and meta.json. Returns their folder, data_dir/NAME.
 
     Goes piece by piece, so that memory does not grow with the text. tokenizer "": the dataset's own, else
-    char, of a corpus on the hub gpt2. If interrupted, leaves what was there.
+    char, of a corpus on the hub gpt2. If interrupted, leaves what was there, and keeps the finished shards:
+    the next call with these arguments goes on behind them, to the same bytes.
     """
     source = str(source) # a Path is welcome too
     if not 0 <= val_fraction < 1:
@@ -1107,7 +1123,7 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     if there and source not in DATASETS:
         raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}")
     files = npy_files(source)
-    origin, *documents = ("", []) if files else read_source(source, data_dir, field)
+    origin, *sources = ("", []) if files else read_source(source, data_dir, field)
     target = Path(data_dir) / own_name(source, name)
     if not tokenizer: # the dataset's own, by its name, or by its file if only that has the vocabulary
         codec = load(os.path.abspath(target)).tokenizer if is_dataset(target) else None
@@ -1120,9 +1136,9 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     elif source == "fineweb" and tokenizer != "gpt2":
         raise UserError("fineweb holds ids of GPT-2, not text: add --tokenizer=gpt2")
     elif source in CORPORA:
-        prepare_corpus(target, origin, documents, tokenizer, val_fraction, max_tokens or CORPORA[source])
+        prepare_corpus(target, origin, sources, tokenizer, val_fraction, max_tokens or CORPORA[source])
     else:
-        prepare_text(target, origin, *documents, tokenizer, val_fraction, max_tokens)
+        prepare_text(target, origin, *sources, tokenizer, val_fraction, max_tokens)
     return target
 
 
@@ -1154,37 +1170,36 @@ class Survey:
         return "".join(map(chr, np.flatnonzero(self.seen)))
 
 
-def prepare_text(target, origin, documents, tokenizer, val_fraction, limit):
+def prepare_text(target, origin, files, tokenizer, val_fraction, limit):
     """The end of the text becomes the validation split."""
     text, again = Survey(), Survey()
-    stream = documents if callable(documents) else lambda: itertools.chain.from_iterable(
-        (document, None) for document in documents)
-    deque(text.watch(stream()), maxlen=0)
+    if isinstance(files, list): # of documents
+        files = one_file(lambda documents=files: itertools.chain.from_iterable(
+            (document, None) for document in documents))
+    deque(text.watch(joined(files)), maxlen=0)
     if not text.documents:
         raise UserError(f"{origin} is empty: there is no text to prepare")
     chars = text.chars()
     codec = make_tokenizer(tokenizer, chars, target.parent)
     codec.encode(chars) # a character without an id stops us now, not after an hour of encoding
     source = {"from": origin, "sha256": text.digest.hexdigest(), "documents": text.documents}
-    halves = split_at(again.watch(stream(), text), int(text.count * (1 - val_fraction)))
+    halves = split_at(again.watch(joined(files), text), int(text.count * (1 - val_fraction)))
+    halves = [one_file(lambda half=half: half) for half in halves]
     share = lambda count: again.count / text.count
     put_text(target, source, codec, chars, val_fraction, limit, halves, share)
 
 
-def prepare_corpus(target, origin, documents, tokenizer, val_fraction, limit):
+def prepare_corpus(target, origin, sources, tokenizer, val_fraction, limit):
     """A corpus that has a validation split of its own and may be too large to be read to its end."""
     text = Survey()
     if tokenizer in ("char", "ascii"): # a character is a token: these are read for the alphabet
-        for stream, count in zip(documents, shares(limit, val_fraction)):
-            deque(text.watch(at_most(stream(), count)), maxlen=0)
+        for files, count in zip(sources, shares(limit, val_fraction)):
+            deque(text.watch(at_most(joined(files), count)), maxlen=0)
     codec = make_tokenizer(tokenizer, text.chars(), target.parent)
     codec.encode(text.chars())
     source = {"from": "@".join(origin), "sha256": hash_of_json(origin)}
-    # Encoding reads ahead, so that the number of ids read from shards has to be limited before it.
-    streams = (at_most(stream(), count, np.ndarray)
-               for stream, count in zip(documents, shares(limit, val_fraction)))
     share = lambda count: count / limit if limit else 0
-    put_text(target, source, codec, text.chars(), val_fraction, limit, streams, share)
+    put_text(target, source, codec, text.chars(), val_fraction, limit, sources, share)
 
 
 def shares(limit, val_fraction):
@@ -1193,22 +1208,26 @@ def shares(limit, val_fraction):
     return limit, int(limit * val_fraction)
 
 
-def put_text(target, source, codec, chars, val_fraction, limit, streams, share):
-    """Encodes two streams and writes them. share(tokens so far) -> share of the text, 0: unknown."""
-    arrays = (at_most(reported(encode_all(stream, codec), share), count)
-              for stream, count in zip(streams, shares(limit, val_fraction)))
-    splits = (in_shards(some, token_type(codec.vocab_size)) for some in arrays)
+def put_text(target, source, codec, chars, val_fraction, limit, sources, share):
+    """Encodes two sources and writes them. share(tokens so far) -> share of the text, 0: unknown."""
+    def parts(files, most, number, before, cursor):
+        ids = Ids(files, codec, cursor, most - before)
+        ids.found = reported(ids.found, share, before)
+        while number == 0 or ids.more(): # at least one shard
+            yield ids.take(_SHARD), 0, ids
+            number += 1
+
+    splits = [partial(parts, files, most) for files, most in zip(sources, shares(limit, val_fraction))]
     done = put(target, source, codec, codec.vocab_size, val_fraction, splits, limit)
     if done and (lost := codec.unknown(chars)):
         print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
 
 
-def at_most(pieces, count, kind=(str, np.ndarray)):
-    """Yields the pieces of a stream up to count characters or ids. Those of other kinds do not count."""
+def at_most(pieces, count):
+    """Yields the texts of a stream up to count characters."""
     for piece in pieces if count else ():
-        counts = isinstance(piece, kind)
-        yield piece[:count] if counts else piece
-        count -= min(len(piece), count) if counts else 0
+        yield piece and piece[:count]
+        count -= min(len(piece or ""), count)
         if not count: # asking for one more piece might download a file
             return
 
@@ -1239,17 +1258,20 @@ def split_at(stream, cut: int):
     return train, after()
 
 
-def encodable(stream, codec):
-    """Yields texts, and arrays of ids, that give the ids of the stream, separators included."""
+def divided(stream, codec, ended):
+    """Yields texts, and arrays of ids, that give the ids of a file, separators included.
+
+    ended: whether a document came before, in another file.
+    """
     separator = "\n" if codec.eot is None else np.array([codec.eot])
-    held, begun, ended, enough = "", False, False, _PIECE
-    for text in stream:
+    held, begun, enough = "", False, _PIECE
+    for text in itertools.chain(stream, [None]):
         if isinstance(text, np.ndarray): # encoded already
             yield text
         elif text is None:
             if held:
                 yield held
-            held, begun, ended = "", False, begun or ended
+            held, begun, ended, enough = "", False, begun or ended, _PIECE
         elif text != "":
             if ended:
                 yield separator
@@ -1261,57 +1283,99 @@ def encodable(stream, codec):
         if len(held) > _LONGEST:
             raise UserError(f"{len(held):,} characters have no place where {codec.name} could divide them\n"
                             "put spaces or line ends there, or take --tokenizer=byte")
-    if held:
-        yield held
 
 
-def encode_all(stream, codec):
-    """Yields arrays of ids, in order. Every core works: tokenizers release Python's lock meanwhile."""
+def encodable(files, codec, start):
+    """Yields (place, text or array of ids) from a place on: (number of the file, number of the piece in it).
+
+    Piece 0 of a file is the separator before it, so a file's pieces keep their numbers where a call begins
+    with this file.
+    """
+    ended = start[0] > 0
+    for file, stream in enumerate(files(first=start[0]), start[0]):
+        pieces = 0
+        for pieces, text in enumerate(divided(stream, codec, ended), 0 if ended else 1):
+            if (file, pieces) >= start:
+                yield (file, pieces), text
+        ended = ended or pieces > 0
+
+
+def encode_all(files, codec, start, most):
+    """Yields (place of its first text, array of ids), in order, from the place `start` on: see encodable.
+
+    Every core works: tokenizers release Python's lock meanwhile. Reads no more than `most` ids from shards.
+    """
     kind, waiting, texts, size = token_type(codec.vocab_size), deque(), [], 0
-    encode = lambda texts: np.concatenate([codec.encode(text) if isinstance(text, str) else text.astype(kind)
-                                           for text in texts])
+    encode = lambda place, texts: (place, np.concatenate([
+        codec.encode(text) if isinstance(text, str) else text.astype(kind) for text in texts]))
     with ThreadPoolExecutor(_THREADS) as pool:
-        for text in encodable(stream, codec):
+        for here, text in encodable(files, codec, start):
+            place = place if texts else here
             texts.append(text)
             size += len(text)
+            most -= len(text) if isinstance(text, np.ndarray) else 0
             if size >= _PIECE:
-                waiting.append(pool.submit(encode, texts))
+                waiting.append(pool.submit(encode, place, texts))
                 texts, size = [], 0
+            if most <= 0: # one more piece might download a file
+                break
             if len(waiting) > 2 * _THREADS:
                 yield waiting.popleft().result()
-        waiting += [pool.submit(encode, texts)] if texts else []
+        waiting += [pool.submit(encode, place, texts)] if texts else []
         while waiting:
             yield waiting.popleft().result()
 
 
-def in_shards(arrays, kind):
-    """Yields (arrays of ids, 0 for no rows) of each shard, at least one. Read each to its end."""
-    left = next(arrays, np.zeros(0, kind)) # (ids,)
+class Ids:
+    """The ids of a source from a cursor on, `most` of them at most. They do not depend on where a call began.
 
-    def shard():
-        nonlocal left
-        room = _SHARD
-        while room and left is not None:
-            some, left = left[:room], left[room:]
-            left = left if len(left) else next(arrays, None)
-            room -= len(some)
+    cursor: three ints that say where the next id comes from: number of the file, number of the piece in it,
+    number of ids from the start of that piece. Opening a source there reads its file again from the start,
+    but encodes nothing that lies before.
+    """
+
+    def __init__(self, files, codec, cursor=(0, 0, 0), most=2**62):
+        *self.place, self.at = cursor # at: number of the next id, from the start of the piece
+        self.ids, self.most = np.zeros(0, token_type(codec.vocab_size)), most
+        self.found = encode_all(files, codec, tuple(self.place), self.at + most)
+
+    @property
+    def cursor(self) -> list[int]:
+        return [*self.place, self.at]
+
+    def more(self) -> bool:
+        """Whether ids are left. May read and download to find out."""
+        while self.most and self.at >= len(self.ids):
+            found = next(self.found, None)
+            if found is None:
+                return False
+            self.at -= len(self.ids)
+            self.place, self.ids = found
+        return self.most > 0
+
+    def take(self, count: int):
+        """Yields arrays of the next ids, count in all, or as many as there are."""
+        while count > 0 and self.more():
+            some = self.ids[self.at:self.at + min(count, self.most)]
+            self.at, self.most, count = self.at + len(some), self.most - len(some), count - len(some)
             yield some
 
-    while left is not None:
-        yield shard(), 0
 
+def reported(found, share, before):
+    """Yields what encode_all has found; tells now and then on stderr how far it is. share: see put_text.
 
-def reported(arrays, share):
-    """Yields the arrays; tells now and then on stderr how far they are. share: see put_text."""
+    before: tokens that an earlier call has written.
+    """
     every, end = (1, "\r") if sys.stderr.isatty() else (60, "\n")
-    count, begin = 0, time.monotonic()
-    for ids in arrays:
-        yield ids
+    count, begin, earlier = before, time.monotonic(), share(before)
+    for place, ids in found:
+        yield place, ids
         count, passed = count + len(ids), time.monotonic() - begin
         if passed > every:
             every, done = passed + (1 if end == "\r" else 60), share(count)
-            left = f", {done:.0%}, {passed / done / 60 - passed / 60:.1f} minutes left" if done else ""
-            line = f"{count:,} tokens, {count / passed:,.0f} a second{left}"
+            minutes = passed / 60 * (1 - done) / (done - earlier) if done > earlier else 0
+            left = f", {done:.0%}, {minutes:.1f} minutes left" if done else ""
+            line = f"{count:,} tokens, {(count - before) / passed:,.0f} a second{left}"
             print(line.ljust(79), end=end, file=sys.stderr, flush=True)
 
 
@@ -1340,18 +1404,24 @@ def prepare_rows(target, source, files, tokenizer, val_fraction):
     sha256 = hash_of_json([sha256_of(path) for path in files])
     about = {"from": os.path.abspath(source), "sha256": sha256, "documents": n}
     kind = token_type(vocab_size)
-    splits = row_shards(files, 0, cut, kind), row_shards(files, cut, n, kind)
+    splits = [lambda number, *_, rows=rows: itertools.islice(row_shards(files, *rows, kind), number, None)
+              for rows in ((0, cut), (cut, n))]
     put(target, about, codec, vocab_size, val_fraction, splits)
 
 
 def put(target, source, codec, vocab_size, val_fraction, splits, limit=0):
-    """Writes a dataset. splits: (ids, length of a row or 0) of train, and of val. False if it is there."""
+    """Writes a dataset. False if it is there.
+
+    splits: a function for train and one for val, called with what an earlier call has written: number of
+    shards, number of tokens, cursor behind them. It yields (arrays of ids, length of a row or 0, Ids or None)
+    for each further shard.
+    """
     meta = {"format": _FORMAT, "name": target.name, "source": source, "tokenizer": codec and codec.to_dict(),
             "vocab_size": vocab_size, "split": {"val_fraction": val_fraction}}
     meta["split"] |= {"max_tokens": limit} if limit else {}
     with alone(target): # of two calls at once, the second finds what the first has prepared
         here = [target] if target.is_file() else target.glob("*")
-        ours = re.compile(r"meta\.json|(train|val)_\d{6}\.bin") # all that write_dataset writes
+        ours = re.compile(r"(meta|progress)\.json|(train|val)_\d{6}\.bin") # all that write_dataset writes
         if others := sorted(path.name for path in here if not ours.fullmatch(path.name)):
             raise UserError(f"{target} is to be replaced, but there are other files: {listed(others, 3)}\n"
                             "move them elsewhere, or choose another folder with --data_dir")
@@ -1360,8 +1430,9 @@ def put(target, source, codec, vocab_size, val_fraction, splits, limit=0):
             return False
         if target.exists():
             print(f"{target} holds other data, or damaged data, and is replaced")
-        with replacing(target) as folder:
-            write_dataset(folder, meta, splits)
+        key = hash_of_json([meta, _SHARD, _PIECE]) # of all that decides where shards and pieces end
+        with replacing(target, key) as (folder, done):
+            write_dataset(folder, meta, splits, key, done)
     print(f"{target}: {load(os.path.abspath(target))}")
     return True
 
@@ -1385,22 +1456,45 @@ def is_same(target, meta):
     return False
 
 
-def write_dataset(folder, meta, splits):
-    """Writes all shards of splits, and meta.json, into folder."""
-    shards, counts, kind = {}, {"train": 0, "val": 0}, token_type(meta["vocab_size"])
+def write_dataset(folder, meta, splits, key, done):
+    """Writes all shards of splits, and meta.json, into folder. key, done: see finished."""
+    counts, kind = {"train": 0, "val": 0}, token_type(meta["vocab_size"])
+    if done:
+        tokens = sum(entry["tokens"] for entry, _ in done.values())
+        print(f"resuming: {len(done)} shards, {tokens:,} tokens are there")
     for split, parts in zip(counts, splits):
-        for number, (arrays, row) in enumerate(parts):
+        mine = [done[file] for file in done if split_of(file) == split]
+        counts[split] = sum(entry["tokens"] for entry, _ in mine)
+        cursor = mine[-1][1] if mine else [0, 0, 0]
+        for number, (arrays, row, ids) in enumerate(parts(len(mine), counts[split], cursor), len(mine)):
             file = f"{split}_{number:06d}.bin"
             sha256 = write_synced(folder / file, (ids.astype(kind).tobytes() for ids in arrays), kind)
             tokens = len(open_shard(folder / file))
-            shards[file] = {"tokens": tokens, "sha256": sha256, **({"row": row} if row else {})}
+            entry = {"tokens": tokens, "sha256": sha256, **({"row": row} if row else {})}
+            done[file] = entry, ids and ids.cursor
             counts[split] += tokens
+            progress = json.dumps({"shards": done, "sha256": hash_of_json([key, done])}).encode()
+            write_synced(folder / "progress.part", [progress])
+            os.replace(folder / "progress.part", folder / "progress.json")
     if counts["train"] < 2:
         raise UserError(f"{meta['source']['from']} gives {counts['train']} training tokens, "
                         "a model needs at least 2: take a longer text")
+    shards = {file: entry for file, (entry, _) in done.items()}
     meta = {**meta, "split": {**meta["split"], **counts}, "shards": shards}
     meta["sha256"] = hash_of_json(meta) # a damaged letter in the tokenizer would spoil every sample
     write_synced(folder / "meta.json", [(json.dumps(meta, indent=1) + "\n").encode("utf-8")])
+
+
+def finished(folder, key):
+    """{file: (entry for meta.json, cursor behind it)} of the shards that a stopped call has left here: those
+    before the first that is damaged. key: hash of what was to be written.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads((folder / "progress.json").read_bytes())
+        if found["sha256"] == hash_of_json([key, found["shards"]]):
+            is_whole = lambda item: has_hash(folder / item[0], item[1][0]["sha256"])
+            return dict(itertools.takewhile(is_whole, found["shards"].items()))
+    return {}
 
 
 def write_synced(path: Path, pieces, kind: str = "") -> str:
@@ -1422,25 +1516,38 @@ def write_synced(path: Path, pieces, kind: str = "") -> str:
 
 
 @contextmanager
-def replacing(target):
-    """Gives a new folder that takes the place of target in the end. After any error, target is as it was."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.new") # a rename needs one file system
+def replacing(target, key):
+    """Gives a folder that takes the place of target in the end, and what is finished in it.
+
+    After any error, target is as it was. A call that is stopped leaves the folder, named after key, if it has
+    finished a shard.
+    """
+    name = key[:16] if fcntl else os.getpid() # without locks another call may be at work
+    temporary = target.with_name(f".{target.name}.{name}.new") # a rename needs one file system
     aside = temporary.with_suffix(".old")
     try:
-        shutil.rmtree(temporary, ignore_errors=True) # in a container a killed run may have had our process id
-        temporary.mkdir(parents=True)
-        for left in target.parent.glob(f".{target.name}.*.new"): # of a killed run, if it is an hour old
-            if time.time() - left.stat().st_mtime > 3600: # another run may be writing a younger one
-                shutil.rmtree(left, ignore_errors=True)
-        yield temporary
+        if not (done := finished(temporary, key)):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        ours = re.compile(rf"\.{re.escape(target.name)}\.\w+\.(new|old)")
+        for left in target.parent.iterdir(): # of a killed call, if it is an hour old
+            if ours.fullmatch(left.name) and left != temporary and time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True) # another call may be writing a younger one
+        yield temporary, done
         if target.exists(): # rename does not replace a folder that has files
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(target, aside)
         os.rename(temporary, target)
+        (target / "progress.json").unlink()
+    except UserError as error:
+        if not isinstance(error, DownloadError): # what is wrong with the text will not go away
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     finally:
         if aside.exists() and not target.exists():
             os.rename(aside, target)
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not (temporary / "progress.json").exists():
+            shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
 
 

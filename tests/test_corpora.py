@@ -1,4 +1,5 @@
 """data.py: texts of any size and form, and known corpora, in little memory and from a hub that misbehaves."""
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -7,8 +8,11 @@ import json
 import os
 import random
 import runpy
+import shutil
+import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 
 import numpy as np
@@ -16,7 +20,7 @@ import pytest
 
 import data
 from data import load, make_tokenizer, prepare
-from processes import ROOT, run
+from processes import ROOT, run, start
 from test_data import NASTY, VERSE, hf, refused, whole, write
 
 PROSE = "".join(random.Random(0).choices(["word", "don't", " ", "  ", "\n", "\n\n", "12", "?!", "\u4e2d",
@@ -106,6 +110,122 @@ def test_progress_is_told(tmp_path, monkeypatch, capsys):
     made(tmp_path, VERSE)
     said = capsys.readouterr().err
     assert " tokens, " in said and " a second, " in said and "%, " in said and "minutes left" in said
+
+
+# --- stopped and started again ---
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def sources(tmp_path, hub):
+    """{kind: (source, settings of prepare)}, each of several shards where a shard has 700 tokens."""
+    lines = "\n".join(json.dumps({"text": text}) for text in ["", *NASTY, VERSE[:2500], PROSE[:2500]])
+    write(tmp_path / "x.jsonl", lines)
+    for name, text in ("a.txt", ""), ("b.txt", VERSE), ("c.txt", ""), ("d.md", PROSE[:3000]):
+        write(tmp_path / "folder" / name, text)
+    (tmp_path / "rows").mkdir()
+    np.save(tmp_path / "rows/shard_0.npy", np.arange(8000).reshape(800, 10))
+    ids = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
+    for name, part in ("train_000001", ids[:2000]), ("train_000002", ids[2000:]), ("val_000000", ids[:1500]):
+        head = np.array([20240520, 1, len(part), *[0] * 253], "<i4").tobytes()
+        hub.files[f"fineweb_{name}.bin"] = head + part.tobytes()
+    hub.tables["wikitext-2-raw-v1", "train"] = [f" = {i} = \n" if i % 7 == 0 else VERSE[i:i + 50] for i in
+                                                range(150)]
+    hub.tables["wikitext-2-raw-v1", "validation"] = [" = One = \n", VERSE]
+    return {"txt": (write(tmp_path / "x.txt", VERSE), {}), "jsonl": (tmp_path / "x.jsonl", {}),
+            "folder": (tmp_path / "folder", {"val_fraction": 0.4}), "rows": (tmp_path / "rows", {}),
+            "c4": ("c4", {"max_tokens": 30_000}), "wikitext": ("wikitext", {}),
+            "fineweb": ("fineweb", {"tokenizer": "gpt2", "max_tokens": 4900, "val_fraction": 0.3})}
+
+
+def stopping(monkeypatch, moment):
+    """The file number `moment` of a dataset that is written is cut off, as by Ctrl-C."""
+    calls, real = [], data.write_synced
+    def stops(path, *args):
+        calls.extend([path] if path.suffix == ".bin" or path.name == "meta.json" else [])
+        if len(calls) > moment:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        return real(path, *args)
+    monkeypatch.setattr(data, "write_synced", stops)
+    return lambda: monkeypatch.setattr(data, "write_synced", real)
+
+
+@pytest.mark.parametrize("kind", ["c4", "folder", *(pytest.param(kind, marks=pytest.mark.deep) for kind in
+                                                    ("txt", "jsonl", "rows", "wikitext", "fineweb"))])
+def test_prepare_goes_on_where_it_was_stopped(kind, hub, tmp_path, monkeypatch, capsys):
+    """After each shard in turn: the same bytes, and what lies in finished shards is not encoded again."""
+    for name, value in (("_SHARD", 700), ("_PIECE", 400), ("_THREADS", 1)):
+        monkeypatch.setattr(data, name, value)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    source, how = sources(tmp_path, hub)[kind]
+    how = {"tokenizer": "byte" if kind != "rows" else "char", "data_dir": tmp_path / "data", **how}
+    encoded, encode = [], data.ByteTokenizer.encode
+    counting = lambda codec, text: encoded.append(len(text)) or encode(codec, text)
+    monkeypatch.setattr(data.ByteTokenizer, "encode", counting)
+    right = contents(prepare(source, **{**how, "data_dir": tmp_path / "whole"}))
+    tokens = [entry["tokens"] for entry in json.loads(right["meta.json"])["shards"].values()]
+    most = sum(encoded)
+    for moment in range(1, len(tokens) + 1, 1 + len(tokens) // 6):
+        again = stopping(monkeypatch, moment)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, **how)
+        again()
+        encoded.clear()
+        capsys.readouterr()
+        assert contents(prepare(source, **how)) == right
+        assert f"resuming: {moment} shards, {sum(tokens[:moment]):,} tokens" in capsys.readouterr().out
+        # 8,000: what is read ahead, and the pieces that shards end in
+        assert sum(encoded) <= most * sum(tokens[moment:]) / sum(tokens) + 8000
+        shutil.rmtree(tmp_path / "data" / data.own_name(source))
+    assert len(tokens) > 3 and len(os.listdir(tmp_path / "data")) == len(os.listdir(tmp_path / "whole")) - 1
+
+
+@pytest.mark.parametrize("change, kept", [
+    ("nothing", 3), ("second shard", 1), ("record", 0), ("text", 0), ("tokenizer", 0), ("fraction", 0)])
+def test_what_was_stopped_is_checked(change, kept, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "_SHARD", 500)
+    again, how = stopping(monkeypatch, 3), {"tokenizer": "byte"}
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, **how)
+    again()
+    left = next((tmp_path / "data").glob(".verse.*.new"))
+    path = left / ("train_000001.bin" if change == "second shard" else "progress.json")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"[0, ") + 4 if change == "record" else -1] ^= change in ("second shard", "record")
+    path.write_bytes(bytes(content))
+    how = {"tokenizer": "ascii" if change == "tokenizer" else "byte",
+           "val_fraction": 0.2 if change == "fraction" else 0.1}
+    text = VERSE + "more" * (change == "text")
+    found = made(tmp_path, text, **how)
+    assert (f"resuming: {kept} shards" in capsys.readouterr().out) == (kept > 0)
+    assert found.sha256 == made(tmp_path / "other", text, **how).sha256
+
+
+@pytest.mark.deep
+def test_prepare_killed_at_random_moments(tmp_path):
+    """kill -9 again and again: the bytes of a run that nobody killed."""
+    write(tmp_path / "x.txt", VERSE * 2000)
+    code = ("import data; data._SHARD = 200_000; data._PIECE = 10_000\n"
+            f"data.prepare('{tmp_path}/x.txt', 'byte', '{tmp_path}/' + {{!r}})")
+    begin, rng, kills, resumed = time.monotonic(), random.Random(0), 0, 0
+    assert start(["-c", code.format("whole")]).wait() == 0
+    longest = time.monotonic() - begin
+    while kills < 10:
+        process = start(["-c", code.format("data")])
+        try:
+            process.wait(rng.uniform(0.1, 1) * longest)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        else:
+            resumed += "resuming" in process.stdout.read()
+            assert contents(tmp_path / "data/x") == contents(tmp_path / "whole/x")
+            shutil.rmtree(tmp_path / "data")
+    assert resumed > 0
 
 
 @pytest.mark.deep

@@ -566,7 +566,7 @@ def test_one_at_a_time(tmp_path):
     assert together == [1] * 160 and os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("moment", [0, 1, 2])
+@pytest.mark.parametrize("moment", range(5)) # two shards, each with a record of progress, and meta.json
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
 def test_interrupted_prepare_leaves_what_was_there(kind, moment, tmp_path, monkeypatch):
     calls, real = [], data.write_synced
@@ -579,7 +579,8 @@ def test_interrupted_prepare_leaves_what_was_there(kind, moment, tmp_path, monke
     monkeypatch.setattr(data, "write_synced", fails)
     with pytest.raises(KeyboardInterrupt if kind is KeyboardInterrupt else UserError) as caught:
         made(tmp_path)
-    assert len(calls) == moment + 1 and os.listdir(tmp_path / "data") == []
+    left = os.listdir(tmp_path / "data")
+    assert len(calls) == moment + 1 and data.prepared(tmp_path / "data") == [] and len(left) == (moment > 1)
     said = str(caught.value)
     assert kind is KeyboardInterrupt or "No space left" in said and "--data_dir" in said
     monkeypatch.setattr(data, "write_synced", real)
@@ -588,7 +589,7 @@ def test_interrupted_prepare_leaves_what_was_there(kind, moment, tmp_path, monke
     monkeypatch.setattr(data, "write_synced", fails)
     with pytest.raises((KeyboardInterrupt, UserError)):
         made(tmp_path, VERSE + "more")
-    assert os.listdir(tmp_path / "data") == ["verse"] and load("verse", tmp_path / "data").sha256 == before
+    assert data.prepared(tmp_path / "data") == ["verse"] and load("verse", tmp_path / "data").sha256 == before
 
 
 def test_failing_rename_brings_the_old_dataset_back(tmp_path, monkeypatch):
@@ -599,7 +600,7 @@ def test_failing_rename_brings_the_old_dataset_back(tmp_path, monkeypatch):
         real(a, b)
     monkeypatch.setattr(os, "rename", fails)
     refused(lambda: made(tmp_path, VERSE + "more"), "Input/output error")
-    assert os.listdir(tmp_path / "data") == ["verse"] and load("verse", tmp_path / "data").sha256 == before
+    assert data.prepared(tmp_path / "data") == ["verse"] and load("verse", tmp_path / "data").sha256 == before
 
 
 def test_killed_prepare_is_invisible_and_cleared_later(tmp_path):
@@ -607,11 +608,11 @@ def test_killed_prepare_is_invisible_and_cleared_later(tmp_path):
     assert data.prepared(tmp_path / "data") == []
     made(tmp_path)
     assert left.exists() # it might belong to a process that is still at work
-    os.utime(left, (0, 0))
-    for end in ("new", "old"):
-        write(tmp_path / "data" / f".verse.{os.getpid()}.{end}" / "train_000000.bin", b"half")
+    for folder in (left, left.with_suffix(".old"), tmp_path / "data/.verse.two.123.new"):
+        write(folder / "val_000000.bin", b"half")
+        os.utime(folder, (0, 0))
     made(tmp_path, VERSE + "more")
-    assert os.listdir(tmp_path / "data") == ["verse"]
+    assert sorted(os.listdir(tmp_path / "data")) == [".verse.two.123.new", "verse"] # another dataset's stays
 
 
 def test_data_dir_that_cannot_be_written(tmp_path):
