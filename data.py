@@ -40,7 +40,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,6 @@ FIRST_BYTES = { # first bytes of files that are no text -> what the file is, and
     b"%PDF": "a PDF, not text: take its text out, say with pdftotext",
     b"PK\3\4": "a zip archive (as .docx and .epub are), not text: take its text out",
     b"\x93NUMPY": "a numpy array, not text: call it shard_0.npy and prepare its folder",
-    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 OLD > NEW"),
     **{np.array(key, "<i4").tobytes(): "a shard of tokens, not text: name its folder" for key in WIDTHS}}
 
 
@@ -602,30 +601,50 @@ def unzstd(file):
         raise EOFError("it is cut off")
 
 
-def read_text(path):
-    """Yields the text of a UTF-8 file in pieces, without its byte order mark, line ends as they are.
+@cache
+def say_once(words):
+    print(words)
 
-    UserError for all else. Several of these errors need the whole file, so they come after its pieces.
+
+def read_text(path):
+    """Yields the text of a file in UTF-8, or UTF-16 with a byte order mark, in pieces: without the mark, line
+    ends as they are. UserError for all else. Several of these errors come after the pieces of the whole file.
     """
-    decoder, size, letters, controls, wide = codecs.getincrementaldecoder("utf-8")(), 0, 0, 0, ""
+    kind, size, letters, controls, wide = "utf-8", 0, 0, 0, ""
     for raw in itertools.chain(blocks(path), [b""]):
         if not size:
             wide = first_look(path, raw)
-        some = raw.replace(b"\0", b"") if wide else raw # token shards have as many zeros as UTF-16
-        letters, controls = letters + len(some), controls + len(some) - len(some.translate(None, CONTROLS))
+            if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                kind, wide = "utf-16", ""
+                say_once(f"{path} is UTF-16 and is decoded")
+            decoder = codecs.getincrementaldecoder(kind)()
         try:
-            begin, what = size - len(decoder.getstate()[0]), wide and "every second byte is zero"
+            begin, what, text = size - len(decoder.getstate()[0]), wide and "every second byte is zero", ""
             text, size = decoder.decode(raw, not raw), size + len(raw)
         except UnicodeDecodeError as error:
             what = f"byte 0x{error.object[error.start]:02x} at offset {begin + error.start}"
-            # Latin-1 has no letters from 0x80 to 0x9f.
-            wide = "windows-1252" if re.search(b"[\x80-\x9f]", raw) else "latin1"
+            wide = western(raw)
+        some = text.encode() if kind == "utf-16" else raw
+        some = some.replace(b"\0", b"") if wide else some # token shards have as many zeros as UTF-16
+        letters, controls = letters + len(some), controls + len(some) - len(some.translate(None, CONTROLS))
         if (what or not raw) and controls > 0.01 * letters:
             raise UserError(f"{path} is no text: more than one byte in a hundred is a control character")
+        if what and kind == "utf-16":
+            raise UserError(f"{path} begins as UTF-16 does, but is damaged: {what}\nget it again")
         if what:
             raise UserError(f"{path} is not UTF-8: {what}\n"
-                            f"if it is {wide}: iconv -f {wide} -t utf-8 OLD > NEW")
+                            f"if it is {wide}: iconv -f {wide.split(',')[0]} -t utf-8 OLD > NEW")
         yield text if begin else text.removeprefix("\ufeff")
+
+
+def western(raw):
+    """The one-byte encoding that bytes which are not UTF-8 may have."""
+    high = len(raw) - len(raw.translate(None, bytes(range(128, 256))))
+    if not re.search(b"[\x80-\x9f]", raw): # Latin-1 has no letters there
+        return "latin1"
+    # Windows-1252 leaves five bytes undefined, and a text of Latin letters has few letters with accents.
+    is_likely = high < 0.2 * len(raw) and not re.search(b"[\x81\x8d\x8f\x90\x9d]", raw)
+    return "windows-1252" + ", as its bytes suggest" * is_likely
 
 
 def first_look(path, raw):

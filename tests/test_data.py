@@ -335,16 +335,30 @@ PROSE = "He said \u201cno\u201d \u2014 caf\u00e9. " * 20
 @pytest.mark.parametrize("content, way_out", [
     (gzip.compress(VERSE.encode()), "gunzip"), (b"%PDF-1.7\n" + VERSE.encode(), "pdftotext"),
     (b"PK\3\4 docx", "zip archive"), (b"\x93NUMPY\1\0", "shard_0.npy"),
-    (PROSE.encode("utf-16"), "iconv -f utf-16 "),
-    (b"\xfe\xff" + PROSE.encode("utf-16-be"), "iconv -f utf-16 "),
+    (VERSE.encode("utf-16")[:-1], "damaged: byte"), (b"\xff\xfe\0\xd8a\0" * 9, "damaged: byte"),
+    (VERSE.encode("utf-32"), "is no text"),
     (VERSE.encode("utf-16-le"), "iconv -f utf-16le"), (VERSE.encode("utf-16-be"), "iconv -f utf-16be"),
-    (PROSE.encode("cp1252"), "iconv -f windows-1252"), ("caf\u00e9 ".encode("latin1") * 9, "iconv -f latin1"),
+    (PROSE.encode("cp1252"), "windows-1252, as its bytes suggest: iconv -f windows-1252 -t"),
+    ("\u0416\u0446".encode("cp1251") * 9 + b"\x81", "if it is windows-1252: iconv -f windows-1252 -t"),
+    ("caf\u00e9 ".encode("latin1") * 9, "iconv -f latin1"),
     (bytes(range(256)) * 9, "is no text"), (VERSE.encode() + b"\0" * 99, "is no text"),
     (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is no text"),
     (gzip.compress(bytes(range(256)) * 9).decode("latin1").encode(), "is no text"), # as iconv would make it
-    ((np.arange(999, dtype="<u2") % 65).tobytes(), "is no text")], ids=range(15))
+    ((np.arange(999, dtype="<u2") % 65).tobytes(), "is no text")], ids=range(17))
 def test_what_is_no_text_is_named(content, way_out, tmp_path):
     refused(lambda: made(tmp_path, content), "verse.txt", way_out)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_utf16_with_its_mark_is_decoded(name, tmp_path, capsys, monkeypatch):
+    """Pieces end inside a character, and inside a pair of surrogates."""
+    text = "".join(map(wild, range(9))).replace("\0", "") + PROSE * 9
+    for k, (piece, kind) in enumerate([(2**16, "utf-16-le"), (3, "utf-16-le"), (5, "utf-16-be")]):
+        monkeypatch.setattr(data, "_PIECE", piece)
+        content = ("\ufeff" + (json.dumps({"text": text}, ensure_ascii=False) if "json" in name else text))
+        found = made(tmp_path / str(k), content.encode(kind), name, val_fraction=0.0)
+        assert found.tokenizer.decode(whole(found.train)) == text
+        assert capsys.readouterr().out.count("is UTF-16 and is decoded") == 1
 
 
 def test_a_log_is_text(tmp_path):
