@@ -34,6 +34,7 @@ import shlex
 import shutil
 import string
 import sys
+import threading
 import time
 import zlib
 from collections import deque
@@ -65,6 +66,8 @@ field = "" # column of a .csv, or key of a .jsonl or .parquet, that holds the te
 _FORMAT = 1 # version of meta.json: raise it with a change that makes older folders unreadable
 _HEADER = 1024 # bytes of a shard's header: 256 int32
 _SHARD = 100_000_000 # most tokens of one file, as in llm.c: 200 MB of uint16
+_CHUNK = 2 ** 22 # tokens of the shuffle buffer of a stream
+_VALIDATION = 2 ** 20 # most tokens that a stream validates on
 _PIECE = 2 ** 16 # characters or bytes that are read, encoded and written at a time
 _LONGEST = 2 ** 24 # characters that may have to be in memory together, as a line of .jsonl does
 _RATIO = 200 # times its size that a packed text may take: text packs 3 to 50 times, a bomb 1,000
@@ -1152,13 +1155,17 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
         raise UserError(f"{source}: shard_*.npy are taken whole, drop --field and --max_tokens")
     if files:
         prepare_rows(target, source, files, tokenizer, val_fraction)
-    elif source == "fineweb" and tokenizer != "gpt2":
-        raise UserError("fineweb holds ids of GPT-2, not text: add --tokenizer=gpt2")
     elif source in CORPORA:
+        check_tokenizer(source, tokenizer)
         prepare_corpus(target, origin, sources, tokenizer, val_fraction, max_tokens or CORPORA[source])
     else:
         prepare_text(target, origin, *sources, tokenizer, val_fraction, max_tokens)
     return target
+
+
+def check_tokenizer(source, tokenizer):
+    if source == "fineweb" and tokenizer != "gpt2":
+        raise UserError("fineweb holds ids of GPT-2, not text: add --tokenizer=gpt2")
 
 
 class Survey:
@@ -1658,6 +1665,9 @@ class Tokens:
             which, row, first = self.locate(picks, room) # (B,) each
         return self.cut([self.shards[k] for k in which], row * self.rows[which] + first, block_size)
 
+    def place(self, n: int) -> None:
+        """Nothing has to be known to go on with window n, as it has for a Stream."""
+
     def locate(self, picks, each):
         """Shard, row and number in its row of things, by their numbers (B,). A row of shard k has each[k]."""
         ends = np.cumsum(self.counts * each) # (shards,)
@@ -1725,6 +1735,127 @@ class Tokens:
         longer = "raise --val_fraction" if self.label.startswith("val") else "take a longer text"
         return UserError(f"{self.label} has {rows}{n} tokens, block_size is {block_size}: "
                          f"{lower}{'take longer rows' if rows else longer}")
+
+
+class Stream:
+    """Training text straight from a source: a chunk of about _CHUNK ids in memory, and the next being read.
+
+    Chunk k is a shuffle buffer: its windows, which do not overlap, come in an order drawn from (seed, k). So
+    window n of a run is a function of seed, n, T and the source. After the last file the first comes again.
+    """
+
+    def __init__(self, files, codec, begin, label, val, place=None):
+        """begin: cursor of the first id. place: of an earlier call; the source is opened there."""
+        self.files, self.codec, self.begin, self.label = files, codec, begin, label
+        self.places = [[0, 0, *begin], *([place] if place else [])] # of the chunks so far
+        self.shards, self.rows = val.shards, [2**62] # for who asks how a text begins, or how long it is
+        self.asked = None # (T, seed) of the last call
+        self.first, self.order = 0, [] # of the chunk in memory: number of its first window, windows in order
+
+    def place(self, n: int) -> list[int]:
+        """Where to read on for window n: the first window, the number and the cursor of its chunk."""
+        return max(place for place in self.places if place[0] <= n)
+
+    def batch(self, step: int, batch_size: int, block_size: int, seed: int, epochs: bool = False):
+        """(x, y), both (B, T) int64, as Tokens.batch gives them, but each window comes once an epoch.
+
+        Quick for steps that rise. For a window of an earlier chunk the source is opened anew.
+        """
+        numbers = range(step * batch_size, (step + 1) * batch_size)
+        ids = np.stack([self.window(n, block_size, seed) for n in numbers]) # (B, T + 1)
+        ids = torch.from_numpy(ids.astype(np.int64))
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous() # (B, T) each
+
+    def window(self, n, T, seed):
+        if (T, seed) != self.asked or n < self.first:
+            if self.asked and self.asked[0] != T: # the known places are those of other windows
+                del self.places[1:]
+            self.asked, self.first, self.order = (T, seed), 0, []
+            self.reader = ahead(self.chunks(self.place(n), T))
+        while n >= self.first + len(self.order):
+            place, self.ids = next(self.reader)
+            self.first, k, *cursor = place
+            if k and cursor == self.begin:
+                print(f"{self.label} was read to its end, and begins again", flush=True)
+            if place > self.places[-1]:
+                self.places.append(place)
+            self.order = np.random.default_rng([seed, k]).permutation((len(self.ids) - 1) // T) # (windows,)
+        start = self.order[n - self.first] * T
+        return self.ids[start:start + T + 1]
+
+    def chunks(self, place, T):
+        """Yields (place, ids) of each chunk, without end. The last id is the first of the next chunk, too."""
+        first, k, *cursor = place
+        size, ids, new = max(_CHUNK // T, 1) * T, Ids(self.files, self.codec, cursor), cursor == self.begin
+        while True:
+            cursor = ids.cursor
+            parts = [*ids.take(size)]
+            if ids.more():
+                parts.append(ids.ids[ids.at:ids.at + 1])
+            if windows := (sum(map(len, parts)) - 1) // T * bool(parts):
+                yield [first, k, *cursor], np.concatenate(parts)
+                first, k, new = first + windows, k + 1, False
+            if not ids.more():
+                if new:
+                    raise UserError(f"{self.label} has no {T + 1} tokens: lower --block_size")
+                ids, new = Ids(self.files, self.codec, self.begin), True
+
+
+def ahead(values):
+    """Yields the values. A thread makes the next one meanwhile."""
+    def work(made):
+        try:
+            made.append((next(values), None))
+        except BaseException as error: # raised where the value is wanted
+            made.append((None, error))
+
+    def begin():
+        made = []
+        thread = threading.Thread(target=work, args=(made,), daemon=True) # the end waits for no download
+        thread.start()
+        return thread, made
+
+    thread, made = begin()
+    while True:
+        thread.join()
+        value, error = made.pop()
+        if error:
+            raise error
+        thread, made = begin()
+        yield value
+
+
+def stream(source: str, tokenizer: str = "", data_dir: str = "data", val_fraction: float = 0.1,
+           place: list[int] | None = None) -> Dataset:
+    """A corpus of the hub, or a path, whose text is not prepared but read while it is trained on.
+
+    Validation takes _VALIDATION tokens at most: of the corpus's own validation text, or about val_fraction of
+    a path, from its start. Training never reads these. place: see Stream.place.
+    """
+    tokenizer = tokenizer or "gpt2"
+    if source in DATASETS and source not in CORPORA:
+        raise UserError(f"{source} is small: drop --stream, or choose --dataset={listed(CORPORA)}, or a path")
+    if source not in CORPORA and (find(source, data_dir) or npy_files(source)):
+        raise UserError(f"{source} is prepared already: drop --stream")
+    if tokenizer == "char":
+        raise UserError("tokenizer=char needs the whole text for its vocabulary\n"
+                        "with --stream choose --tokenizer=gpt2, byte or ascii")
+    check_tokenizer(source, tokenizer)
+    origin, files, *own = read_source(source, data_dir)
+    codec, most = make_tokenizer(tokenizer, "", data_dir), _VALIDATION
+    if not own: # of a path
+        inside = sorted(path for path in Path(source).rglob("*") if path.is_file()) or [Path(source)]
+        origin = [[path.name, sha256_of(path)] for path in inside]
+        size = sum(path.stat().st_size for path in inside)
+        most = min(most, int(val_fraction * size / 4)) # a token of gpt2 has about 4 bytes
+    ids = Ids(own[0] if own else files, codec, most=most)
+    val = Tokens([np.concatenate([ids.ids, *ids.take(most)])], codec.vocab_size, f"val split of {source}")
+    sha256 = hash_of_json([origin, _CHUNK, _PIECE, _VALIDATION, val_fraction]) # what decides the windows
+    meta = {"source": {"from": source}, "tokenizer": codec.to_dict(), "vocab_size": codec.vocab_size,
+            "split": {"val_fraction": val_fraction}, "shards": {"stream": {"sha256": sha256}}}
+    train = Stream(files, codec, [0, 0, 0] if own else ids.cursor, source, val, place)
+    name = source if own else os.path.abspath(source) # what stream finds again, in another folder too
+    return Dataset(name, Path(data_dir) / own_name(source), meta, codec, codec.vocab_size, train, val)
 
 
 # --- command line ---

@@ -54,6 +54,7 @@ model_size = "" # nano | micro | tiny | small | medium | large | xl | xxl (model
 dataset = "shakespeare" # a name in data_dir, one of python data.py list, or a path of text or shard_*.npy
 tokenizer = "" # char | ascii | byte | gpt2 | FILE.json (ours or of `tokenizers`); empty: the data's or char
 data_dir = "data" # folder of prepared datasets and downloads
+stream = False # read dataset (a corpus of the hub, or a path) while training, without preparing it before
 val_fraction = 0.1 # last part of the text, kept for validation; used when train.py prepares the data
 sampling = "random" # windows of the text: random (any place) | epochs (each once, then all again elsewhere)
 offline_dataset = "" # taken instead, aloud, if dataset cannot be downloaded; empty: stop
@@ -159,7 +160,7 @@ SPARSE = ("sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boos
 # setting: the setting that it needs, and a value that would switch that on
 NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16)}
 # a resumed run cannot change these, nor the model
-FIXED = {"seed", "model_size", "sampling", "batch_size", "windows", "gradient_accumulation_steps",
+FIXED = {"seed", "model_size", "stream", "sampling", "batch_size", "windows", "gradient_accumulation_steps",
          "optimizer", "dtype", "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
 LOCAL = {"out_dir", "resume", "device", "fsdp"} # a resumed run takes these from its own command line
 MAX_SKIPPED = 5 # steps skipped in a row that are tolerated; 4 times as many in fp16
@@ -269,7 +270,8 @@ def snapshot() -> dict:
         weights, moments = tree_map(gathered, (weights, moments))
     return {**run, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
             "sparse": sparsity.state_dict() if sparsity else None, "random": generators, "config": run_config,
-            "tokenizer": codec.to_dict() if codec else None, "data_sha256": corpus.sha256}
+            "tokenizer": codec.to_dict() if codec else None, "data_sha256": corpus.sha256,
+            "stream": corpus.train.place(run["step"] * rows)}
 
 
 def restore(state: dict) -> None:
@@ -410,15 +412,20 @@ print(f"device {device} ({device_reason})   dtype {dtype}   "
 
 def get_data(name: str) -> data.Dataset:
     """The dataset, prepared if it is not there; offline_dataset, aloud, if it cannot be downloaded."""
+    streamed = stream and name != offline_dataset
     try:
-        place = data.find(name, data_dir) or data.prepare(name, tokenizer, data_dir, val_fraction)
+        if streamed:
+            begin = checkpoint["stream"] if checkpoint else None
+            found = data.stream(name, tokenizer, data_dir, val_fraction, begin)
+        else:
+            place = data.find(name, data_dir) or data.prepare(name, tokenizer, data_dir, val_fraction)
     except data.DownloadError as error:
         if name == offline_dataset or not offline_dataset:
             raise
         print(f"{error}\n\n*** {name.upper()} CANNOT BE DOWNLOADED: TRAINING ON {offline_dataset.upper()} "
               "INSTEAD. ITS LOSSES DO NOT COMPARE. ***\n")
         return get_data(offline_dataset)
-    found = data.load(place, data_dir)
+    found = found if streamed else data.load(place, data_dir)
     if earlier and found.sha256 != (checkpoint or began).get("data_sha256"):
         raise UserError(f"cannot resume: {found.folder} is not the data this run was trained on\n"
                         "drop --dataset, prepare the data as before, or train anew in another --out_dir")
@@ -446,7 +453,8 @@ try:
         prompt_ids = prompt_ids or corpus.train.shards[0][:1].tolist() # begin as the text begins
 except data.DownloadError as error: # the tokens were made elsewhere: training needs no tokenizer
     print(f"{error}\nNO SAMPLES WILL BE WRITTEN")
-print(f"data {dataset}: {len(corpus.train):,} training and {len(corpus.val):,} validation tokens, "
+amount = "streamed" if isinstance(corpus.train, data.Stream) else f"{len(corpus.train):,}"
+print(f"data {dataset}: {amount} training and {len(corpus.val):,} validation tokens, "
       f"vocabulary {corpus.vocab_size:,}")
 
 # --- model and optimizer ------------------------------------------------------------------------------------
@@ -463,7 +471,8 @@ with user_errors():
         raise UserError(f"vocab_size={config.vocab_size} is below {corpus.vocab_size}: drop --vocab_size")
     if windows > 1 and max(corpus.train.rows) <= sequence:
         raise UserError(f"windows={windows} are {sequence:,} tokens, more than the text has: lower --windows")
-    corpus.train.batch(0, 1, sequence, seed) # refuses a text that is too short
+    # refuses a text that is too short; a stream is not opened at its start where the run goes on later
+    corpus.train.batch(checkpoint["step"] if checkpoint else 0, rows, sequence, seed)
     corpus.val.batch(0, 1, sequence, seed) if eval_iters > 0 else next(corpus.val.windows(sequence, 1))
     model = GPT(config)
     if fsdp: # before the model goes to the device, which may be too small for the whole
@@ -801,7 +810,7 @@ if compile == "true":
     try:
         step_model = torch.compile(model)
         with torch.random.fork_rng(): # the trial must not move dropout's generator
-            gradient(next_batch(0)[:1])
+            gradient(next_batch(run["step"])[:1])
     except Exception as error: # whatever the compiler raises, eager mode computes the same
         problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         print(f"WARNING: torch.compile FAILED, TRAINING IN EAGER MODE: {problem}")

@@ -17,9 +17,11 @@ import urllib.parse
 
 import numpy as np
 import pytest
+from torch.distributed import TCPStore
 
 import data
 from data import load, make_tokenizer, prepare
+from model import load_checkpoint
 from processes import ROOT, run, start
 from test_data import NASTY, VERSE, hf, refused, whole, write
 
@@ -585,6 +587,171 @@ def test_the_hub_is_not_asked_offline(hub, tmp_path, monkeypatch):
     corpus(tmp_path, "tinystories", tokenizer="ascii")
     refused(lambda: corpus(tmp_path, "c4"), "HF_HUB_OFFLINE", kind=data.DownloadError)
     assert len(hub.asked) == asked
+
+
+# --- streams ---
+
+
+def in_order(ids, T, seed, count, chunk):
+    """The first `count` windows of a stream, from all of its ids, by its rule."""
+    found, k = [], 0
+    while len(found) < count:
+        for first in range(0, len(ids), chunk // T * T):
+            some = ids[first:first + chunk // T * T + 1]
+            if n := (len(some) - 1) // T:
+                found += [some[i * T:i * T + T + 1] for i in np.random.default_rng([seed, k]).permutation(n)]
+                k += 1
+    return np.array(found[:count]).astype(np.int64)
+
+
+@pytest.fixture
+def small(hub, monkeypatch):
+    """Small chunks, and corpora that end with the files that the hub has."""
+    for name, value in (("_CHUNK", 1000), ("_PIECE", 400), ("_VALIDATION", 1000)):
+        monkeypatch.setattr(data, name, value)
+    def those(repo, revision, data_dir, read, path, numbers=(0,), first=0):
+        there = [number for number in numbers if path.format(number) in hub.files]
+        return real(repo, revision, data_dir, read, path, there, first)
+    real = data.hub_files
+    monkeypatch.setattr(data, "hub_files", those)
+
+
+@pytest.mark.parametrize("kind, tokenizer", [
+    ("c4", "byte"), ("folder", "byte"), pytest.param("c4", "gpt2", marks=pytest.mark.deep),
+    *(pytest.param(kind, "byte", marks=pytest.mark.deep) for kind in ("txt", "jsonl", "wikitext")),
+    pytest.param("fineweb", "gpt2", marks=pytest.mark.deep)])
+def test_a_stream_gives_the_windows_of_the_whole_text(kind, tokenizer, hub, small, tmp_path, capsys, request):
+    """Two epochs, as computed from all ids; and the same steps from the place of any of them."""
+    if tokenizer == "gpt2":
+        request.getfixturevalue("mirror")
+    source = str(sources(tmp_path, hub)[kind][0])
+    how = {"tokenizer": tokenizer, "data_dir": tmp_path / "data"}
+    own = source in data.CORPORA
+    ids = whole(load(prepare(source, **how, val_fraction=0.1 if own else 0.0)).train)
+    found, T, B, seed = data.stream(source, **how, val_fraction=0.1), 37, 5, 7
+    val = whole(found.val)
+    if not own: # the start of the text, which is not trained on
+        assert len(val) > 50 and (ids[:len(val)] == val).all()
+        ids = ids[len(val):]
+    steps = 2 * len(ids) // (T * B)
+    expected = in_order(ids, T, seed, steps * B, 1000).reshape(steps, B, T + 1)
+    places = []
+    for step in range(steps):
+        places.append(json.loads(json.dumps(found.train.place(step * B))))
+        x, y = found.train.batch(step, B, T, seed)
+        assert (x.numpy() == expected[step, :, :-1]).all() and (y.numpy() == expected[step, :, 1:]).all()
+    assert capsys.readouterr().out.count("begins again") in (1, 2) and len({*map(tuple, places)}) > 3
+    for step in range(0, steps, 1 + steps // 9):
+        again = data.stream(source, **how, val_fraction=0.1, place=places[step])
+        assert again.sha256 == found.sha256
+        for later in range(step, min(step + 2, steps)):
+            assert (again.train.batch(later, B, T, seed)[1].numpy() == expected[later, :, 1:]).all()
+    assert (again.train.batch(0, B, T, seed)[1].numpy() == expected[0, :, 1:]).all() # back at the start
+
+
+def test_a_stream_goes_on_without_what_came_before(hub, small, tmp_path, monkeypatch):
+    """Neither the files before its place are asked for, nor are their texts encoded."""
+    monkeypatch.setattr(data, "_THREADS", 1)
+    found = data.stream("c4", "byte", tmp_path / "data")
+    for step in range(20):
+        found.train.batch(step, 10, 200, 0)
+    place = found.train.place(200)
+    assert place[2] == 1 and "\n".join(hub.stories[50:])[:1000] == found.tokenizer.decode(whole(found.val))
+    expected = found.train.batch(20, 10, 200, 0)[0]
+    hub.asked.clear()
+    encoded, encode = [], data.ByteTokenizer.encode
+    counting = lambda codec, text: encoded.append(len(text)) or encode(codec, text)
+    monkeypatch.setattr(data.ByteTokenizer, "encode", counting)
+    again = data.stream("c4", "byte", tmp_path / "other", place=place)
+    validated = sum(encoded)
+    assert (again.train.batch(20, 10, 200, 0)[0] == expected).all()
+    assert not any("train.00000" in path for _, _, path, _ in hub.asked)
+    assert sum(encoded) - validated < 9000 # two chunks, and what is read ahead
+
+
+def test_what_a_stream_refuses(hub, small, tmp_path):
+    path, place = str(write(tmp_path / "x.txt", VERSE)), tmp_path / "data"
+    prepare(path, data_dir=place)
+    for source, tokenizer, words in (
+            (path, "char", "--tokenizer=gpt2, byte or ascii"), ("shakespeare", "", "drop --stream"),
+            ("fineweb", "byte", "--tokenizer=gpt2"), (str(place / "x"), "byte", "prepared already: drop"),
+            ("x", "byte", "prepared already: drop --stream"), ("nowhere", "byte", "no text file")):
+        refused(lambda: data.stream(source, tokenizer, place), words)
+    short = data.stream(path, "byte", place)
+    refused(lambda: short.train.batch(0, 1, 5000, 0), "x.txt has no 5001 tokens", "lower --block_size")
+    hub.files["en/c4-train.00001-of-01024.json.gz"] = gzip.compress(b"{") # met in the second chunks' thread
+    found = data.stream("c4", "byte", place)
+    refused(lambda: [found.train.batch(step, 10, 200, 0) for step in range(99)], "00001", "not JSON")
+
+
+FLAGS = ("--dataset=c4 --stream --tokenizer=byte --n_layer=1 --n_head=2 --n_embd=32 --block_size=32 "
+         "--dropout=0.1 --batch_size=4 --warmup_iters=2 --log_interval=1 --eval_interval=10 "
+         "--checkpoint_interval=3 --sample_tokens=4 --schedule=constant").split()
+
+
+def training(tmp_path, name, *flags, **env):
+    """train.py on the stream of c4, with chunks of 15 windows: a step in four takes windows of two chunks."""
+    code = (f"import runpy, sys\nsys.argv, sys.path[:0] = sys.argv[1:], [{str(ROOT)!r}]\nimport data\n"
+            "data._CHUNK, data._PIECE, data._VALIDATION = 500, 400, 1000\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    return start(["-c", code, ROOT / "train.py", f"--data_dir={tmp_path / 'data'}",
+                  f"--out_dir={tmp_path / name}", *FLAGS, *flags], env=env)
+
+
+def trained(process, code=0):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def weights(folder):
+    return load_checkpoint(folder / "ckpt.pt")["model"]
+
+
+def test_train_on_a_stream(hub, tmp_path):
+    said = trained(training(tmp_path, "o", "--max_iters=3"))
+    assert "data c4: streamed training and 1,000 validation tokens, vocabulary 256" in said
+    assert load_checkpoint(tmp_path / "o/ckpt.pt")["stream"][:2] == [0, 0]
+    assert not (tmp_path / "data/c4").exists()
+
+
+@pytest.mark.deep
+def test_a_killed_run_on_a_stream_ends_in_the_same_bits(hub, tmp_path):
+    """kill -9 at random steps. The second time, the first file is gone: the run has passed it."""
+    trained(training(tmp_path, "calm", "--max_iters=300"))
+    wanted, rng = weights(tmp_path / "calm"), random.Random(3)
+    for step in (30, 225): # in the first file, and in the second
+        process = training(tmp_path, f"killed_{step}", "--max_iters=300")
+        log, begin, step = tmp_path / f"killed_{step}/metrics.jsonl", time.monotonic(), step + rng.randrange(20)
+        while not log.exists() or log.read_bytes().count(b"train_loss") < step:
+            threading.Event().wait(0.005) # the hub has replaced time.sleep
+            assert time.monotonic() < begin + 100
+        process.kill()
+        assert process.wait() == -9
+        if step >= 225:
+            (tmp_path / "data/c4-en-c4-train.00000-of-01024.jsonl.gz").unlink()
+            del hub.files["en/c4-train.00000-of-01024.json.gz"]
+        assert "RESUMING from" in trained(training(tmp_path, log.parent.name, "--resume"))
+        found = weights(log.parent)
+        assert all((found[name] == wanted[name]).all() for name in wanted)
+    said = trained(training(tmp_path, "killed_30", "--resume", "--tokenizer=ascii"), 2)
+    assert "not the data this run was trained on" in said
+
+
+@pytest.mark.deep
+def test_two_processes_take_the_batches_of_one(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    flags = ("--max_iters=40", "--dropout=0")
+    trained(training(tmp_path, "one", *flags))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) # torchrun holds one too
+    pair = [training(tmp_path, "two", *flags, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port)) for rank in range(2)]
+    for process in pair:
+        trained(process)
+    one, two = ([json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").open()
+                 if "train_loss" in line] for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
 
 
 @pytest.mark.deep
