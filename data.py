@@ -1,7 +1,8 @@
 """Text in, batches out: tokenizers, corpora, binary token shards, and the batches cut from them.
 
 In reading order: tokenizers turn text into ids; fetch downloads a file; read_source finds the text of a known
-corpus or a path; prepare writes its ids as shards; load opens shards; Tokens cuts batches from them.
+corpus or a path; prepare writes its ids as shards; load opens shards; Tokens cuts batches from them, and
+Stream cuts them from a source that is not prepared.
 
     python data.py prepare shakespeare       # or pystdlib, or a path: a text, a .jsonl, a folder of texts
     python data.py prepare web.jsonl.gz --field=body --name=web # .csv .parquet too; .gz and .zst are unpacked
@@ -38,7 +39,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -731,15 +732,20 @@ def read_file(path: Path, field: str = ""):
         yield None
 
 
+def files_below(folder: Path):
+    """[(path from folder, path)] of all files below folder, sorted. Hidden files do not count."""
+    found = [(path.relative_to(folder), path) for path in folder.rglob("*") if not path.is_dir()]
+    found = [(short, path) for short, path in found if not any(part.startswith(".") for part in short.parts)]
+    return sorted(found, key=lambda pair: pair[0].as_posix())
+
+
 def read_folder(folder: Path, field: str = ""):
-    """The documents of all text files below folder, sorted by path. Hidden files do not count."""
+    """The documents of all text files below folder, sorted by path."""
     files, damaged, left_out = [], [], []
-    inside = {path.relative_to(folder): path for path in folder.rglob("*") if not path.is_dir()}
-    for short in sorted(inside, key=Path.as_posix):
+    for short, path in files_below(folder):
         try:
-            if not any(part.startswith(".") for part in short.parts):
-                deque(read_file(inside[short], field), maxlen=0) # reads all: damage may be at the end
-                files.append(inside[short])
+            deque(read_file(path, field), maxlen=0) # reads all: damage may be at the end
+            files.append(path)
         except UserError as error:
             meant = unpacked(short).suffix in TEXTS
             (damaged if meant else left_out).append(str(error).splitlines()[0] if meant else short.name)
@@ -1134,8 +1140,7 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     the next call with these arguments goes on behind them, to the same bytes.
     """
     source = str(source) # a Path is welcome too
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1, say 0.1")
+    check_settings(source, tokenizer, val_fraction)
     if max_tokens < 0:
         raise UserError(f"max_tokens={max_tokens} must be at least 0, for all")
     if is_dataset(data_dir) or npy_files(data_dir): # a dataset would be made among the shards of another
@@ -1156,15 +1161,17 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     if files:
         prepare_rows(target, source, files, tokenizer, val_fraction)
     elif source in CORPORA:
-        check_tokenizer(source, tokenizer)
         prepare_corpus(target, origin, sources, tokenizer, val_fraction, max_tokens or CORPORA[source])
     else:
         prepare_text(target, origin, *sources, tokenizer, val_fraction, max_tokens)
     return target
 
 
-def check_tokenizer(source, tokenizer):
-    if source == "fineweb" and tokenizer != "gpt2":
+def check_settings(source, tokenizer, val_fraction):
+    """UserError if prepare and stream cannot have them."""
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction={val_fraction} must be at least 0 and below 1, say 0.1")
+    if source == "fineweb" and tokenizer not in ("gpt2", ""):
         raise UserError("fineweb holds ids of GPT-2, not text: add --tokenizer=gpt2")
 
 
@@ -1792,7 +1799,7 @@ class Stream:
             parts = [*ids.take(size)]
             if ids.more():
                 parts.append(ids.ids[ids.at:ids.at + 1])
-            if windows := (sum(map(len, parts)) - 1) // T * bool(parts):
+            if windows := max(sum(map(len, parts)) - 1, 0) // T:
                 yield [first, k, *cursor], np.concatenate(parts)
                 first, k, new = first + windows, k + 1, False
             if not ids.more():
@@ -1803,25 +1810,22 @@ class Stream:
 
 def ahead(values):
     """Yields the values. A thread makes the next one meanwhile."""
-    def work(made):
+    def make(future):
         try:
-            made.append((next(values), None))
+            future.set_result(next(values))
         except BaseException as error: # raised where the value is wanted
-            made.append((None, error))
+            future.set_exception(error)
 
     def begin():
-        made = []
-        thread = threading.Thread(target=work, args=(made,), daemon=True) # the end waits for no download
-        thread.start()
-        return thread, made
+        future = Future()
+        # daemon: the end of the program does not wait for a download
+        threading.Thread(target=make, args=(future,), daemon=True).start()
+        return future
 
-    thread, made = begin()
+    future = begin()
     while True:
-        thread.join()
-        value, error = made.pop()
-        if error:
-            raise error
-        thread, made = begin()
+        value = future.result()
+        future = begin()
         yield value
 
 
@@ -1840,13 +1844,12 @@ def stream(source: str, tokenizer: str = "", data_dir: str = "data", val_fractio
     if tokenizer == "char":
         raise UserError("tokenizer=char needs the whole text for its vocabulary\n"
                         "with --stream choose --tokenizer=gpt2, byte or ascii")
-    check_tokenizer(source, tokenizer)
+    check_settings(source, tokenizer, val_fraction)
     origin, files, *own = read_source(source, data_dir)
     codec, most = make_tokenizer(tokenizer, "", data_dir), _VALIDATION
     if not own: # of a path
-        inside = sorted(path for path in Path(source).rglob("*") if path.is_file()) or [Path(source)]
-        origin = [[path.name, sha256_of(path)] for path in inside]
-        size = sum(path.stat().st_size for path in inside)
+        inside = [path for _, path in files_below(Path(source)) if path.is_file()] or [Path(source)]
+        origin, size = [sha256_of(path) for path in inside], sum(path.stat().st_size for path in inside)
         most = min(most, int(val_fraction * size / 4)) # a token of gpt2 has about 4 bytes
     ids = Ids(own[0] if own else files, codec, most=most)
     val = Tokens([np.concatenate([ids.ids, *ids.take(most)])], codec.vocab_size, f"val split of {source}")

@@ -677,6 +677,7 @@ def test_what_a_stream_refuses(hub, small, tmp_path):
             ("fineweb", "byte", "--tokenizer=gpt2"), (str(place / "x"), "byte", "prepared already: drop"),
             ("x", "byte", "prepared already: drop --stream"), ("nowhere", "byte", "no text file")):
         refused(lambda: data.stream(source, tokenizer, place), words)
+    refused(lambda: data.stream(path, "byte", place, 1.5), "val_fraction")
     short = data.stream(path, "byte", place)
     refused(lambda: short.train.batch(0, 1, 5000, 0), "x.txt has no 5001 tokens", "lower --block_size")
     hub.files["en/c4-train.00001-of-01024.json.gz"] = gzip.compress(b"{") # met in the second chunks' thread
@@ -722,7 +723,8 @@ def test_a_killed_run_on_a_stream_ends_in_the_same_bits(hub, tmp_path):
     wanted, rng = weights(tmp_path / "calm"), random.Random(3)
     for step in (30, 225): # in the first file, and in the second
         process = training(tmp_path, f"killed_{step}", "--max_iters=300")
-        log, begin, step = tmp_path / f"killed_{step}/metrics.jsonl", time.monotonic(), step + rng.randrange(20)
+        log, begin = tmp_path / f"killed_{step}/metrics.jsonl", time.monotonic()
+        step += rng.randrange(20)
         while not log.exists() or log.read_bytes().count(b"train_loss") < step:
             threading.Event().wait(0.005) # the hub has replaced time.sleep
             assert time.monotonic() < begin + 100
