@@ -289,6 +289,13 @@ def broken(path, error):
     return UserError(f"{place}: {type(error).__name__}: {text[:200]}\nA config file is ordinary Python.")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch on any device found no memory: torch has several errors for that."""
+    words = ("can't allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+    return "MemoryError" in type(error).__name__ or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
 def report(kind, error, trace):
     """sys.excepthook: a few lines for what a person did or the machine lacks; a bug keeps its traceback."""
     gone, full = issubclass(kind, BrokenPipeError), getattr(error, "errno", None) == errno.ENOSPC
@@ -300,8 +307,7 @@ def report(kind, error, trace):
         with suppress(OSError): # the same Ctrl-C may have ended the tee that reads this
             os.write(2, b"\n" * sys.stderr.isatty() + b"stopped\n") # a terminal has ^C on this line already
         raise SystemExit(130)
-    memory = "MemoryError" in kind.__name__ or "can't allocate memory" in str(error) # the last is torch's
-    if memory:
+    if out_of_memory(error):
         error = f"not enough memory: {str(error)[:200]}\nMake the model, the batch or the text smaller"
     elif not issubclass(kind, UserError) and not full:
         return sys.__excepthook__(kind, error, trace)

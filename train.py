@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 import data
-from configurator import UserError, configure, git_commit, report, user_errors
+from configurator import UserError, configure, git_commit, out_of_memory, report, user_errors
 from kernels import choose_device, cpu_has_bf16, path_for, use_kernel
 from model import GPT, GPTConfig, load_checkpoint, preset, save_checkpoint, saved_fields, without_orphans
 from optim import (LATE, Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, share_of,
@@ -791,6 +791,21 @@ def stop_signal() -> int:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
+
+def memory_hook(error_type: type, error: BaseException, trace: object) -> None:
+    """sys.excepthook once the setup is done: where memory runs out, it names the settings that need less."""
+    if out_of_memory(error):
+        part = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 0) # 0: nothing to divide
+        anew = f"--batch_size={batch_size // part} --gradient_accumulation_steps=" \
+               f"{gradient_accumulation_steps * part} (the same steps), or with " if part else ""
+        error_type, error = UserError, UserError(
+            f"out of memory at step {run['step']}, with batch_size={batch_size} sequences of {sequence:,} "
+            f"tokens in a forward; saved checkpoints are kept\n"
+            f"train anew with {anew}a smaller --block_size or model")
+    report_error(error_type, error, trace)
+
+
+report_error, sys.excepthook = sys.excepthook, memory_hook
 
 # --- the loop -----------------------------------------------------------------------------------------------
 
