@@ -17,6 +17,7 @@ and one data_dir, so several machines need a common file system. The first proce
 """
 import configurator # first: see stop_at_once there
 
+import gc
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -62,6 +64,7 @@ offline_dataset = "" # taken instead, aloud, if dataset cannot be downloaded; em
 batch_size = 16 # sequences per forward
 windows = 1 # of block_size tokens in a sequence; only a memory (memory_slots) sees from one into the next
 gradient_accumulation_steps = 1 # forwards per optimizer step
+auto_batch = False # where memory runs out: fewer sequences in a forward, and more forwards for the same step
 max_iters = 2000 # optimizer steps
 optimizer = "adamw" # adamw | fadam | adam_mini | muon
 learning_rate = 1e-3 # peak
@@ -257,21 +260,35 @@ def gathered(x: object) -> object:
     return full if full is x else full.cpu() if not RANK else None
 
 
-def snapshot() -> dict:
-    """The state of the run after run["step"] steps: all that restore and sample.py need."""
+def random_states() -> dict:
+    """The state of every random generator."""
     name, keys, *rest = np.random.get_state()
     keys = torch.from_numpy(keys.astype(np.int64)) # load_checkpoint accepts tensors, but no numpy arrays
     get = {"cuda": lambda: [torch.cuda.get_rng_state(device)],
            "mps": lambda: [torch.mps.get_rng_state()]}.get(kind, list)
-    generators = {"torch": torch.get_rng_state(), "device": get(), "python": random.getstate(),
-                  "numpy": [name, keys, *rest]}
+    return {"torch": torch.get_rng_state(), "device": get(), "python": random.getstate(),
+            "numpy": [name, keys, *rest]}
+
+
+def set_random_states(states: dict) -> None:
+    torch.set_rng_state(states["torch"])
+    if kind == "cuda" and states["device"]:
+        torch.cuda.set_rng_state(states["device"][0], device)
+    if kind == "mps" and states["device"]:
+        torch.mps.set_rng_state(states["device"][0])
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+
+
+def snapshot() -> dict:
+    """The state of the run after run["step"] steps: all that restore and sample.py need."""
     weights, moments = model.state_dict(), opt.state_dict()
     if fsdp:
         weights, moments = tree_map(gathered, (weights, moments))
     return {**run, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-            "sparse": sparsity.state_dict() if sparsity else None, "random": generators, "config": run_config,
-            "tokenizer": codec.to_dict() if codec else None, "data_sha256": corpus.sha256,
-            "stream": corpus.train.place(run["step"] * rows)}
+            "sparse": sparsity.state_dict() if sparsity else None, "random": random_states(),
+            "config": run_config, "tokenizer": codec.to_dict() if codec else None,
+            "data_sha256": corpus.sha256, "stream": corpus.train.place(run["step"] * rows)}
 
 
 def restore(state: dict) -> None:
@@ -285,14 +302,7 @@ def restore(state: dict) -> None:
     scaler.load_state_dict(state["scaler"])
     if sparsity:
         sparsity.load_state_dict(state["sparse"])
-    generators = state["random"]
-    torch.set_rng_state(generators["torch"])
-    if kind == "cuda" and generators["device"]:
-        torch.cuda.set_rng_state(generators["device"][0], device)
-    if kind == "mps" and generators["device"]:
-        torch.mps.set_rng_state(generators["device"][0])
-    random.setstate(generators["python"])
-    np.random.set_state(tuple(generators["numpy"]))
+    set_random_states(state["random"])
     run.update({k: state[k] for k in run if k in state})
 
 
@@ -358,7 +368,7 @@ for names, fits, words in [
 if fsdp and WORLD == 1:
     raise UserError("fsdp shares out a model over processes: start them with torchrun, or drop --fsdp")
 # fsdp needs the same layers in all processes, and a choice of weights, a hook or a block needs whole tensors
-unfit = {"sparse": sparse, "update_hooks": update_hooks, "forward_hooks": forward_hooks,
+unfit = {"auto_batch": auto_batch, "sparse": sparse, "update_hooks": update_hooks, "forward_hooks": forward_hooks,
          "depths": model_fields.get("depths"), "optimizer": optimizer * (optimizer == "adam_mini"),
          "compile": compile * (compile.lower() == "true"), "dtype": dtype * (dtype == "float16")}
 if unfit := [f"--{k}={v}" for k, v in unfit.items() if fsdp and v]:
@@ -369,8 +379,7 @@ if rows % WORLD:
     fit = WORLD // math.gcd(WORLD, gradient_accumulation_steps) # batch_size must be a multiple of this
     raise UserError(f"{WORLD} processes cannot share out the {rows} sequences of a step equally\n"
                     f"use --batch_size={-(-batch_size // fit) * fit}, or as many processes as divide {rows}")
-micro_batch = math.gcd(batch_size, rows // WORLD) # sequences per forward, always as many: means stay exact
-accumulate = rows // WORLD // micro_batch # forwards of a process in a step
+accumulate = rows // WORLD // math.gcd(batch_size, rows // WORLD) # forwards of a process in a step
 
 # --- setup: device and dtype --------------------------------------------------------------------------------
 
@@ -515,9 +524,10 @@ compile = str(gain > 2 * cost).lower() if compile == "auto" else compile.lower()
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, "
       f"{max_iters:,} steps")
 
-# unwritten: lines of metrics.jsonl that a full disk did not take
+# unwritten: lines of metrics.jsonl that a full disk did not take; micro_batch: most sequences in a forward
 run = {"run_id": began.get("run_id", os.urandom(16).hex()), "step": 0, "evaluated": -1, "best": math.inf,
-       "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0, "unwritten": ""}
+       "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0, "unwritten": "",
+       "micro_batch": batch_size} # while memory has not run out
 run_config = {"train": {k: globals()[k] for k in DEFAULTS}, "model": asdict(config), "asked": asked}
 if checkpoint:
     restore(checkpoint)
@@ -630,8 +640,18 @@ def lr_at(step: int) -> float:
     return min_lr + left * (learning_rate - min_lr)
 
 
-def next_batch(step: int) -> list:
-    """This process's part of a step's batch, as micro-batches (x, y), each (micro_batch, sequence).
+def micro_batch() -> int:
+    """Sequences in a forward. It divides the part of a process: the mean of equal parts' means is exact."""
+    return math.gcd(run["micro_batch"], rows // WORLD)
+
+
+def smaller(size: int) -> int:
+    """The largest divisor of size that is at most half of it, or 1."""
+    return max((n for n in range(1, size // 2 + 1) if size % n == 0), default=1)
+
+
+def next_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """This process's part of a step's batch: x and y, each (rows / WORLD, sequence).
 
     The whole batch is a function of (seed, step) alone. The processes take equal contiguous parts of it.
     """
@@ -639,8 +659,12 @@ def next_batch(step: int) -> list:
     x, y = (z.chunk(WORLD)[RANK] for z in (x, y)) # (rows / WORLD, sequence)
     if kind == "cuda":
         x, y = x.pin_memory(), y.pin_memory()
-    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    return list(zip(x.split(micro_batch), y.split(micro_batch)))
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def split(x: torch.Tensor, y: torch.Tensor) -> list:
+    """The micro-batches (x, y) of a process's part."""
+    return list(zip(x.split(micro_batch()), y.split(micro_batch())))
 
 
 def gradient(micro_batches: list) -> dict:
@@ -653,6 +677,30 @@ def gradient(micro_batches: list) -> dict:
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / len(micro_batches)
     return means
+
+
+def fitting(work: Callable) -> object:
+    """work(), which calls the model. With auto_batch it begins again with smaller micro-batches where memory
+    runs out, as if it had not begun before: without gradients, and with the random numbers of the start.
+
+    Each process of several does this by itself, because work has not sent anything to the others yet.
+    """
+    while True:
+        states = random_states() if auto_batch else None
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if run["micro_batch"] == 1 or not auto_batch or not out_of_memory(error):
+                raise
+        # The except clause has ended: the traceback, whose frames hold the tensors, is gone.
+        was, run["micro_batch"] = micro_batch(), smaller(micro_batch())
+        opt.zero_grad()
+        set_random_states(states)
+        gc.collect()
+        if kind == "cuda":
+            torch.cuda.empty_cache()
+        say(f"step {run['step']}: OUT OF MEMORY with {was} sequences in a forward: from here on "
+            f"{micro_batch()}, and {rows // WORLD // micro_batch()} forwards for the same step")
 
 
 def mean_over_processes(losses: dict) -> dict:
@@ -730,11 +778,23 @@ eval_limit = max(2**17, eval_interval * tokens_per_step // 2) if eval_iters == 0
 eval_tokens = max(0, eval_iters) * batch_size * sequence or corpus.val.targets(sequence, eval_limit)
 
 
+def own_parts(batches: Iterator) -> Iterator[tuple]:
+    """Yields (x, y, True) for every Nth batch, in micro-batches.
+
+    With fsdp all processes must compute equally often: what one lacks at the end is the last batch, False.
+    """
+    while group := [*itertools.islice(batches, WORLD)]:
+        mine = RANK < len(group)
+        x, y = group[min(RANK, len(group) - 1)]
+        size = len(x) if fsdp else run["micro_batch"]
+        yield from ((*part, mine) for part in zip(x.split(size), y.split(size)) if mine or fsdp)
+
+
 @torch.no_grad()
 def evaluate() -> float | None:
     """Cross-entropy in nats per token of always the same validation data; None if a signal asks to stop.
 
-    Of N processes each takes every Nth batch, and some repeat the last one: with fsdp all must compute.
+    Of N processes each takes every Nth batch.
     """
     batches = corpus.val.windows(sequence, batch_size, eval_limit)
     if eval_iters > 0:
@@ -742,11 +802,9 @@ def evaluate() -> float | None:
     model.eval()
     total, count, start = 0.0, 0, time.monotonic()
     spoke, on_terminal = start, sys.stdout.isatty()
-    while group := [*itertools.islice(batches, WORLD)]:
-        x, y = group[min(RANK, len(group) - 1)]
+    for x, y, counts in own_parts(batches):
         with autocast: # not the compiled model, which would compile again for the last, smaller batches
             _, losses = model(x.to(device), y.to(device), with_logits=False)
-        counts = RANK < len(group)
         total += losses["ce"].item() * y.numel() * counts
         count += y.numel() * counts
         if caught and not fsdp:
@@ -785,23 +843,30 @@ def on_signal(number: int, frame: object) -> None:
 
 
 def stop_signal() -> int:
-    """A signal that any process has caught, or 0. All get one answer, so that they stop at one step."""
-    number = torch.tensor(caught[0] if caught else 0)
+    """A signal that any process has caught, or 0. All get one answer, so that they stop at one step.
+
+    All also take over the smallest micro-batch, so that the checkpoint of the first process fits each.
+    """
+    numbers = torch.tensor([caught[0] if caught else 0, -run["micro_batch"]])
     if WORLD > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    if -numbers[1] < run["micro_batch"]:
+        say(f"step {run['step']}: another process ran out of memory: {-numbers[1]} sequences in a forward")
+    run["micro_batch"] = -int(numbers[1])
+    return int(numbers[0])
 
 
 def memory_hook(error_type: type, error: BaseException, trace: object) -> None:
     """sys.excepthook once the setup is done: where memory runs out, it names the settings that need less."""
     if out_of_memory(error):
-        part = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 0) # 0: nothing to divide
-        anew = f"--batch_size={batch_size // part} --gradient_accumulation_steps=" \
-               f"{gradient_accumulation_steps * part} (the same steps), or with " if part else ""
+        size, ways = micro_batch(), "train anew with a smaller --block_size or model"
+        if size > 1 and not auto_batch:
+            ways = (f"go on with --resume --auto_batch, or train anew with --batch_size={smaller(size)} "
+                    f"--gradient_accumulation_steps={rows // smaller(size)} (the same steps), or with a "
+                    "smaller --block_size or model")
         error_type, error = UserError, UserError(
-            f"out of memory at step {run['step']}, with batch_size={batch_size} sequences of {sequence:,} "
-            f"tokens in a forward; saved checkpoints are kept\n"
-            f"train anew with {anew}a smaller --block_size or model")
+            f"out of memory at step {run['step']}, with {size} sequences of {sequence:,} tokens in a "
+            f"forward; saved checkpoints are kept\n{ways}")
     report_error(error_type, error, trace)
 
 
@@ -825,8 +890,10 @@ if compile == "true":
     try:
         step_model = torch.compile(model)
         with torch.random.fork_rng(): # the trial must not move dropout's generator
-            gradient(next_batch(run["step"])[:1])
+            fitting(lambda: gradient(split(*next_batch(run["step"]))[:1]))
     except Exception as error: # whatever the compiler raises, eager mode computes the same
+        if out_of_memory(error):
+            raise
         problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         print(f"WARNING: torch.compile FAILED, TRAINING IN EAGER MODE: {problem}")
         step_model = model
@@ -840,7 +907,7 @@ while True:
     if (step % eval_interval == 0 or step >= max_iters) and step != run["evaluated"] and not stop:
         settle()
         paused = time.monotonic()
-        val_loss = evaluate()
+        val_loss = fitting(evaluate)
         if val_loss is None: # a signal: the resumed run will evaluate this step
             continue
         sample = {"sample_text": sample_text()} if prompt_ids and math.isfinite(val_loss) else {}
@@ -869,9 +936,9 @@ while True:
     if sparsity and sparsity.choose(step):
         say(f"step {step}: {sparsity.active():,} of {sparsity.total:,} weights kept, "
             f"{sparsity.to_grow:,} will grow back")
-    micro_batches = next_batch(step)
+    batch = next_batch(step)
     draw_from(stream=1 + RANK)
-    losses = mean_over_processes(gradient(micro_batches))
+    losses = mean_over_processes(fitting(lambda: gradient(split(*batch))))
     scaler.unscale_(opt)
     draw_from(stream=0)
     noted = run_update_hooks(hooks["update"], step, named)
@@ -903,7 +970,7 @@ while True:
         logged_step, logged_time = run["step"], time_s
         if hooks["forward"]:
             with autocast:
-                noted.update(watch(model, hooks["forward"], *micro_batches[0]))
+                noted.update(watch(model, hooks["forward"], *split(*batch)[0]))
         seen = {hook: {k: float(v) for k, v in result.items()} for hook, result in noted.items()}
         losses, tokens_per_s = {name: told[name] for name in losses}, rate * tokens_per_step
         loss, norm = losses.pop("ce"), told["norm"]

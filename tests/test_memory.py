@@ -1,10 +1,13 @@
 """train.py where memory runs out: the line it ends with, and smaller micro-batches with --auto_batch."""
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from model import load_checkpoint
-from test_distributed import started, store_of_torchrun # noqa: F401  a fixture
+from test_distributed import assert_alike, started, store_of_torchrun # noqa: F401  a fixture
 from test_distributed import ended as all_ended
-from test_train import spoiled, unsettled
+from test_train import ended, metrics, same, spoiled, train, unsettled
 
 # Memory runs out in forwards of more than `rows` sequences, from call number `first` on, after random numbers
 # were drawn. kind: the error.
@@ -47,3 +50,98 @@ def test_several_processes_end_with_one_line(corpus, tmp_path):
     ends = all_ended(started(2, corpus, tmp_path / "o", "--max_iters=9", code=alone), 2)
     assert sum("out of memory at step 4" in err for _, err in ends) == 1, ends
     assert sum(len(err.splitlines()) for _, err in ends) == 2, ends
+
+
+# --- auto_batch ---
+
+FLAGS = ["--batch_size=6", "--optimizer=muon", "--eval_interval=4", "--eval_iters=2", "--sample_tokens=0"]
+
+
+def numbers(out):
+    return [(x["step"], x.get("train_loss"), x.get("val_loss")) for x in metrics(out)]
+
+
+def assert_same_run(a, b):
+    a, b = load_checkpoint(a / "ckpt.pt"), load_checkpoint(b / "ckpt.pt")
+    assert a["step"] == b["step"] and all(same(a[k], b[k]) for k in ("model", "optimizer", "random"))
+
+
+def side_by_side(*jobs):
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(*job) for job in jobs]]
+
+
+@pytest.mark.parametrize("rows, by_hand, first", [(3, 3, 1), pytest.param(2, 1, 0, marks=pytest.mark.deep)])
+def test_auto_batch_is_the_smaller_batch_by_hand(rows, by_hand, first, corpus, tmp_path):
+    """To the bit, with dropout: what was drawn before memory ran out does not count. The resumed run begins
+    with the smaller micro-batch. 6 rows that do not fit become 3, and 3 become 1. first=0: memory runs out
+    in the evaluation before the first step.
+    """
+    auto, hand = tmp_path / "auto", tmp_path / "hand"
+    limited = failing(rows, first), corpus
+    said, _ = side_by_side(
+        (spoiled, *limited, auto, *FLAGS, "--max_iters=4", "--lr_decay_iters=8", "--auto_batch"),
+        (train, corpus, hand, *FLAGS, "--max_iters=8", f"--batch_size={by_hand}",
+         f"--gradient_accumulation_steps={6 // by_hand}", "--eval_iters=0"))
+    words = "OUT OF MEMORY with 6 sequences in a forward: from here on 3, and 2 forwards for the same step"
+    assert words in ended(said).stdout and said.stdout.count("OUT OF MEMORY") == (2 if by_hand == 1 else 1)
+    again = ended(spoiled(*limited, auto, *FLAGS, "--resume", "--max_iters=8"))
+    assert "OUT OF MEMORY" not in again.stdout
+    assert_same_run(auto, hand)
+
+
+def test_memory_that_runs_out_in_the_middle(corpus, tmp_path):
+    """In the second forward of step 2, after the first has left gradients."""
+    flags = *FLAGS, "--gradient_accumulation_steps=2", "--max_iters=4", "--log_interval=1", "--dropout=0.0"
+    said, _ = side_by_side((spoiled, failing(3, 6), corpus, tmp_path / "auto", *flags, "--auto_batch"),
+                           (train, corpus, tmp_path / "whole", *flags))
+    assert "step 2: OUT OF MEMORY" in ended(said).stdout and said.stdout.count("OUT OF MEMORY") == 1
+    auto, whole = numbers(tmp_path / "auto"), numbers(tmp_path / "whole")
+    assert auto[:3] == whole[:3] # two steps, of the usual size
+    for mine, theirs in zip(auto, whole, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.deep
+def test_a_sequence_that_does_not_fit_ends_with_the_line(corpus, tmp_path):
+    done = spoiled(failing(0), corpus, tmp_path / "o", "--max_iters=4", "--auto_batch")
+    assert done.returncode == 2 and done.stdout.count("OUT OF MEMORY") == 2 # 4 became 2 and 1
+    line = unsettled(done.stderr)[-1]
+    assert line == "train anew with a smaller --block_size or model", done.stderr
+
+
+@pytest.mark.deep
+def test_one_process_of_two_runs_out_of_memory(corpus, tmp_path):
+    """It alone takes smaller micro-batches in that step; then both do, and so does a resumed run."""
+    alone = "\nif os.environ['RANK'] == '1':" + failing(2, 4).replace("\n", "\n    ")
+    flags = "--max_iters=8", "--lr_decay_iters=8", "--auto_batch", "--eval_interval=4"
+    for out, *more in ("auto", *flags), ("whole", *flags), ("parted", *flags, "--max_iters=4"):
+        code = "" if out == "whole" else alone
+        (said, _), _ = all_ended(started(2, corpus, tmp_path / out, *more, code=code))
+        assert ("another process ran out of memory: 2 sequences" in said) == (out != "whole")
+    assert_alike(tmp_path / "auto", tmp_path / "whole", losses=1e-5)
+    assert "OUT OF MEMORY" not in all_ended(started(2, corpus, tmp_path / "parted", *flags, "--resume"))[0][0]
+    assert_same_run(tmp_path / "auto", tmp_path / "parted")
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory as Linux shows it")
+def test_memory_that_really_runs_out(corpus, tmp_path):
+    """When training begins the system allows 150 MB more, and a forward of 16 sequences takes 400 MB."""
+    limit = FAILS.split("    out =")[0] + """
+    if calls[0] == 1:
+        import re, resource
+        held = 1024 * int(re.search(r"VmData:\\s*(\\d+)", open("/proc/self/status").read())[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (held + 150 * 2**20,) * 2)
+    return real(self, idx, *a, **k)
+model.GPT.forward = forward
+"""
+    flags = ("--batch_size=16", "--n_embd=128", "--n_head=4", "--n_layer=4", "--block_size=256", "--dropout=0.0",
+             "--max_iters=4", "--log_interval=1", "--eval_iters=1", "--sample_tokens=0", "--learning_rate=1e-3")
+    train(corpus, tmp_path / "whole", *flags)
+    done = ended(spoiled(limit, corpus, tmp_path / "o", *flags, "--auto_batch"))
+    assert "step 0: OUT OF MEMORY with 16 sequences" in done.stdout
+    for mine, theirs in zip(numbers(tmp_path / "o"), numbers(tmp_path / "whole"), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    done = spoiled(limit, corpus, tmp_path / "line", *flags)
+    assert done.returncode == 2 and unsettled(done.stderr)[0].startswith("error: out of memory at step 0")
