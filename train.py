@@ -29,16 +29,17 @@ import shlex
 import signal
 import sys
 import time
+import weakref
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import data
 from configurator import UserError, configure, git_commit, out_of_memory, report, user_errors
@@ -368,8 +369,8 @@ for names, fits, words in [
 if fsdp and WORLD == 1:
     raise UserError("fsdp shares out a model over processes: start them with torchrun, or drop --fsdp")
 # fsdp needs the same layers in all processes, and a choice of weights, a hook or a block needs whole tensors
-unfit = {"auto_batch": auto_batch, "sparse": sparse, "update_hooks": update_hooks, "forward_hooks": forward_hooks,
-         "depths": model_fields.get("depths"), "optimizer": optimizer * (optimizer == "adam_mini"),
+unfit = {"auto_batch": auto_batch, "sparse": sparse, "update_hooks": update_hooks,
+         "forward_hooks": forward_hooks, "depths": model_fields.get("depths"), "optimizer": optimizer * (optimizer == "adam_mini"),
          "compile": compile * (compile.lower() == "true"), "dtype": dtype * (dtype == "float16")}
 if unfit := [f"--{k}={v}" for k, v in unfit.items() if fsdp and v]:
     raise UserError(f"fsdp does not work with {' '.join(unfit)}\ndrop --fsdp, or that")
@@ -527,8 +528,115 @@ print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per
 # unwritten: lines of metrics.jsonl that a full disk did not take; micro_batch: most sequences in a forward
 run = {"run_id": began.get("run_id", os.urandom(16).hex()), "step": 0, "evaluated": -1, "best": math.inf,
        "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0, "unwritten": "",
-       "micro_batch": batch_size} # while memory has not run out
+       "micro_batch": (checkpoint or {}).get("micro_batch", batch_size)}
 run_config = {"train": {k: globals()[k] for k in DEFAULTS}, "model": asdict(config), "asked": asked}
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def micro_batch() -> int:
+    """Sequences in a forward. It divides the part of a process: the mean of equal parts' means is exact."""
+    return math.gcd(run["micro_batch"], rows // WORLD)
+
+
+class Alive(TorchDispatchMode):
+    """Notes after each operation how many bytes are alive of what torch has made since this was entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.known, self.trace = 0, set(), [] # addresses; (operation, bytes)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        for address, storage in self.storages(result).items():
+            # what is new is neither a view of an input nor an input that has changed in place
+            if address not in self.known and address not in self.storages((args, kwargs)):
+                self.known.add(address)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.freed, address, storage.nbytes())
+        self.trace.append((str(operation), self.bytes))
+        return result
+
+    def freed(self, address, count):
+        self.known.discard(address)
+        self.bytes -= count
+
+    @staticmethod
+    def storages(tree):
+        found = [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        return {storage.data_ptr(): storage for storage in found}
+
+
+def traced(count: int) -> tuple[list, int]:
+    """Forward and backward of `count` sequences: the trace of Alive, and the bytes kept for the backward."""
+    if rows // WORLD == micro_batch(): # else gradients of the micro-batch before lie there
+        opt.zero_grad()
+    x, y = torch.randint(config.vocab_size, (2, count, sequence), device=device)
+    with Alive() as alive:
+        with autocast:
+            _, losses = model(x, y, with_logits=False)
+        loss, kept = sum(losses.values()), alive.bytes
+        loss.backward()
+    return alive.trace, kept
+
+
+def extended(trace: list, longer: list, count: int) -> list:
+    """Bytes alive after each operation of a trace, had it `count` sequences more; longer has one more.
+
+    The bytes are a line in the number of sequences. Operations of which the two have different numbers, such
+    as the chunks of the loss, count as one.
+    """
+    names, others = ([name for name, _ in each] for each in (trace, longer))
+    front = len(os.path.commonprefix([names, others]))
+    back = len(os.path.commonprefix([names[front:][::-1], others[front:][::-1]]))
+    lines = []
+    for each in trace, longer:
+        alive = [count for _, count in each]
+        end = len(alive) - back
+        lines.append([*alive[:front], max(alive[front:end], default=0), *alive[end:]])
+    return [a + (b - a) * count for a, b in zip(*lines, strict=True)]
+
+
+def forecast() -> str:
+    """A line: the memory that training will take, besides that of torch, of its compiler and of the text.
+
+    Activations are extrapolated from 2 and 3 sequences, or measured where a micro-batch has no more. The
+    optimizer's state is that of a step with a learning rate of 0. Nothing of this is left at the end.
+    """
+    states, size = random_states(), micro_batch()
+    few, more = min(2, size), min(3, size)
+    try:
+        _, (trace, kept), (longer, kept_more) = map(traced, (few, few, more)) # the first fills caches
+        grads = [p.grad.zero_() for p in declared if p.grad is not None]
+        for group in opt.param_groups: # the loop sets it in each step
+            group["lr"] = 0.0
+        with Alive() as alive:
+            opt.step()
+        state, spare = alive.bytes, max(count for _, count in alive.trace) - alive.bytes # spare: in a step
+        params, gradients, masks = (sum(t.nbytes for t in tensors) for tensors in (
+            [*model.parameters(), *model.buffers()], grads,
+            [*sparsity.masks, *sparsity.means, *sparsity.squares] if sparsity else []))
+    finally:
+        opt.zero_grad()
+        opt.state.clear()
+        set_random_states(states)
+    busy = max(extended(trace, longer, size - few)) + gradients * (rows // WORLD > size)
+    total = params + state + masks + max(busy, gradients + max(spare, gradients * (WORLD > 1)))
+    kept += (kept_more - kept) * (size - few)
+    mb = [f"{count / 1e6:,.0f}" for count in (params, gradients, state + masks, kept, total)]
+    return (f"memory: {mb[0]} MB parameters, {mb[1]} gradients, {mb[2]} optimizer, {mb[3]} activations of "
+            f"{size} sequences: at most {mb[4]} MB at a time")
+
+
+each = rows // WORLD
+if max_iters * each >= 100 * (7 + each): # it costs 7 sequences and an update: at most 1% of the run
+    try:
+        print(forecast())
+    except (RuntimeError, MemoryError) as error:
+        if WORLD > 1 or not out_of_memory(error): # others may wait for this process in a step of Muon
+            raise
+        print(f"memory: {min(3, micro_batch())} sequences do not fit")
 if checkpoint:
     restore(checkpoint)
 resumed, checkpoint = checkpoint is not None, None # the second frees its memory
@@ -638,11 +746,6 @@ def lr_at(step: int) -> float:
     cosine = 0.5 + 0.5 * math.cos(math.pi * done)
     left = {"cosine": cosine, "linear": 1 - done, "wsd": min(1.0, (1 - done) / 0.2)}[schedule] # 1 to 0
     return min_lr + left * (learning_rate - min_lr)
-
-
-def micro_batch() -> int:
-    """Sequences in a forward. It divides the part of a process: the mean of equal parts' means is exact."""
-    return math.gcd(run["micro_batch"], rows // WORLD)
 
 
 def smaller(size: int) -> int:

@@ -1,10 +1,12 @@
-"""train.py where memory runs out: the line it ends with, and smaller micro-batches with --auto_batch."""
+"""train.py and memory: the line it ends with, smaller micro-batches with --auto_batch, the forecast."""
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from model import load_checkpoint
+from optim import OPTIMIZERS
 from test_distributed import assert_alike, started, store_of_torchrun # noqa: F401  a fixture
 from test_distributed import ended as all_ended
 from test_train import ended, metrics, same, spoiled, train, unsettled
@@ -136,8 +138,8 @@ def test_memory_that_really_runs_out(corpus, tmp_path):
     return real(self, idx, *a, **k)
 model.GPT.forward = forward
 """
-    flags = ("--batch_size=16", "--n_embd=128", "--n_head=4", "--n_layer=4", "--block_size=256", "--dropout=0.0",
-             "--max_iters=4", "--log_interval=1", "--eval_iters=1", "--sample_tokens=0", "--learning_rate=1e-3")
+    flags = ("--batch_size=16 --n_embd=128 --n_head=4 --n_layer=4 --block_size=256 --dropout=0.0 "
+             "--max_iters=4 --log_interval=1 --eval_iters=1 --sample_tokens=0 --learning_rate=1e-3").split()
     train(corpus, tmp_path / "whole", *flags)
     done = ended(spoiled(limit, corpus, tmp_path / "o", *flags, "--auto_batch"))
     assert "step 0: OUT OF MEMORY with 16 sequences" in done.stdout
@@ -145,3 +147,68 @@ model.GPT.forward = forward
         assert mine == pytest.approx(theirs, abs=1e-5)
     done = spoiled(limit, corpus, tmp_path / "line", *flags)
     assert done.returncode == 2 and unsettled(done.stderr)[0].startswith("error: out of memory at step 0")
+
+
+# --- the forecast ---
+
+
+@pytest.mark.parametrize("flags", [
+    ["--n_ahead=2", "--uncertainty", "--memory_slots=4", "--depths=(1,2)"],
+    *(pytest.param(flags, marks=pytest.mark.deep) for flags in (
+        ["--optimizer=muon"], ["--optimizer=fadam"], ["--optimizer=adam_mini"], ["--future_peek=3"],
+        ["--gradient_accumulation_steps=2", "--residual=mhc", "--n_stream=2"],
+        ["--gradient_checkpointing", "--dtype=bfloat16"]))], ids=" ".join)
+def test_a_forecast_changes_no_bit_of_the_run(flags, corpus, tmp_path):
+    """The long run, which alone has a forecast, ends after 2 steps, because memory runs out then."""
+    parts = 1 + ("--gradient_accumulation_steps=2" in flags)
+    flags = *flags, "--schedule=constant", "--checkpoint_interval=2", "--eval_iters=1"
+    ends = failing(0, 3 + 2 * parts + 1)
+    long, short = side_by_side(
+        (spoiled, ends, corpus, tmp_path / "long", *flags, "--max_iters=900"),
+        (spoiled, failing(9), corpus, tmp_path / "short", *flags, "--max_iters=2"))
+    assert "at step 2," in long.stderr and "memory: " not in ended(short).stdout
+    assert re.search(r"\nmemory: 0 MB parameters, 0 gradients, 0 optimizer, \d+ activations of 4 sequences: "
+                     r"at most \d+ MB at a time\n", long.stdout), long.stdout
+    assert_same_run(tmp_path / "long", tmp_path / "short")
+
+
+# The growth of the memory from before the model is built to the second step. What torch loads and keeps at
+# its first use is there before. mallopt gives each tensor a mapping of its own, so that no freed one is kept.
+MEASURED = """
+import ctypes, os, re, torch._dynamo, model, optim
+ctypes.CDLL(None).mallopt(-3, 65536)
+def held(key): return 1024 * int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
+tiny = model.GPT(model.GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=64))
+idx = torch.zeros(8, 64).long()
+tiny(idx, idx, with_logits=False)[1]["ce"].backward()
+optim.build_optimizer(tiny, "muon", 1e-3, 0.1, (0.9, 0.9)).step()
+build, clip, seen = model.GPT.__init__, torch.nn.utils.clip_grad_norm_, []
+def init(*a, **k):
+    seen.append(held("VmRSS"))
+    build(*a, **k)
+def clipped(*a, **k):
+    seen.append(0)
+    if len(seen) > 2:
+        print("measured", held("VmHWM") - seen[0], flush=True)
+        os._exit(0)
+    return clip(*a, **k)
+model.GPT.__init__, torch.nn.utils.clip_grad_norm_ = init, clipped
+"""
+LONG = "--n_layer=6 --n_embd=96 --n_head=4 --block_size=256 --dropout=0.0" # much to keep for the backward
+WIDE = "--n_layer=4 --n_embd=384 --n_head=6 --block_size=64 --vocab_size=50304 --batch_size=2" # many weights
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory as Linux shows it")
+@pytest.mark.parametrize("flags", [
+    f"{LONG} --attention=mha --batch_size=24", f"{LONG} --batch_size=20 --glu --activation=silu --conv=4",
+    f"{LONG} --residual=mhc --batch_size=12 --attention=mha", f"{LONG} --dropout=0.1 --batch_size=20",
+    f"{WIDE} --batch_size=8 --gradient_accumulation_steps=3",
+    *(f"{WIDE} --optimizer={name}" for name in OPTIMIZERS)])
+def test_the_forecast_is_within_15_percent_of_the_peak(flags, corpus, tmp_path):
+    done = spoiled(MEASURED, corpus, tmp_path / "o", *flags.split(), "--max_iters=2000", "--eval_iters=1",
+                   "--compile=false", "--sample_tokens=0")
+    said = int(re.search(r"at most ([\d,]+) MB", ended(done).stdout)[1].replace(",", ""))
+    measured = int(re.search(r"measured (\d+)", done.stdout)[1]) / 1e6
+    print(f"{said} MB foretold, {measured:.0f} MB measured: {flags}")
+    assert measured > 200 and said == pytest.approx(measured, rel=0.15)
