@@ -62,7 +62,8 @@ SYNONYMS = {
     "out_dir": "out output output_dir save_dir checkpoint_dir", "speculative": "use_speculative"}
 
 # Setting that is a path -> what stands before a path in it: nothing, a comma of a list, FILE:
-PATHS = {**dict.fromkeys(("out_dir", "data_dir", "dataset", "offline_dataset", "tokenizer", "nanogpt"), "^"),
+# A true/false setting among them takes a path as well: --resume, --resume=false, --resume=out/x/step_000500.pt
+PATHS = {**dict.fromkeys("out_dir data_dir dataset offline_dataset tokenizer nanogpt resume".split(), "^"),
          "update_hooks": "^|, *", "forward_hooks": "^|, *", "start": "^FILE:"}
 
 
@@ -163,7 +164,7 @@ def parse(argv, known):
             raise UserError(f"{brief(arg)}: a setting takes two dashes, as in -{arg}") # arg has one
         else:
             given.update(load_file(arg, known)) # but not typed, which is for the command line
-    for name in PATHS.keys() & given.keys():
+    for name in [name for name in PATHS if type(given.get(name)) is str]:
         place = f"({PATHS[name]})(~[^/,]*)" # ~ or ~user, up to the next slash or comma
         given[name] = re.sub(place, lambda found: found[1] + os.path.expanduser(found[2]), given[name])
     return given
@@ -176,8 +177,9 @@ def parse_flag(arg, queue, known):
     name = asked if asked in known else asked.removeprefix("no_")
     default, bare = known.get(name), not queue or queue[0].startswith("--")
     if not equals and (type(default) is bool or default == "auto" and (bare or name != asked)):
-        # Else `--compile false` would switch compile on and then look for a config file called false.
-        if name == asked and not bare and queue[0].lower() in WORDS:
+        # Else `--compile false` would switch compile on and then look for a config file called false,
+        # and `--resume out/x/ckpt.pt` for one called ckpt.pt.
+        if name == asked and not bare and (queue[0].lower() in WORDS or queue[0].endswith(".pt")):
             raise UserError(f"--{key} {queue[0]}: write --{key}={queue[0]}")
         return name, fit(name == asked, default)
     if asked not in known:
@@ -219,6 +221,9 @@ def load_file(path, known):
 # --- types: the default decides ---
 def checked(convert, name: str, value, default, origin: str):
     """convert(value, default), or the UserError that says what would have fitted."""
+    also_a_path = type(default) is bool and name in PATHS and type(value) is str
+    if also_a_path and value and value.lower() not in WORDS:
+        return value
     try:
         return convert(value, default)
     except (ValueError, TypeError, LookupError, OverflowError, SyntaxError, RecursionError, MemoryError):

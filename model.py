@@ -22,9 +22,10 @@ import hashlib
 import itertools
 import math
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -1737,6 +1738,33 @@ def seal(path):
         f.write(b"sha256:" + digest.hexdigest().encode())
         f.flush()
         os.fsync(f.fileno())
+
+
+def link_checkpoint(path: str, name: str) -> None:
+    """Gives the checkpoint at path another name: a hard link, or a copy where the file system has none.
+
+    Whenever the process dies, name is a whole checkpoint, or what it was before.
+    """
+    if os.path.exists(name) and os.path.samefile(path, name):
+        return # renaming one link of a file to another would do nothing
+    part = os.path.join(os.path.dirname(name), "link.part") # no save writes to it, and so into the other name
+    with suppress(FileNotFoundError):
+        os.remove(part)
+    try:
+        os.link(path, part)
+    except OSError:
+        shutil.copyfile(path, part)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+    os.replace(part, name)
+
+
+def step_of(path: str) -> float:
+    """The step of a checkpoint, read without its tensors. Infinity if the file is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception: # torch.load raises many kinds
+        return math.inf
 
 
 def previous_checkpoint(path: str) -> str:

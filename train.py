@@ -3,6 +3,7 @@
   python train.py config/train_shakespeare_diffmla.py
   python train.py config/train_shakespeare_diffmla.py --n_layer=6 --out_dir=out/deeper    any setting
   python train.py --out_dir=out/deeper --resume                          goes on where it stopped
+  python train.py --resume=out/deeper/step_000500.pt                     goes on from there
   torchrun --nproc_per_node=4 train.py config/train_shakespeare_diffmla.py               on 4 processes
 
 A run leaves in out_dir: run.json (what ran), metrics.jsonl (what it measured), ckpt.pt (the newest state),
@@ -26,6 +27,7 @@ import os
 import platform
 import random
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -44,13 +46,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 import data
 from configurator import UserError, configure, git_commit, out_of_memory, report, user_errors
 from kernels import choose_device, cpu_has_bf16, path_for, use_kernel
-from model import GPT, GPTConfig, load_checkpoint, preset, save_checkpoint, saved_fields, without_orphans
+from model import (GPT, GPTConfig, link_checkpoint, load_checkpoint, preset, save_checkpoint, saved_fields,
+                   step_of, without_orphans)
 from optim import (LATE, Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, share_of,
                    step_where_finite, watch, whole)
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
-resume = False # go on from the newest whole checkpoint in out_dir, with its settings where none are given
+resume = False # go on from the newest whole checkpoint in out_dir, or from a chosen one: --resume=FILE.pt
 seed = 1337 # initial weights, dropout and the order of the data
 model_size = "" # nano | micro | tiny | small | medium | large | xl | xxl (model.py, PRESETS); empty: none
 # --- data ---
@@ -127,13 +130,13 @@ def report_once(error_type: type, error: BaseException, trace: object) -> None:
     report(error_type, error, trace)
 
 
-def publish(key: str, *values: str) -> None:
+def publish(key: str, *values: object) -> None:
     """The first process lets the others go on: it has made folders, moved files, downloaded data."""
     if WORLD > 1 and not RANK:
         store.set(key, json.dumps(values))
 
 
-def published(key: str) -> list[str]:
+def published(key: str) -> list:
     """What the first process published, however long that takes. If it fails instead, this one ends too."""
     while not store.check([key]):
         if store.check(["failed"]):
@@ -173,6 +176,22 @@ MAX_SKIPPED = 5 # steps skipped in a row that are tolerated; 4 times as many in 
 # All of it stands here, but for get_data, which refuses data that has changed:
 #   adopt    takes over settings and model of the earlier run, where the command line does not give others
 #   restore  puts back weights, optimizer, loss scale, sparse masks, random generators, the counters in `run`
+#   rewind   makes a checkpoint that --resume=FILE.pt chose the newest of its run, or the first of a branch
+
+source = Path(resume) if type(resume) is str else None # the chosen checkpoint
+if source and "out_dir" not in typed: # that of a config file is where a new run begins
+    out_dir = str(source.parent)
+resume = bool(resume)
+origin = source.parent if source else Path(out_dir) # the folder of the earlier run
+
+
+def chosen_checkpoint() -> dict:
+    """That of --resume=FILE.pt. UserError if it is missing, damaged or of another program."""
+    with user_errors():
+        state = load_checkpoint(source)
+    check_saved(state, source)
+    print(f"RESUMING from {source}, step {state['step']}")
+    return state
 
 
 def newest_checkpoint() -> dict | None:
@@ -213,7 +232,7 @@ def check_saved(state: dict, path: str | Path) -> None:
 
 def read_run() -> dict:
     """run.json of the earlier run; {} if there is none, or if it was cut off or edited."""
-    path = folder / "run.json"
+    path = origin / "run.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         check_saved(found, path)
@@ -296,7 +315,8 @@ def restore(state: dict) -> None:
     """Puts a snapshot back. UserError if its weights are those of another model.py."""
     now = model.state_dict()
     with user_errors():
-        model.load({k: share_of(v, now.get(k)) for k, v in state["model"].items()}, folder / "ckpt.pt")
+        weights = {k: share_of(v, now.get(k)) for k, v in state["model"].items()}
+        model.load(weights, source or folder / "ckpt.pt")
     opt.load_state_dict(state["optimizer"])
     for p, moments in opt.state.items():
         moments.update({k: share_of(v, p) for k, v in moments.items() if getattr(v, "shape", 0) == p.shape})
@@ -310,11 +330,12 @@ def restore(state: dict) -> None:
 # --- the run's folder and settings --------------------------------------------------------------------------
 
 folder = Path(out_dir)
-if resume and not folder.is_dir():
+if resume and not source and not folder.is_dir():
     raise UserError(f"nothing to resume: there is no folder {out_dir}\ndrop --resume, or correct --out_dir")
 with user_errors():
     if RANK:
         published("folder") # the first process has locked it, and has moved damaged checkpoints away
+    checkpoint = chosen_checkpoint() if source else None # before a misspelt path makes a folder
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "a", encoding="utf-8") # two runs in one folder would mix their files
     with suppress(ImportError): # Windows has no fcntl: nothing guards the folder there
@@ -324,7 +345,7 @@ with user_errors():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # until the process ends
         except BlockingIOError:
             raise UserError(f"another train.py writes to {out_dir}: wait, or change --out_dir") from None
-    checkpoint = newest_checkpoint() if resume else None
+    checkpoint = newest_checkpoint() if resume and not source else checkpoint
     began = read_run() if resume else {}
     earlier = (checkpoint or began).get("config") # run.json has it before the first checkpoint
     if earlier:
@@ -701,6 +722,46 @@ def say(words: str, end: str = "\n") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # the buffer would fail again at exit
 
 
+def files_of_run() -> list[Path]:
+    """All that a run writes to its folder, of those files that are there."""
+    names = ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json")
+    return [f for name in names for f in (folder / name, folder / f"{name}.damaged") if f.exists()]
+
+
+def move_aside(files: list[Path]) -> Path:
+    """Moves files to a new folder previous_N, which it returns: nothing is deleted."""
+    aside = next(d for n in itertools.count(1) if not (d := folder / f"previous_{n}").exists())
+    aside.mkdir()
+    for file in files:
+        file.replace(aside / file.name)
+    return aside
+
+
+def rewind(branch: bool) -> None:
+    """Makes the chosen checkpoint ckpt.pt, and its best.pt and metrics.jsonl those of its step.
+
+    What is newer moves aside, with copies of metrics.jsonl and run.json: a run that can be resumed there. The
+    last rename makes ckpt.pt the chosen one. A process killed before it leaves ckpt.pt as it was.
+    """
+    newest = folder / "ckpt.pt"
+    newer = [f for f in files_of_run() if f.suffix == ".pt" and f != newest and step_of(f) > run["step"]]
+    replaced = newest.exists() and step_of(newest) != run["step"]
+    if newer or replaced:
+        aside = move_aside(newer)
+        for name in ("metrics.jsonl", "run.json"):
+            with suppress(FileNotFoundError):
+                shutil.copyfile(folder / name, aside / name)
+        if replaced:
+            link_checkpoint(newest, aside / "ckpt.pt")
+        print(f"what is newer than step {run['step']} was moved to {aside}")
+    if branch:
+        with suppress(FileNotFoundError): # a checkpoint may stand in a folder without its run
+            shutil.copyfile(origin / "metrics.jsonl", folder / "metrics.jsonl") # cut below
+    link_checkpoint(source, newest)
+    if branch and step_of(origin / "best.pt") <= run["step"]:
+        link_checkpoint(origin / "best.pt", folder / "best.pt")
+
+
 versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 process = {"command": shlex.join([os.path.basename(sys.executable), *sys.argv]), "git_commit": git_commit(),
            "versions": versions,
@@ -715,14 +776,13 @@ about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.item
          "resumed": began.get("resumed", []) + [{"step": run["step"], **process}] * resume} # one per resume
 if not RANK:
     with user_errors():
-        names = ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json")
-        old = [f for name in names for f in (name, f"{name}.damaged") if (folder / f).exists()]
-        if old and not resumed: # an earlier run is moved, never deleted, and only when no slip can follow
-            aside = next(d for n in itertools.count(1) if not (d := folder / f"previous_{n}").exists())
-            aside.mkdir()
-            for f in old:
-                (folder / f).replace(aside / f)
-            print(f"{out_dir} held an earlier run: moved to {aside}")
+        branch = source and not folder.samefile(origin)
+        if files_of_run() and (branch or not resumed):
+            print(f"{out_dir} held an earlier run: moved to {move_aside(files_of_run())}")
+        if source:
+            rewind(branch)
+        if not (folder / "best.pt").exists(): # lost, or of the future that --resume=FILE.pt has left
+            run["best"] = math.inf
         part = folder / "run.json.part"
         part.write_text(json.dumps(about, indent=1), encoding="utf-8")
         part.replace(folder / "run.json")
@@ -732,6 +792,9 @@ if not RANK:
               "its lines go on from here")
     else:
         metrics.truncate(run["metrics_bytes"]) # later lines will be written again, by the same steps
+publish("best", run["best"])
+if RANK:
+    run["best"], = published("best") # with fsdp all must decide alike whether to save best.pt
 
 # --- helpers of the loop ------------------------------------------------------------------------------------
 

@@ -168,6 +168,7 @@ def door(script, *argv):
     (["--resume=yes"], "resume", True),
     (["--resume=on"], "resume", True),
     (["--resume"], "resume", True),
+    (["--resume=o/step_000500.pt"], "resume", "o/step_000500.pt"), # the one switch that takes a path as well
     (["--no-compile"], "compile", False),
     (["--no_compile"], "compile", False),
     (["--widths=(2,4,8)"], "widths", (2, 4, 8)),
@@ -216,6 +217,8 @@ def test_accepted(argv, name, value):
     (["--compile=maybe"], ["'maybe'", "true or false", "default is True"]),
     (["--compile="], ["true or false"]),
     (["--compile", "false"], ["--compile=false"]),
+    (["--resume", "o/ckpt.pt"], ["--resume=o/ckpt.pt"]),
+    (["--resume="], ["true or false"]),
     (["--widths=2,x"], ["'2,x'", "a tuple", "default is (2, 4)"]),
     (["--widths=2,1.5"], ["a tuple"]), # an item of the wrong type
     (["--widths=((("], ["a tuple"]),

@@ -87,6 +87,10 @@ SLIPS = {
     "resume another seed": ("train.py --resume --out_dir={d}/run --seed=5", "seed was 1337, now 5"),
     "resume on other data": ("train.py --resume --out_dir={d}/run --dataset=other", "is not the data"),
     "resume from nothing whole": ("train.py --resume --out_dir={d}/broken", "start again without --resume"),
+    "resume from a file that is not there": ("train.py --resume={d}/nowhere/ckpt.pt", "ckpt.pt: No such"),
+    "resume from a folder": ("train.py --resume={d}/run", "give a file in it"),
+    "resume from a damaged file": ("train.py --resume={d}/broken/ckpt.pt", "is cut short, or"),
+    "resume from a file of another program": ("train.py --resume={d}/foreign/ckpt.pt", "not written by train.py"),
     "two runs in one folder": ("train.py --out_dir={d}/locked", "another train.py"),
     "sample before training": ("sample.py --out_dir={d}/nowhere", "train first"),
     "unknown characters in a prompt": ("sample.py --out_dir={d}/run --start=Жar", "'Ж'"),
@@ -188,7 +192,7 @@ def slip(line, world, folder):
     script, *args = line.format(d=world).split(" ")
     usual = {"train.py": [f"--data_dir={world / 'data'}"],
              "data.py": [f"--data_dir={world / 'data'}"] * bool(args)}.get(script, [])
-    if script == "train.py" and "--resume" not in args:
+    if script == "train.py" and "--resume" not in line:
         usual += [f"--out_dir={folder / 'out'}", *PLAY]
     given = {arg.split("=")[0] for arg in args}
     args += [arg for arg in usual if arg.split("=")[0] not in given]
@@ -215,3 +219,4 @@ def test_nothing_is_lost(world):
     """After all those slips the finished run is as it was."""
     assert json.loads((world / "run/run.json").read_text(encoding="utf-8"))["seed"] == 1337
     assert (world / "run/ckpt.pt").exists() and not (world / "run/previous_1").exists()
+    assert not (world / "nowhere").exists()

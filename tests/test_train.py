@@ -245,6 +245,27 @@ def test_best_alone_is_gone_on_from(whole, corpus, tmp_path):
     assert (out / "best.pt").read_bytes() == kept
 
 
+def test_a_chosen_checkpoint_is_gone_on_from(whole, corpus, tmp_path):
+    """In its own folder, where the newer files move aside whole, and in another, where they stay."""
+    out, branch = tmp_path / "o", tmp_path / "branch"
+    shutil.copytree(whole[0], out)
+    (out / "ckpt.prev.pt").rename(out / "chosen.pt")
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.name != "lock"}
+    done = run([ROOT / "train.py", f"--resume={out / 'chosen.pt'}", f"--out_dir={branch}"])
+    assert f"RESUMING from {out / 'chosen.pt'}, step 50" in ended(done).stdout
+    assert before == {file.name: file.read_bytes() for file in out.iterdir() if file.name != "lock"}
+    done = ended(run([ROOT / "train.py", f"--resume={out / 'chosen.pt'}"]))
+    assert f"what is newer than step 50 was moved to {out / 'previous_1'}" in done.stdout
+    for name, content in before.items():
+        assert ((out if name == "chosen.pt" else out / "previous_1") / name).read_bytes() == content
+    for folder in (out, branch):
+        assert same(state(whole[0]), state(folder)) and timeless(whole[0]) == timeless(folder)
+        assert load_checkpoint(folder / "ckpt.prev.pt")["step"] == 50
+        best = load_checkpoint(folder / "best.pt")
+        assert best["best"] == load_checkpoint(whole[0] / "best.pt")["best"]
+    assert load_checkpoint(out / "ckpt.pt")["config"]["train"]["resume"] is True # no path in it
+
+
 def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
     out = tmp_path / "o"
     train(corpus, out, "--max_iters=10")
