@@ -33,7 +33,7 @@ from data import tokenizer_from_dict
 from kernels import choose_device, few_rows, widen
 from model import GPT, load_checkpoint, previous_checkpoint
 
-out_dir = "" # folder of the run; empty: the newest below out
+out_dir = "" # folder of the run, or one of its .pt files; empty: the newest below out
 start = "\n" # the prompt; FILE:prompt.txt reads it from a file
 num_samples = 1 # continuations of the same prompt, drawn as one batch
 max_new_tokens = 500 # length of each
@@ -610,7 +610,7 @@ _SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, 
 def load(folder: str, device: str) -> tuple:
     """(model, tokenizer, dtype, a line about them) of best.pt, or of the newest checkpoint that is whole.
 
-    folder: of a run; if empty, the folder below out (or out itself) that a checkpoint was written to last.
+    folder: of a run, or one checkpoint; if empty, the folder below out (or out itself) written to last.
     """
     if not folder:
         checkpoints = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
@@ -620,6 +620,7 @@ def load(folder: str, device: str) -> tuple:
         folder = os.path.dirname(max(checkpoints, key=os.path.getmtime))
     newest = os.path.join(folder, "ckpt.pt")
     paths = os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)
+    paths = [folder] if os.path.isfile(folder) else paths
     paths, damage = [path for path in paths if os.path.exists(path)], []
     if not paths:
         raise UserError(f"there is no checkpoint in {folder}\n"

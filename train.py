@@ -7,7 +7,8 @@
   torchrun --nproc_per_node=4 train.py config/train_shakespeare_diffmla.py               on 4 processes
 
 A run leaves in out_dir: run.json (what ran), metrics.jsonl (what it measured), ckpt.pt (the newest state),
-ckpt.prev.pt (the state before) and best.pt (the state of lowest validation loss). On a CPU a run is a pure
+ckpt.prev.pt (the state before), best.pt (the state of lowest validation loss) and, with --keep_checkpoints=N,
+the newest N states as step_000500.pt. sample.py --out_dir=FILE.pt reads any of them. On a CPU a run is a pure
 function of its settings, the torch version and the number of threads: killed at any moment and resumed, it
 ends in the same bits. GPU kernels may add numbers in another order.
 
@@ -95,6 +96,7 @@ eval_interval = 250 # steps between evaluations
 eval_iters = 0 # random batches per evaluation; -1: all validation data; 0: all, or a part if it is long
 log_interval = 10 # steps between lines of the log
 checkpoint_interval = 0 # steps between checkpoints; 0 = eval_interval
+keep_checkpoints = 0 # newest checkpoints that also stay under names of their own, as in step_000500.pt
 sample_prompt = "\n" # continued at each evaluation
 sample_tokens = 100 # length of that continuation; 0 = none
 # --- machine ---
@@ -197,7 +199,8 @@ def chosen_checkpoint() -> dict:
 def newest_checkpoint() -> dict | None:
     """The newest whole checkpoint, at worst best.pt; None if there is none. UserError if all are damaged."""
     damaged = []
-    for path in filter(Path.exists, (folder / name for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt"))):
+    newest = folder / "ckpt.pt", folder / "ckpt.prev.pt", *reversed(kept_checkpoints()), folder / "best.pt"
+    for path in filter(Path.exists, newest):
         try:
             state = load_checkpoint(path)
         except ValueError as error:
@@ -213,6 +216,12 @@ def newest_checkpoint() -> dict | None:
         raise UserError(f"no checkpoint in {out_dir} is whole\n"
                         "start again without --resume (the old files are moved aside, not deleted)")
     print(f"NOTHING TO RESUME in {out_dir} yet: starting at step 0")
+
+
+def kept_checkpoints() -> list[Path]:
+    """Those of keep_checkpoints in the run's folder, in the order of their steps."""
+    named = [f for f in folder.glob("step_*.pt") if f.stem[5:].isdecimal()]
+    return sorted(named, key=lambda f: int(f.stem[5:]))
 
 
 def check_saved(state: dict, path: str | Path) -> None:
@@ -370,8 +379,8 @@ if min_lr > learning_rate > 0 and "min_lr" not in (typed if "learning_rate" in t
 for names, fits, words in [
     ("batch_size windows gradient_accumulation_steps eval_interval log_interval",
      lambda v: v >= 1, "at least 1"),
-    ("max_iters warmup_iters lr_decay_iters checkpoint_interval sample_tokens weight_decay grad_clip",
-     lambda v: v >= 0, "at least 0"),
+    ("max_iters warmup_iters lr_decay_iters checkpoint_interval keep_checkpoints sample_tokens weight_decay "
+     "grad_clip", lambda v: v >= 0, "at least 0"),
     ("eval_iters", lambda v: v >= -1, "at least 0, or -1 for the whole validation split"),
     ("seed", lambda v: 0 <= v < 2**32, "in [0, 2**32)"),
     ("learning_rate", lambda v: v > 0, "above 0"),
@@ -686,6 +695,18 @@ def save(name: str, keep_previous: bool, **changed) -> bool:
         return False
 
 
+def keep_newest() -> None:
+    """Gives ckpt.pt the name of its step too, and deletes the oldest such files beyond keep_checkpoints."""
+    name = folder / f"step_{run['step']:06}.pt"
+    try:
+        link_checkpoint(folder / "ckpt.pt", name)
+        past = [f for f in kept_checkpoints() if int(f.stem[5:]) <= run["step"]]
+        for old in past[:-keep_checkpoints]:
+            old.unlink()
+    except OSError as error: # a full disk, where a link is a copy
+        say(f"WARNING: step {run['step']} has no file of its own ({error}). Training goes on.")
+
+
 def log(time_s: float, **numbers) -> None:
     """Appends a line to metrics.jsonl. While the disk is full, lines wait in run["unwritten"]."""
     if RANK:
@@ -725,39 +746,42 @@ def say(words: str, end: str = "\n") -> None:
 def files_of_run() -> list[Path]:
     """All that a run writes to its folder, of those files that are there."""
     names = ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json")
-    return [f for name in names for f in (folder / name, folder / f"{name}.damaged") if f.exists()]
+    named = [f for name in names for f in (folder / name, folder / f"{name}.damaged") if f.exists()]
+    return named + kept_checkpoints() + [*folder.glob("step_*.pt.damaged")]
 
 
-def move_aside(files: list[Path]) -> Path:
-    """Moves files to a new folder previous_N, which it returns: nothing is deleted."""
+def new_folder() -> Path:
+    """previous_N, for files that would be in the way: nothing is deleted."""
     aside = next(d for n in itertools.count(1) if not (d := folder / f"previous_{n}").exists())
     aside.mkdir()
-    for file in files:
-        file.replace(aside / file.name)
     return aside
 
 
 def rewind(branch: bool) -> None:
     """Makes the chosen checkpoint ckpt.pt, and its best.pt and metrics.jsonl those of its step.
 
-    What is newer moves aside, with copies of metrics.jsonl and run.json: a run that can be resumed there. The
-    last rename makes ckpt.pt the chosen one. A process killed before it leaves ckpt.pt as it was.
+    What is newer moves aside, with copies of metrics.jsonl and run.json: a run that can be resumed there.
+    Whenever the process dies, --resume goes on from the old ckpt.pt or from the chosen one, and all is kept.
     """
     newest = folder / "ckpt.pt"
-    newer = [f for f in files_of_run() if f.suffix == ".pt" and f != newest and step_of(f) > run["step"]]
-    replaced = newest.exists() and step_of(newest) != run["step"]
-    if newer or replaced:
-        aside = move_aside(newer)
+    newer = [f for f in files_of_run() if f.suffix == ".pt" and step_of(f) > run["step"]]
+    if newest.exists() and newest not in newer and step_of(newest) < run["step"]:
+        newer.append(newest) # older than a chosen best.pt, but its place is taken below
+    if newer:
+        aside = new_folder()
         for name in ("metrics.jsonl", "run.json"):
             with suppress(FileNotFoundError):
                 shutil.copyfile(folder / name, aside / name)
-        if replaced:
-            link_checkpoint(newest, aside / "ckpt.pt")
+        for file in newer:
+            link_checkpoint(file, aside / file.name)
         print(f"what is newer than step {run['step']} was moved to {aside}")
     if branch:
         with suppress(FileNotFoundError): # a checkpoint may stand in a folder without its run
             shutil.copyfile(origin / "metrics.jsonl", folder / "metrics.jsonl") # cut below
     link_checkpoint(source, newest)
+    for file in newer:
+        if file != newest:
+            file.unlink()
     if branch and step_of(origin / "best.pt") <= run["step"]:
         link_checkpoint(origin / "best.pt", folder / "best.pt")
 
@@ -777,8 +801,11 @@ about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.item
 if not RANK:
     with user_errors():
         branch = source and not folder.samefile(origin)
-        if files_of_run() and (branch or not resumed):
-            print(f"{out_dir} held an earlier run: moved to {move_aside(files_of_run())}")
+        if files_of_run() and (branch or not resumed): # and only now: no slip can follow
+            aside = new_folder()
+            for file in files_of_run():
+                file.replace(aside / file.name)
+            print(f"{out_dir} held an earlier run: moved to {aside}")
         if source:
             rewind(branch)
         if not (folder / "best.pt").exists(): # lost, or of the future that --resume=FILE.pt has left
@@ -1092,6 +1119,8 @@ while True:
     done = stop or step >= max_iters
     if done or (step and step % (checkpoint_interval or eval_interval) == 0):
         saved_ok = save("ckpt.pt", keep_previous=True)
+        if saved_ok and keep_checkpoints and not RANK:
+            keep_newest()
     if done:
         break
 

@@ -90,7 +90,7 @@ SLIPS = {
     "resume from a file that is not there": ("train.py --resume={d}/nowhere/ckpt.pt", "ckpt.pt: No such"),
     "resume from a folder": ("train.py --resume={d}/run", "give a file in it"),
     "resume from a damaged file": ("train.py --resume={d}/broken/ckpt.pt", "is cut short, or"),
-    "resume from a file of another program": ("train.py --resume={d}/foreign/ckpt.pt", "not written by train.py"),
+    "resume from a foreign file": ("train.py --resume={d}/foreign/ckpt.pt", "was not written by train.py"),
     "two runs in one folder": ("train.py --out_dir={d}/locked", "another train.py"),
     "sample before training": ("sample.py --out_dir={d}/nowhere", "train first"),
     "unknown characters in a prompt": ("sample.py --out_dir={d}/run --start=Жar", "'Ж'"),

@@ -234,6 +234,10 @@ def test_the_newest_run_is_taken_and_none_is_said(trained, tmp_path):
     assert done.returncode == 0 and "out/newer/best.pt" in done.stderr
 
 
+def test_one_checkpoint_of_a_run(trained):
+    assert "char/ckpt.pt: diff_mla" in sample(trained, "--max_new_tokens=3", out="char/ckpt.pt").stderr
+
+
 def test_drafts_of_a_cell_that_is_not_there(trained, tmp_path):
     state = load_checkpoint(trained / "char/best.pt")
     state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("extras")}

@@ -266,6 +266,35 @@ def test_a_chosen_checkpoint_is_gone_on_from(whole, corpus, tmp_path):
     assert load_checkpoint(out / "ckpt.pt")["config"]["train"]["resume"] is True # no path in it
 
 
+NO_LINKS = "import os\ndef link(*paths): raise OSError('no hard links here')\nos.link = link"
+
+
+@pytest.mark.parametrize("before", ["", pytest.param(NO_LINKS, marks=pytest.mark.deep)], ids=["link", "copy"])
+def test_the_newest_checkpoints_stay_under_their_own_names(before, corpus, tmp_path):
+    """Without hard links they are copies. They move aside with their run; a damaged one is passed over."""
+    out, flags = tmp_path / "o", ["--keep_checkpoints=2", "--checkpoint_interval=2", "--eval_iters=1"]
+    (tmp_path / "o").mkdir()
+    (out / "step_by_step.pt").write_text("of somebody else")
+
+    def steps(folder):
+        return {file.name: load_checkpoint(file)["step"] for file in folder.glob("step_0*.pt")}
+
+    ended(spoiled(before, corpus, out, *flags, "--max_iters=9"))
+    assert steps(out) == {"step_000008.pt": 8, "step_000009.pt": 9}
+    assert os.path.samefile(out / "ckpt.pt", out / "step_000009.pt") != bool(before)
+    if not before:
+        return
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        (out / name).unlink()
+    (out / "step_000009.pt").write_bytes(b"damaged")
+    done = train(corpus, out, "--resume", "--max_iters=10", *flags)
+    assert "step_000008.pt, step 8" in done.stdout and (out / "step_000009.pt.damaged").exists()
+    assert steps(out) == {"step_000008.pt": 8, "step_000010.pt": 10}
+    assert "moved to" in train(corpus, out, *flags[1:], "--max_iters=2").stdout # it keeps none
+    assert not steps(out) and set(steps(out / "previous_1")) == {"step_000008.pt", "step_000010.pt"}
+    assert (out / "step_by_step.pt").exists()
+
+
 def test_resumed_past_its_end_and_without_its_metrics(corpus, tmp_path):
     out = tmp_path / "o"
     train(corpus, out, "--max_iters=10")
