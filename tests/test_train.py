@@ -18,6 +18,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,103 @@ def test_resume_after_any_kill_is_bit_exact(wanted, steps, corpus, tmp_path):
             assert same(state(tmp_path / "calm"), state(out)) and timeless(tmp_path / "calm") == timeless(out)
             runs += 1
     assert resumed >= max(1, wanted // 4)
+
+
+MORTAL = """
+import builtins, itertools, json, os, random, shutil, signal, sys
+from pathlib import Path
+import torch
+from model import load_checkpoint
+
+CHANGES = "write truncate flush close".split()
+left = [0] # changes of the file system until death
+
+
+def mortal(change):
+    def counted(*args, **named):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return change(*args, **named)
+    return counted
+
+
+class Mortal: # an open file
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+    def __getattr__(self, name):
+        found = getattr(self.file, name)
+        return mortal(found) if name in CHANGES else found
+
+
+def seen(folder): # what a resumed run could tell apart
+    found = {}
+    for file in folder.iterdir():
+        found[file.name] = load_checkpoint(file)["step"] if file.suffix == ".pt" else ""
+        if file.name == "metrics.jsonl":
+            found[file.name] = file.read_bytes().count(b"\\n"), file.read_bytes()[-1:]
+    return str(sorted(found.items()))
+
+
+def copied(folder, to): # hard links stay hard links
+    to.mkdir()
+    copies = {}
+    for file in folder.iterdir():
+        copy, inode = to / file.name, file.stat().st_ino
+        os.link(copies[inode], copy) if inode in copies else shutil.copyfile(file, copy)
+        copies.setdefault(inode, copy)
+
+
+def die_everywhere(step, params):
+    if step != 6 or "MORTAL" not in os.environ:
+        return
+    run = next(f.f_globals for f in map(sys._getframe, itertools.count()) if "keep_newest" in f.f_globals)
+    outcomes, folder, dice = {}, run["folder"], random.getstate()
+    for at in itertools.count(1):
+        to = Path(f"{folder}_{at}")
+        copied(folder, to)
+        child = os.fork()
+        if not child:
+            random.setstate(dice) # a fork is given another one
+            left[0], run["folder"] = at, to
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            real = builtins.open
+            builtins.open = lambda *args, **named: Mortal(mortal(real)(*args, **named))
+            for name in "fsync replace rename link unlink remove mkdir".split():
+                setattr(os, name, mortal(getattr(os, name)))
+            run["metrics"] = open(to / "metrics.jsonl", "ab", buffering=0)
+            return # to go on training, in a folder of its own
+        if not os.waitpid(child, 0)[1]:
+            break # it came to its end
+        if outcomes.setdefault(seen(to), str(to)) != str(to):
+            shutil.rmtree(to)
+    Path(os.environ["MORTAL"]).write_text(json.dumps([at - 1, [*outcomes.values()]]))
+"""
+
+
+@pytest.mark.deep
+def test_death_at_every_change_of_the_file_system(corpus, tmp_path):
+    """From the 7th of 9 steps on, kill -9 before each open, write, fsync, rename, link and unlink, in a fork
+    of the training process. No name of a checkpoint ever holds less than a whole one, and of all the folders
+    that a resumed run could tell apart each one is resumed, and ends in the same bits.
+
+    The folder's name is not ASCII, because torch then writes through a Python file, so that each of its
+    writes counts. What lies between two changes leaves the same files as the second one's beginning.
+    """
+    (tmp_path / "mortal.py").write_text(MORTAL, encoding="utf-8")
+    flags = [f"--update_hooks={tmp_path / 'mortal.py'}:die_everywhere", "--n_layer=1", "--n_embd=16",
+             "--attention=mha", "--max_iters=9", "--checkpoint_interval=2", "--eval_interval=4",
+             "--eval_iters=1", "--log_interval=1", "--sample_tokens=0", "--keep_checkpoints=2"]
+    train(corpus, tmp_path / "ö", *flags, env={"MORTAL": str(tmp_path / "outcomes")}, timeout=600)
+    points, outcomes = json.loads((tmp_path / "outcomes").read_text(encoding="utf-8"))
+    assert points > 500 and len(outcomes) > 15
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda out: train(corpus, out, *flags, "--resume"), outcomes))
+    for out in map(Path, outcomes):
+        assert same(state(tmp_path / "ö"), state(out)) and timeless(tmp_path / "ö") == timeless(out)
+        assert [f.name for f in sorted(out.glob("step_*.pt"))] == ["step_000008.pt", "step_000009.pt"]
+        assert not list(out.glob("*.part"))
 
 
 def test_killed_before_the_first_checkpoint(whole, tmp_path):
