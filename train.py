@@ -77,6 +77,7 @@ weight_decay = 0.1 # on matrices and embeddings
 beta1 = 0.9 # Adam's decay of the first moment
 beta2 = 0.99 # Adam's decay of the second moment
 grad_clip = 1.0 # largest norm of the gradient; 0 = no clipping
+skip_spikes = 0.0 # skips a loss or norm so many standard deviations above 128 steps' mean, say 8; 0 = none
 schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, linear over the last fifth) | constant
 warmup_iters = 100 # steps of linear warm-up
 lr_decay_iters = 0 # step at which min_lr is reached; 0 = max_iters
@@ -239,12 +240,19 @@ def check_saved(state: dict, path: str | Path) -> None:
                         "use the commit that its run.json names, or train again")
 
 
+def checksum(values: dict) -> str:
+    """The sha256 of values, as JSON has them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def read_run() -> dict:
     """run.json of the earlier run; {} if there is none, or if it was cut off or edited."""
     path = origin / "run.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         check_saved(found, path)
+        if found.pop("sha256", None) not in (None, checksum(found)): # older runs have none
+            raise ValueError("its values do not match their sha256")
         return {**found, "resumed": list(found.get("resumed", []))}
     except (OSError, ValueError, TypeError, RecursionError) as error: # a UserError is a ValueError
         if path.exists():
@@ -315,7 +323,7 @@ def snapshot() -> dict:
     if fsdp:
         weights, moments = tree_map(gathered, (weights, moments))
     return {**run, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-            "sparse": sparsity.state_dict() if sparsity else None, "random": random_states(),
+            "sparse": sparsity.state_dict() if sparsity else None, "recent": recent, "random": random_states(),
             "config": run_config, "tokenizer": codec.to_dict() if codec else None,
             "data_sha256": corpus.sha256, "stream": corpus.train.place(run["step"] * rows)}
 
@@ -332,6 +340,7 @@ def restore(state: dict) -> None:
     scaler.load_state_dict(state["scaler"])
     if sparsity:
         sparsity.load_state_dict(state["sparse"])
+    recent.copy_(state.get("recent", recent))
     set_random_states(state["random"])
     run.update({k: state[k] for k in run if k in state})
 
@@ -380,7 +389,7 @@ for names, fits, words in [
     ("batch_size windows gradient_accumulation_steps eval_interval log_interval",
      lambda v: v >= 1, "at least 1"),
     ("max_iters warmup_iters lr_decay_iters checkpoint_interval keep_checkpoints sample_tokens weight_decay "
-     "grad_clip", lambda v: v >= 0, "at least 0"),
+     "grad_clip skip_spikes", lambda v: v >= 0, "at least 0"),
     ("eval_iters", lambda v: v >= -1, "at least 0, or -1 for the whole validation split"),
     ("seed", lambda v: 0 <= v < 2**32, "in [0, 2**32)"),
     ("learning_rate", lambda v: v > 0, "above 0"),
@@ -555,6 +564,7 @@ compile = str(gain > 2 * cost).lower() if compile == "auto" else compile.lower()
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, "
       f"{max_iters:,} steps")
 
+recent = torch.full((2, 128), math.inf, device=device) # see spike; infinity stands for steps to come
 # unwritten: lines of metrics.jsonl that a full disk did not take; micro_batch: most sequences in a forward
 run = {"run_id": began.get("run_id", os.urandom(16).hex()), "step": 0, "evaluated": -1, "best": math.inf,
        "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0, "unwritten": "",
@@ -691,7 +701,9 @@ def save(name: str, keep_previous: bool, **changed) -> bool:
     except (OSError, RuntimeError) as error: # torch.save reports a full disk as a RuntimeError
         if not folder.is_dir():
             sys.exit(f"error: the folder {out_dir} is gone: stopped at step {run['step']}, nothing is saved")
-        say(f"WARNING: {folder / name} WAS NOT WRITTEN ({error}). The one before is kept; training goes on.")
+        free = shutil.disk_usage(folder).free / 1e6
+        say(f"WARNING: {folder / name} WAS NOT WRITTEN ({error}). {free:,.0f} MB are free. "
+            "The one before is kept; training goes on.")
         return False
 
 
@@ -712,6 +724,8 @@ def log(time_s: float, **numbers) -> None:
     if RANK:
         return
     line = {"step": run["step"], "tokens": run["step"] * tokens_per_step, "time_s": round(time_s, 3)}
+    if run["skipped"]:
+        line["skipped"] = run["skipped"] # batches so far
     if sparsity:
         line["density"] = round(sparsity.density(), 6) # share of weights that are not held at zero
     # JSON has neither NaN nor infinity: they become null
@@ -794,7 +808,7 @@ process = {"command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
 # the hash covers what decides the numbers: the same run in another folder has the same hash
 hashed = {**run_config, "train": {k: v for k, v in run_config["train"].items() if k not in LOCAL}}
 about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.items()},
-         "config_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16],
+         "config_hash": checksum(hashed)[:16],
          "config": run_config, "hook_list": {k: [name for name, _ in found] for k, found in hooks.items()},
          "dataset": dataset, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
          "resumed": began.get("resumed", []) + [{"step": run["step"], **process}] * resume} # one per resume
@@ -811,7 +825,7 @@ if not RANK:
         if not (folder / "best.pt").exists(): # lost, or of the future that --resume=FILE.pt has left
             run["best"] = math.inf
         part = folder / "run.json.part"
-        part.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        part.write_text(json.dumps({**about, "sha256": checksum(about)}, indent=1), encoding="utf-8")
         part.replace(folder / "run.json")
         metrics = open(folder / "metrics.jsonl", "ab", buffering=0)
     if os.path.getsize(metrics.name) < run["metrics_bytes"]:
@@ -931,6 +945,18 @@ def draw_from(stream: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence([seed, run["step"], stream]).generate_state(1)[0]))
 
 
+def spike(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """(): 1 if loss or norm is more than skip_spikes deviations above the mean of the last 128 steps.
+
+    llm.c's rule. Spikes enter the window as well, so that a lasting change is soon no spike any more.
+    """
+    now = torch.stack([loss.float(), norm.float()]) # (2,)
+    z = (now - recent.mean(1)) / recent.std(1) # NaN, and so no spike, until 128 steps are known
+    later = torch.cat([recent[:, 1:], now[:, None]], 1)
+    recent.copy_(torch.where(now.isfinite().all(), later, recent))
+    return (z > skip_spikes).any().float()
+
+
 # late: a GPU decides itself whether a batch is skipped, and the host reads the numbers of a step when it has
 # launched the next one. Not with sparse training: Sparse.finish must know whether the weights have changed.
 late = kind in LATE and not sparsity and not fsdp
@@ -960,7 +986,8 @@ def settle(ahead: int = 0) -> None:
             say(f"step {step}: loss {told['ce']}, grad norm {told['norm']}: BATCH SKIPPED "
                 f"({run['skipped']} so far)")
         if run["skipped_in_a_row"] > MAX_SKIPPED * (4 if dtype == "float16" else 1):
-            words = (f"stopped: {run['skipped_in_a_row']} non-finite batches in a row. Lower --learning_rate "
+            bad = "spikes or non-finite batches" if skip_spikes else "non-finite batches"
+            words = (f"stopped: {run['skipped_in_a_row']} {bad} in a row. Lower --learning_rate "
                      f"or use --dtype=float32; {folder / 'ckpt.pt'} holds the last saved state.")
             sys.exit(1 if RANK else words)
 
@@ -1147,6 +1174,8 @@ while True:
     # scaler needs no step of its own: where it finds an infinite gradient, the norm is not finite.
     judged = [norm, *(loss for name, loss in losses.items() if name not in losses_beside)]
     bad = 1 - torch.stack(judged).isfinite().all().float() # (): 1 or 0
+    if skip_spikes:
+        bad = torch.maximum(bad, spike(losses["ce"], norm))
     bad_beside = 1 - (1 - bad) * norm_beside.isfinite()
     step_where_finite(opt, [(own, bad), (beside, bad_beside)], late)
     if sparsity and not bad:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data import prepare
+from model import save_checkpoint
 from processes import ROOT, run, two_at_a_time
 
 fcntl = pytest.importorskip("fcntl") # Windows has none, and its runs no lock
@@ -89,8 +90,8 @@ SLIPS = {
     "resume from nothing whole": ("train.py --resume --out_dir={d}/broken", "start again without --resume"),
     "resume from a file that is not there": ("train.py --resume={d}/nowhere/ckpt.pt", "ckpt.pt: No such"),
     "resume from a folder": ("train.py --resume={d}/run", "give a file in it"),
-    "resume from a damaged file": ("train.py --resume={d}/broken/ckpt.pt", "is cut short, or"),
-    "resume from a foreign file": ("train.py --resume={d}/foreign/ckpt.pt", "was not written by train.py"),
+    "resume from code": ("train.py --resume={d}/bomb/ckpt.pt", "may run code; use another checkpoint"),
+    "sample from code": ("sample.py --out_dir={d}/bomb", "may run code; use another checkpoint"),
     "two runs in one folder": ("train.py --out_dir={d}/locked", "another train.py"),
     "sample before training": ("sample.py --out_dir={d}/nowhere", "train first"),
     "unknown characters in a prompt": ("sample.py --out_dir={d}/run --start=Жar", "'Ж'"),
@@ -160,6 +161,11 @@ TEXTS = {"play.txt": "to be or not to be, that is the question\n" * 60,
          "raises.py": "n_layer = 1 // 0", "arms.py": "ARMS = {'a': {'flags': '', 'against': 'b'}}"}
 
 
+class Bomb:
+    def __reduce__(self):
+        return print, ("this code ran",)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with what slips are made of: texts, configs, a finished run, a damaged one, and one that is
@@ -169,10 +175,11 @@ def world(tmp_path_factory):
     for name, text in TEXTS.items():
         (d / name).write_text(text, encoding="utf-8")
     (d / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 50)
-    for folder in ("nothing", "foreign", "broken", "locked"):
+    for folder in ("nothing", "foreign", "broken", "locked", "bomb"):
         (d / folder).mkdir()
     torch.save({"model": {}, "iter_num": 5}, d / "foreign/ckpt.pt")
     (d / "broken/ckpt.pt").write_bytes(b"not a checkpoint at all")
+    save_checkpoint(d / "bomb/ckpt.pt", {"model": Bomb()}) # with a good seal
     for name in ("play", "other", "cut"):
         prepare(d / f"{name}.txt", data_dir=d / "data")
     shard = d / "data/cut/train_000000.bin"
@@ -213,6 +220,7 @@ def test_a_slip_ends_with_the_way_out(line, way_out, outcomes, request):
     message = [said for said in done.stderr.strip().splitlines() if "    (default " not in said] # no settings
     assert message[0].startswith("error: ") and len(message) <= 3, done.stderr
     assert way_out in done.stderr, done.stderr
+    assert "this code ran" not in done.stdout
 
 
 def test_nothing_is_lost(world):
