@@ -231,7 +231,7 @@ def test_resume_after_any_kill_is_bit_exact(wanted, steps, corpus, tmp_path):
 
 
 MORTAL = """
-import builtins, itertools, json, os, random, shutil, signal, sys
+import builtins, io, itertools, json, os, random, shutil, signal, sys
 from pathlib import Path
 import torch
 from model import load_checkpoint
@@ -260,10 +260,11 @@ class Mortal: # an open file
 
 def seen(folder): # what a resumed run could tell apart
     found = {}
-    for file in folder.iterdir():
-        found[file.name] = load_checkpoint(file)["step"] if file.suffix == ".pt" else ""
+    for file in folder.rglob("*"):
+        name = str(file.relative_to(folder))
+        found[name] = load_checkpoint(file)["step"] if file.suffix == ".pt" else ""
         if file.name == "metrics.jsonl":
-            found[file.name] = file.read_bytes().count(b"\\n"), file.read_bytes()[-1:]
+            found[name] = file.read_bytes().count(b"\\n"), file.read_bytes()[-1:]
     return str(sorted(found.items()))
 
 
@@ -290,11 +291,15 @@ def die_everywhere(step, params):
             left[0], run["folder"] = at, to
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             real = builtins.open
-            builtins.open = lambda *args, **named: Mortal(mortal(real)(*args, **named))
+            builtins.open = io.open = lambda *args, **named: Mortal(mortal(real)(*args, **named))
             for name in "fsync replace rename link unlink remove mkdir".split():
                 setattr(os, name, mortal(getattr(os, name)))
-            run["metrics"] = open(to / "metrics.jsonl", "ab", buffering=0)
-            return # to go on training, in a folder of its own
+            if run["source"]:
+                run["source"], run["origin"] = to / run["source"].name, to
+                run["corpus"].train.batch = lambda *args, **named: os._exit(0) # training begins
+            else:
+                run["metrics"] = open(to / "metrics.jsonl", "ab", buffering=0)
+            return # to go on, in a folder of its own
         if not os.waitpid(child, 0)[1]:
             break # it came to its end
         if outcomes.setdefault(seen(to), str(to)) != str(to):
@@ -325,6 +330,34 @@ def test_death_at_every_change_of_the_file_system(corpus, tmp_path):
         assert same(state(tmp_path / "ö"), state(out)) and timeless(tmp_path / "ö") == timeless(out)
         assert [f.name for f in sorted(out.glob("step_*.pt"))] == ["step_000008.pt", "step_000009.pt"]
         assert not list(out.glob("*.part"))
+
+
+@pytest.mark.deep
+def test_death_at_every_change_while_a_chosen_checkpoint_becomes_the_newest(corpus, tmp_path):
+    """The same between the start of `--resume=FILE.pt` and its first step. Afterwards that command, and
+    `--resume` alone, end in the bits of a run that nobody killed, and the command has lost no checkpoint.
+    """
+    flags = ["--n_layer=1", "--n_embd=16", "--max_iters=9", "--checkpoint_interval=2", "--eval_interval=4",
+             "--eval_iters=1", "--log_interval=1", "--sample_tokens=0", "--keep_checkpoints=9"]
+    out, whole = tmp_path / "o", tmp_path / "whole"
+    train(corpus, whole, *flags)
+    shutil.copytree(whole, out)
+    before = MORTAL + "\nimport configurator\n" \
+        "configurator.git_commit = lambda: die_everywhere(6, None) or 'unknown'\n"
+    ended(run(spoiling(before, corpus, out, *flags, f"--resume={out / 'step_000006.pt'}"), timeout=600,
+              env={"MORTAL": str(tmp_path / "outcomes")}))
+    points, outcomes = json.loads((tmp_path / "outcomes").read_text(encoding="utf-8"))
+    assert points > 40 and len(outcomes) > 10
+    jobs = [(out, "--resume")]
+    for folder in outcomes:
+        shutil.copytree(folder, f"{folder}b")
+        jobs += (Path(folder), f"--resume={folder}/step_000006.pt"), (Path(f"{folder}b"), "--resume")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: train(corpus, job[0], *flags, job[1]), jobs))
+    contents = {f.read_bytes() for f in whole.glob("*.pt") if load_checkpoint(f)["step"] != 6}
+    for folder, resume in jobs:
+        assert same(state(whole), state(folder)) and timeless(whole) == timeless(folder)
+        assert resume == "--resume" or contents <= {file.read_bytes() for file in folder.rglob("*.pt")}
 
 
 def test_killed_before_the_first_checkpoint(whole, tmp_path):
