@@ -1779,6 +1779,8 @@ def load_checkpoint(path: str) -> dict:
         blob = f.read()
     if blob[-_SEAL:-64] != b"sha256:":
         raise ValueError(f"{path} is cut short, or was not written by train.py; give its ckpt.pt or best.pt")
+    if torch.__version__ < (2, 10): # CVE-2026-24747: weights_only=True let code through
+        raise ValueError(f"torch {torch.__version__} may run code of a file: pip install -r requirements.txt")
     if hashlib.sha256(blob[:-_SEAL]).hexdigest().encode() != blob[-64:]:
         raise ValueError(f"{path} is damaged: its bytes do not match their sha256; use another checkpoint")
     try:

@@ -778,9 +778,8 @@ def rewind(branch: bool) -> None:
     Whenever the process dies, --resume goes on from the old ckpt.pt or from the chosen one, and all is kept.
     """
     newest = folder / "ckpt.pt"
-    newer = [f for f in files_of_run() if f.suffix == ".pt" and step_of(f) > run["step"]]
-    if newest.exists() and newest not in newer and step_of(newest) < run["step"]:
-        newer.append(newest) # older than a chosen best.pt, but its place is taken below
+    newer = [f for f in files_of_run() if f.suffix == ".pt" and step_of(f) > run["step"]
+             or f == newest and step_of(f) < run["step"]] # the second gives its name to a chosen best.pt
     if newer:
         aside = new_folder()
         for name in ("metrics.jsonl", "run.json"):

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from configurator import UserError
 from data import load, prepare, verify
@@ -425,6 +426,8 @@ def test_the_newest_checkpoints_stay_under_their_own_names(before, corpus, tmp_p
     assert os.path.samefile(out / "ckpt.pt", out / "step_000009.pt") != bool(before)
     if not before:
         return
+    train(corpus, tmp_path / "branch", f"--resume={out / 'ckpt.pt'}", "--max_iters=9", *flags)
+    assert (tmp_path / "branch/best.pt").read_bytes() == (out / "best.pt").read_bytes() # of no later step
     for name in ("ckpt.pt", "ckpt.prev.pt"):
         (out / name).unlink()
     (out / "step_000009.pt").write_bytes(b"damaged")
@@ -654,7 +657,7 @@ def harmless(good, bad):
     return was == is_ or was[:-1] == is_[:-1] and was[-1][0] == "sha256" != is_[-1][0]
 
 
-def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+def test_a_pickle_that_runs_code_is_not_run(tmp_path, monkeypatch):
     class Bomb:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -669,6 +672,9 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
     save_checkpoint(tmp_path / "none.pt", {"model": {}})
     with pytest.raises(ValueError, match="holds no model"):
         GPT.from_checkpoint(tmp_path / "none.pt")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
+    with pytest.raises(ValueError, match="torch 2.9.1 may run code of a file"):
+        load_checkpoint(tmp_path / "none.pt")
 
 
 CRAFTED = { # what a checkpoint has in place of a setting -> what is said
@@ -930,6 +936,24 @@ def test_no_file_may_grow(limit, code, words, corpus, tmp_path):
     assert words in done.stdout + done.stderr and len(unsettled(done.stderr)) <= 3
     assert ("ckpt.pt WAS NOT WRITTEN" in done.stdout) == ("NOT SAVED in" in done.stdout) == (code == 1)
     assert not list(tmp_path.glob("*/*.pt*")) and not list(tmp_path.glob("data/*/*"))
+
+
+@pytest.mark.deep
+def test_bare_surroundings(corpus, tmp_path):
+    """No home, no temporary folder, a locale of ASCII, no package but the required ones: it trains all the
+    same. Into a folder that nobody may write it does not, and says so.
+    """
+    without = """import sys, tempfile
+def full(*a, **k): raise OSError(28, "No space left on device")
+tempfile.mkdtemp = full
+sys.modules.update(dict.fromkeys(("triton", "tiktoken", "tokenizers", "pyarrow", "zstandard", "safetensors",
+                                  "tensorboard", "matplotlib", "wandb", "transformers"), None))"""
+    env = {"HOME": None, "USER": None, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = ended(run(spoiling(without, corpus, tmp_path / "ö", "--max_iters=3"), env=env))
+    assert "NO WORKING C COMPILER" in done.stdout and load_checkpoint(tmp_path / "ö/ckpt.pt")["step"] == 3
+    if os.path.isdir("/proc/self"): # where root may not write either
+        refused = train(corpus, "/proc/out", code=2)
+        assert unsettled(refused.stderr) == ["error: cannot open /proc/out: No such file or directory"]
 
 
 def test_a_folder_that_is_gone_ends_the_run_in_a_line(corpus, tmp_path):
