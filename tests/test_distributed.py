@@ -253,6 +253,21 @@ def test_a_signal_to_one_process_saves_and_stops_all(receiver, corpus, tmp_path)
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize("fsdp", [[], ["--fsdp"]], ids=["whole", "fsdp"])
+def test_a_chosen_checkpoint_of_all(fsdp, corpus, tmp_path):
+    """Both go on from it, and agree on which model is the best: the better one of its future moves aside."""
+    out, flags = tmp_path / "o", ["--max_iters=20", "--keep_checkpoints=9", "--checkpoint_interval=5", *fsdp]
+    train(2, corpus, out, *flags)
+    losses, weights = metrics(out, "val_loss"), load_checkpoint(out / "ckpt.pt")["model"]
+    said = train(2, corpus, out, f"--resume={out / 'step_000015.pt'}", *fsdp)
+    assert "RESUMING from" in said and "what is newer than step 15 was moved to" in said
+    assert metrics(out, "val_loss") == pytest.approx(losses, abs=1e-5)
+    again = load_checkpoint(out / "ckpt.pt")["model"]
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert (out / "best.pt").exists() and (out / "previous_1/best.pt").exists()
+
+
+@pytest.mark.deep
 def test_torchrun_starts_signals_and_ends_them(corpus, tmp_path):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = start([*words, *command(corpus, tmp_path / "o", "--max_iters=100000")], fresh=True)
