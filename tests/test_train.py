@@ -83,12 +83,15 @@ def same(a, b):
     return a == b
 
 
+WHERE = "out_dir", "resume", "keep_checkpoints" # settings that change no number
+
+
 def state(out):
     """All of a checkpoint but what says when and where it was written."""
     s = load_checkpoint(out / "ckpt.pt")
     for key in ("run_id", "time_s", "metrics_bytes"):
         s.pop(key)
-    s["config"]["train"] = {k: v for k, v in s["config"]["train"].items() if k not in ("out_dir", "resume")}
+    s["config"]["train"] = {k: v for k, v in s["config"]["train"].items() if k not in WHERE}
     return s
 
 
@@ -387,31 +390,32 @@ def test_best_alone_is_gone_on_from(whole, corpus, tmp_path):
     assert (out / "best.pt").read_bytes() == kept
 
 
-def test_a_chosen_checkpoint_is_gone_on_from(whole, corpus, tmp_path):
-    """In its own folder, where the newer files move aside whole, and in another, where they stay."""
-    out, branch = tmp_path / "o", tmp_path / "branch"
+@pytest.mark.parametrize("branch", [False, pytest.param(True, marks=pytest.mark.deep)], ids=["here", "other"])
+def test_a_chosen_checkpoint_is_gone_on_from(branch, whole, tmp_path):
+    """In its own folder, where the newer files move aside whole, or in another: then all stay."""
+    out, folder = tmp_path / "o", tmp_path / ("branch" if branch else "o")
     shutil.copytree(whole[0], out)
     (out / "ckpt.prev.pt").rename(out / "chosen.pt")
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.name != "lock"}
-    done = run([ROOT / "train.py", f"--resume={out / 'chosen.pt'}", f"--out_dir={branch}"])
-    assert f"RESUMING from {out / 'chosen.pt'}, step 50" in ended(done).stdout
-    assert before == {file.name: file.read_bytes() for file in out.iterdir() if file.name != "lock"}
-    done = ended(run([ROOT / "train.py", f"--resume={out / 'chosen.pt'}"]))
-    assert f"what is newer than step 50 was moved to {out / 'previous_1'}" in done.stdout
+    flags = ["--keep_checkpoints=2", *[f"--out_dir={folder}"] * branch]
+    done = ended(run([ROOT / "train.py", f"--resume={out / 'chosen.pt'}", *flags]))
+    assert f"RESUMING from {out / 'chosen.pt'}, step 50" in done.stdout
+    assert (f"what is newer than step 50 was moved to {out / 'previous_1'}" in done.stdout) != branch
     for name, content in before.items():
-        assert ((out if name == "chosen.pt" else out / "previous_1") / name).read_bytes() == content
-    for folder in (out, branch):
-        assert same(state(whole[0]), state(folder)) and timeless(whole[0]) == timeless(folder)
-        assert load_checkpoint(folder / "ckpt.prev.pt")["step"] == 50
-        best = load_checkpoint(folder / "best.pt")
-        assert best["best"] == load_checkpoint(whole[0] / "best.pt")["best"]
-    assert load_checkpoint(out / "ckpt.pt")["config"]["train"]["resume"] is True # no path in it
+        there = out if branch or name == "chosen.pt" else out / "previous_1"
+        assert (there / name).read_bytes() == content
+    assert same(state(whole[0]), state(folder)) and timeless(whole[0]) == timeless(folder)
+    steps = {f.name: load_checkpoint(f)["step"] for f in folder.glob("*.pt") if f.name != "chosen.pt"}
+    assert steps == {"ckpt.pt": 60, "ckpt.prev.pt": 50, "step_000050.pt": 50, "step_000060.pt": 60,
+                     "best.pt": load_checkpoint(whole[0] / "best.pt")["step"]}
+    assert load_checkpoint(folder / "ckpt.pt")["config"]["train"]["resume"] is True # no path in it
 
 
 NO_LINKS = "import os\ndef link(*paths): raise OSError('no hard links here')\nos.link = link"
 
 
-@pytest.mark.parametrize("before", ["", pytest.param(NO_LINKS, marks=pytest.mark.deep)], ids=["link", "copy"])
+@pytest.mark.deep
+@pytest.mark.parametrize("before", ["", NO_LINKS], ids=["link", "copy"])
 def test_the_newest_checkpoints_stay_under_their_own_names(before, corpus, tmp_path):
     """Without hard links they are copies. They move aside with their run; a damaged one is passed over."""
     out, flags = tmp_path / "o", ["--keep_checkpoints=2", "--checkpoint_interval=2", "--eval_iters=1"]
