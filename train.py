@@ -33,6 +33,7 @@ import signal
 import sys
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -323,8 +324,8 @@ def snapshot() -> dict:
     if fsdp:
         weights, moments = tree_map(gathered, (weights, moments))
     return {**run, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-            "sparse": sparsity.state_dict() if sparsity else None, "recent": recent, "random": random_states(),
-            "config": run_config, "tokenizer": codec.to_dict() if codec else None,
+            "sparse": sparsity.state_dict() if sparsity else None, "recent": recent,
+            "random": random_states(), "config": run_config, "tokenizer": codec.to_dict() if codec else None,
             "data_sha256": corpus.sha256, "stream": corpus.train.place(run["step"] * rows)}
 
 
@@ -409,8 +410,10 @@ if fsdp and WORLD == 1:
     raise UserError("fsdp shares out a model over processes: start them with torchrun, or drop --fsdp")
 # fsdp needs the same layers in all processes, and a choice of weights, a hook or a block needs whole tensors
 unfit = {"auto_batch": auto_batch, "sparse": sparse, "update_hooks": update_hooks,
-         "forward_hooks": forward_hooks, "depths": model_fields.get("depths"), "optimizer": optimizer * (optimizer == "adam_mini"),
-         "compile": compile * (compile.lower() == "true"), "dtype": dtype * (dtype == "float16")}
+         "forward_hooks": forward_hooks, "depths": model_fields.get("depths"),
+         "optimizer": optimizer * (optimizer == "adam_mini"),
+         "compile": compile * (compile.lower() == "true"),
+         "dtype": dtype * (dtype == "float16")}
 if unfit := [f"--{k}={v}" for k, v in unfit.items() if fsdp and v]:
     raise UserError(f"fsdp does not work with {' '.join(unfit)}\ndrop --fsdp, or that")
 
@@ -670,7 +673,7 @@ def forecast() -> str:
 
 
 each = rows // WORLD
-if max_iters * each >= 100 * (7 + each): # it costs 7 sequences and an update: at most 1% of the run
+if not fsdp and max_iters * each >= 100 * (7 + each): # 7 sequences and an update: at most 1% of the run
     try:
         print(forecast())
     except (RuntimeError, MemoryError) as error:
