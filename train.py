@@ -1157,10 +1157,15 @@ while True:
     lr = lr_at(step)
     for group in opt.param_groups:
         group["lr"] = lr
+    try:
+        batch = next_batch(step)
+    except UserError: # a stream cannot download its next file: the steps since the last checkpoint stay
+        if WORLD == 1:
+            save("ckpt.pt", keep_previous=True)
+        raise
     if sparsity and sparsity.choose(step):
         say(f"step {step}: {sparsity.active():,} of {sparsity.total:,} weights kept, "
             f"{sparsity.to_grow:,} will grow back")
-    batch = next_batch(step)
     draw_from(stream=1 + RANK)
     losses = mean_over_processes(fitting(lambda: gradient(split(*batch))))
     scaler.unscale_(opt)

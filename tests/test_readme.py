@@ -1,5 +1,6 @@
 """Every command of README.md runs, made small; every config trains two steps. In a copy, without network."""
 import ast
+import json
 import os
 import re
 import runpy
@@ -11,6 +12,7 @@ from functools import partial
 
 import pytest
 
+import bench
 import processes
 from conftest import ROOT
 from model import PRESETS
@@ -88,23 +90,36 @@ def test_commands_of_the_results(copy):
     run_all([line for block in blocks("sh", RESULTS) for line in block.strip().splitlines()], copy)
 
 
-RANGE = r"(\d\.\d{4}) to (\d\.\d{4})"
-
-
 def test_figures_stand_in_the_results():
-    """Each number with two decimals or more; an effect is the difference of the means of its two ranges."""
-    text = re.sub(r"```.*?```", "", TEXT, flags=re.S)
+    """Each number with two decimals or more. The table of ideas is what its command makes of its results."""
+    head, begin, rest = TEXT.partition(bench.BEGIN)
+    table, end, tail = rest.partition(bench.END)
+    kept = json.loads((ROOT / "bench_results/ideas.json").read_text(encoding="utf-8"))
+    assert begin and end and table == bench.ideas(kept)
+    text = re.sub(r"```.*?```", "", head + tail, flags=re.S)
     numbers = set(re.findall(r"(?<![\w.+-])\d+\.\d{2,}(?![\d.])", text))
-    versions = {"3.10", "0.01"} # of Python; the margin of a verdict
     arxiv = {n for n in numbers if re.fullmatch(r"\d{4}\.\d{5}", n)}
-    assert numbers - versions - arxiv - set(re.findall(r"\d+\.\d+", RESULTS)) == set()
-    stated = re.findall(rf"(\d\.\d{{4}}) \({RANGE}\)", RESULTS)
-    means = {(low, high): float(mean) for mean, low, high in stated}
-    effects = re.findall(rf"([+-]\d\.\d{{3}}) \({RANGE}; {RANGE}\)", text)
-    for effect, *ranges in effects:
-        difference = means[tuple(ranges[:2])] - means[tuple(ranges[2:])]
-        assert abs(float(effect) - difference) < 0.00056, (effect, ranges)
-    assert len(effects) >= 4
+    assert numbers - {"3.10"} - arxiv - set(re.findall(r"\d+\.\d+", RESULTS)) == set()
+
+
+def test_effects_are_of_five_seeds_and_follow_from_the_losses():
+    """Each verdict, from the losses of the runs, by the interval's formula written out once more."""
+    kept = json.loads((ROOT / "bench_results/ideas.json").read_text(encoding="utf-8"))
+    for table in kept.values():
+        arms = table["arms"]
+        for name, arm in arms.items():
+            if arm["against"] == name:
+                continue
+            theirs = arms[arm["against"]]["losses"]
+            gaps = [loss - theirs[seed] for seed, loss in arm["losses"].items()]
+            mean = sum(gaps) / 5
+            error = (sum((gap - mean) ** 2 for gap in gaps) / 4 / 5) ** 0.5
+            low, high = mean - 2.776 * error, mean + 2.776 * error # Student's t of 4 degrees, 95 %
+            assert len(gaps) == 5 and abs(arm["difference"] - mean) < 1e-6, name
+            assert abs(arm["low"] - low) + abs(arm["high"] - high) < 1e-4, name
+            assert arm["verdict"] == ("win" if high < 0 else "lose" if low > 0 else "tie"), name
+            if "holds" in arm and "loss" in arm["claim"] and arm["claim"].startswith("of a lower"):
+                assert arm["holds"] == (arm["verdict"] == "win"), name
 
 
 RULES = """
