@@ -646,6 +646,7 @@ def forecast() -> str:
 
     Activations are extrapolated from 2 and 3 sequences, or measured where a micro-batch has no more. The
     optimizer's state is that of a step with a learning rate of 0. Nothing of this is left at the end.
+    A CPU's allocator also keeps freed memory: 8 and 29% more than the forecast was measured.
     """
     states, size = random_states(), micro_batch()
     few, more = min(2, size), min(3, size)

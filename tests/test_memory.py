@@ -212,3 +212,13 @@ def test_the_forecast_is_within_15_percent_of_the_peak(flags, corpus, tmp_path):
     measured = int(re.search(r"measured (\d+)", done.stdout)[1]) / 1e6
     print(f"{said} MB foretold, {measured:.0f} MB measured: {flags}")
     assert measured > 200 and said == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.deep
+def test_two_processes_have_a_forecast_and_keep_their_bits(corpus, tmp_path):
+    """With Muon, whose step in the forecast sends messages as its others do."""
+    flags = "--schedule=constant", "--checkpoint_interval=2", "--optimizer=muon", "--dropout=0.1"
+    ends = all_ended(started(2, corpus, tmp_path / "long", *flags, "--max_iters=900", code=failing(0, 6)), 2)
+    all_ended(started(2, corpus, tmp_path / "short", *flags, "--max_iters=2"))
+    assert "\nmemory: 0 MB parameters" in ends[0][0] and "at step 2," in ends[0][1] + ends[1][1]
+    assert_same_run(tmp_path / "long", tmp_path / "short")
