@@ -1084,9 +1084,9 @@ def memory_hook(error_type: type, error: BaseException, trace: object) -> None:
     if out_of_memory(error):
         size, ways = micro_batch(), "train anew with a smaller --block_size or model"
         if size > 1 and not auto_batch:
-            ways = (f"go on with --resume --auto_batch, or train anew with --batch_size={smaller(size)} "
-                    f"--gradient_accumulation_steps={rows // smaller(size)} (the same steps), or with a "
-                    "smaller --block_size or model")
+            ways = (f"{'' if fsdp else 'go on with --resume --auto_batch, or '}train anew with "
+                    f"--batch_size={smaller(size)} --gradient_accumulation_steps={rows // smaller(size)} "
+                    "(the same steps), or with a smaller --block_size or model")
         error_type, error = UserError, UserError(
             f"out of memory at step {run['step']}, with {size} sequences of {sequence:,} tokens in a "
             f"forward; saved checkpoints are kept\n{ways}")

@@ -222,3 +222,13 @@ def test_two_processes_have_a_forecast_and_keep_their_bits(corpus, tmp_path):
     all_ended(started(2, corpus, tmp_path / "short", *flags, "--max_iters=2"))
     assert "\nmemory: 0 MB parameters" in ends[0][0] and "at step 2," in ends[0][1] + ends[1][1]
     assert_same_run(tmp_path / "long", tmp_path / "short")
+
+
+@pytest.mark.deep
+def test_fsdp_trains_without_a_forecast_and_ends_with_a_line(corpus, tmp_path):
+    flags = "--fsdp", "--checkpoint_interval=2", "--max_iters=900"
+    said = all_ended(started(2, corpus, tmp_path / "o", *flags, code=failing(0, 4)), 2)
+    errors = "".join(err for _, err in said)
+    assert "memory: " not in said[0][0] and "out of memory at step 3," in errors, said
+    assert "\ntrain anew with --batch_size=2 --gradient_accumulation_steps=4 (the same" in errors, errors
+    assert load_checkpoint(tmp_path / "o/ckpt.pt")["step"] == 2
