@@ -63,7 +63,7 @@ dataset = "shakespeare" # a name in data_dir, one of python data.py list, or a p
 tokenizer = "" # char | ascii | byte | gpt2 | FILE.json (ours or of `tokenizers`); empty: the data's or char
 data_dir = "data" # folder of prepared datasets and downloads
 stream = False # read dataset (a corpus of the hub, or a path) while training, without preparing it before
-val_fraction = 0.1 # last part of the text, kept for validation; used when train.py prepares the data
+val_fraction = 0.1 # share of a text kept for validation: its end where it is prepared, its start with stream
 sampling = "random" # windows of the text: random (any place) | epochs (each once, then all again elsewhere)
 offline_dataset = "" # taken instead, aloud, if dataset cannot be downloaded; empty: stop
 # --- optimization ---
@@ -168,8 +168,9 @@ finally:
 
 typed = given.typed # the names in it that the command line gave
 SPARSE = ("sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps")
-# setting: the setting that it needs, and a value that would switch that on
-NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16)}
+# setting: the setting that it needs, and a value of that. A stream takes each window once an epoch anyway
+NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16),
+         "sampling": ("stream", False)}
 # a resumed run cannot change these, nor the model
 FIXED = {"seed", "model_size", "stream", "sampling", "batch_size", "windows", "gradient_accumulation_steps",
          "optimizer", "dtype", "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
@@ -268,7 +269,7 @@ def adopt(config: dict) -> None:
     was = {**DEFAULTS, **usual, **config["train"], **config["model"]}
     # what a config file gave without effect was dropped when the run began, and is dropped again
     kept = without_orphans({k: v for k, v in given.items() if k in usual}, typed)
-    idle = {k for k, (owner, _) in NEEDS.items() if not was[owner] and k not in typed}
+    idle = {k for k, (owner, value) in NEEDS.items() if bool(was[owner]) != bool(value) and k not in typed}
     idle |= given.keys() & usual.keys() - kept.keys()
     idle |= {"dtype"} - typed # a file's bfloat16 may have become float32
     asked = {k: v for k, v in given.items() if v != "auto" and k not in LOCAL and k not in idle}
@@ -375,11 +376,11 @@ with user_errors():
 
 # a setting without effect is dropped if a config file gave it, and refused if the command line did
 for name, (owner, example) in NEEDS.items():
-    is_on = {"sparse": sparse, **model_fields}.get(owner)
-    if not is_on and given.get(name, DEFAULTS[name]) != DEFAULTS[name]:
+    now = {"sparse": sparse, "stream": stream, **model_fields}.get(owner)
+    if bool(now) != bool(example) and given.get(name, DEFAULTS[name]) != DEFAULTS[name]:
         if name in typed:
             raise UserError(f"{name}={given[name]} has no effect: you need --{owner}={example}, or drop it")
-        print(f"{name}={given[name]} of the config file is dropped: it needs {owner}")
+        print(f"{name}={given[name]} of the config file is dropped: it needs {owner}={example}")
         globals()[name] = DEFAULTS[name]
 # nobody chose this min_lr for this learning rate
 if min_lr > learning_rate > 0 and "min_lr" not in (typed if "learning_rate" in typed else given):

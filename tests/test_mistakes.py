@@ -117,6 +117,8 @@ SLIPS = {
     "another size on resume": ("train.py --out_dir={d}/run --resume --model_size=nano",
                                "model_size was '', now 'nano'"),
     "windows that nothing connects": ("train.py --windows=2", "--memory_slots=16"),
+    "order of a stream": ("train.py --dataset={d}/play.txt --stream --tokenizer=byte --sampling=epochs",
+                          "--stream=False"),
     "depths of another model": ("train.py --depths=2,5", "n_layer=1"),
     "decoding of no kind": ("sample.py --out_dir={d}/run --decode=fast", "auto, eager, graph, compiled"),
     "drafts of nobody": ("sample.py --out_dir={d}/run --speculative --draft=early", "auto, ahead, ngram"),
