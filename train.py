@@ -901,7 +901,7 @@ def fitting(work: Callable) -> object:
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
-            if run["micro_batch"] == 1 or not auto_batch or not out_of_memory(error):
+            if micro_batch() == 1 or not auto_batch or not out_of_memory(error):
                 raise
         # The except clause has ended: the traceback, whose frames hold the tensors, is gone.
         was, run["micro_batch"] = micro_batch(), smaller(micro_batch())
@@ -1010,7 +1010,7 @@ def own_parts(batches: Iterator) -> Iterator[tuple]:
     while group := [*itertools.islice(batches, WORLD)]:
         mine = RANK < len(group)
         x, y = group[min(RANK, len(group) - 1)]
-        size = len(x) if fsdp else run["micro_batch"]
+        size = len(x) if fsdp else micro_batch()
         yield from ((*part, mine) for part in zip(x.split(size), y.split(size)) if mine or fsdp)
 
 
@@ -1071,13 +1071,14 @@ def stop_signal() -> int:
 
     All also take over the smallest micro-batch, so that the checkpoint of the first process fits each.
     """
-    numbers = torch.tensor([caught[0] if caught else 0, -run["micro_batch"]])
+    number = caught[0] if caught else 0
     if WORLD > 1:
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    if -numbers[1] < run["micro_batch"]:
-        say(f"step {run['step']}: another process ran out of memory: {-numbers[1]} sequences in a forward")
-    run["micro_batch"] = -int(numbers[1])
-    return int(numbers[0])
+        dist.all_reduce(both := torch.tensor([number, -run["micro_batch"]]), dist.ReduceOp.MAX)
+        number, least = both.abs().tolist()
+        if least < run["micro_batch"]:
+            say(f"step {run['step']}: another process ran out of memory: {least} sequences in a forward")
+        run["micro_batch"] = least
+    return number
 
 
 def memory_hook(error_type: type, error: BaseException, trace: object) -> None:
