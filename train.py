@@ -407,17 +407,6 @@ for names, fits, words in [
         if not fits(globals()[name]):
             raise UserError(f"{name}={globals()[name]!r} must be {words}")
 
-if fsdp and WORLD == 1:
-    raise UserError("fsdp shares out a model over processes: start them with torchrun, or drop --fsdp")
-# fsdp needs the same layers in all processes, and a choice of weights, a hook or a block needs whole tensors
-unfit = {"auto_batch": auto_batch, "sparse": sparse, "update_hooks": update_hooks,
-         "forward_hooks": forward_hooks, "depths": model_fields.get("depths"),
-         "optimizer": optimizer * (optimizer == "adam_mini"),
-         "compile": compile * (compile.lower() == "true"),
-         "dtype": dtype * (dtype == "float16")}
-if unfit := [f"--{k}={v}" for k, v in unfit.items() if fsdp and v]:
-    raise UserError(f"fsdp does not work with {' '.join(unfit)}\ndrop --fsdp, or that")
-
 rows = batch_size * gradient_accumulation_steps # sequences of a step in all processes
 if rows % WORLD:
     fit = WORLD // math.gcd(WORLD, gradient_accumulation_steps) # batch_size must be a multiple of this
@@ -449,6 +438,16 @@ elif dtype == "auto":
 elif dtype == "bfloat16" and kind == "cpu" and not (cpu_has_bf16() or earlier or "dtype" in typed):
     dtype = "float32"
     print("dtype=bfloat16 of the config file is slow on this CPU: float32 is taken instead")
+if fsdp and WORLD == 1:
+    raise UserError("fsdp shares out a model over processes: start them with torchrun, or drop --fsdp")
+# fsdp needs the same layers in all processes, and a choice of weights, a hook or a block needs whole tensors
+unfit = {"auto_batch": auto_batch, "sparse": sparse, "update_hooks": update_hooks,
+         "forward_hooks": forward_hooks, "depths": model_fields.get("depths"),
+         "optimizer": optimizer * (optimizer == "adam_mini"),
+         "compile": compile * (compile.lower() == "true"),
+         "dtype": dtype * (dtype == "float16")}
+if unfit := [f"--{k}={v}" for k, v in unfit.items() if fsdp and v]:
+    raise UserError(f"fsdp does not work with {' '.join(unfit)}\ndrop --fsdp, or that")
 autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
 device_name, peak = platform.processor() or platform.machine(), 0
