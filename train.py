@@ -1161,7 +1161,7 @@ while True:
         group["lr"] = lr
     try:
         batch = next_batch(step)
-    except UserError: # a stream cannot download its next file: the steps since the last checkpoint stay
+    except (UserError, OSError): # a stream cannot get its next file: the steps since the last checkpoint stay
         if WORLD == 1:
             save("ckpt.pt", keep_previous=True)
         raise
