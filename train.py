@@ -192,6 +192,10 @@ origin = source.parent if source else Path(out_dir) # the folder of the earlier 
 
 def chosen_checkpoint() -> dict:
     """That of --resume=FILE.pt. UserError if it is missing, damaged or of another program."""
+    if not source.exists():
+        there = sorted(str(f) for place in {source.parent, Path(out_dir)} for f in place.glob("*.pt"))
+        raise UserError(f"cannot open {source}: No such file\n"
+                        + (f"there are {', '.join(there[-6:])}" if there else "drop --resume, or correct it"))
     with user_errors():
         state = load_checkpoint(source)
     check_saved(state, source)
@@ -783,7 +787,7 @@ def rewind(branch: bool) -> None:
     """
     newest = folder / "ckpt.pt"
     newer = [f for f in files_of_run() if f.suffix == ".pt" and step_of(f) > run["step"]
-             or f == newest and step_of(f) < run["step"]] # the second gives its name to a chosen best.pt
+             or f == newest and step_of(f) < run["step"]] # ckpt.pt may be older than a chosen best.pt
     if newer:
         aside = new_folder()
         for name in ("metrics.jsonl", "run.json"):

@@ -89,6 +89,7 @@ SLIPS = {
     "resume on other data": ("train.py --resume --out_dir={d}/run --dataset=other", "is not the data"),
     "resume from nothing whole": ("train.py --resume --out_dir={d}/broken", "start again without --resume"),
     "resume from a file that is not there": ("train.py --resume={d}/nowhere/ckpt.pt", "ckpt.pt: No such"),
+    "resume from a file of another step": ("train.py --resume={d}/run/step_000001.pt", "/run/ckpt.pt"),
     "resume from a folder": ("train.py --resume={d}/run", "give a file in it"),
     "resume from code": ("train.py --resume={d}/bomb/ckpt.pt", "may run code; use another checkpoint"),
     "sample from code": ("sample.py --out_dir={d}/bomb", "may run code; use another checkpoint"),
