@@ -78,7 +78,7 @@ weight_decay = 0.1 # on matrices and embeddings
 beta1 = 0.9 # Adam's decay of the first moment
 beta2 = 0.99 # Adam's decay of the second moment
 grad_clip = 1.0 # largest norm of the gradient; 0 = no clipping
-skip_spikes = 0.0 # skips a loss or norm so many standard deviations above 128 steps' mean, say 8; 0 = none
+skip_spikes = 0.0 # skip a batch with a loss or norm this many deviations above 128 steps' mean, say 8; 0 = off
 schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, linear over the last fifth) | constant
 warmup_iters = 100 # steps of linear warm-up
 lr_decay_iters = 0 # step at which min_lr is reached; 0 = max_iters
@@ -416,7 +416,8 @@ if rows % WORLD:
     fit = WORLD // math.gcd(WORLD, gradient_accumulation_steps) # batch_size must be a multiple of this
     raise UserError(f"{WORLD} processes cannot share out the {rows} sequences of a step equally\n"
                     f"use --batch_size={-(-batch_size // fit) * fit}, or as many processes as divide {rows}")
-accumulate = rows // WORLD // math.gcd(batch_size, rows // WORLD) # forwards of a process in a step
+own_rows = rows // WORLD # sequences of a step in a process
+accumulate = own_rows // math.gcd(batch_size, own_rows) # forwards of a process in a step
 
 # --- setup: device and dtype --------------------------------------------------------------------------------
 
@@ -461,7 +462,7 @@ if kind == "cuda":
     torch.set_float32_matmul_precision("high") # TF32: 10 bits of mantissa, several times the speed
 print(f"device {device} ({device_reason})   dtype {dtype}   "
       f"kernels {path_for(torch.empty(1, device=device), in_c=0)} ({kernel})"
-      + (f"   {WORLD} processes, {rows // WORLD} sequences each" if WORLD > 1 else ""))
+      + (f"   {WORLD} processes, {own_rows} sequences each" if WORLD > 1 else ""))
 
 # --- data ---------------------------------------------------------------------------------------------------
 
@@ -502,7 +503,7 @@ if WORLD > 1: # now every process has read the files of the earlier run, which t
         raise UserError(f"the processes found different data in {corpus.folder}\nall need the same folder")
 codec, prompt_ids = corpus.tokenizer, [] # an empty prompt: no samples
 try:
-    if codec and sample_tokens and not RANK and not fsdp: # the first process cannot compute alone there
+    if codec and sample_tokens and not RANK and not fsdp: # with fsdp no process computes alone
         prompt_ids = [] if codec.unknown(sample_prompt) else codec.encode(sample_prompt).tolist()
         if not prompt_ids and "sample_prompt" in given:
             raise UserError(f"sample_prompt={sample_prompt!r} is empty, or {dataset} lacks its characters")
@@ -571,7 +572,7 @@ compile = str(gain > 2 * cost).lower() if compile == "auto" else compile.lower()
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, "
       f"{max_iters:,} steps")
 
-recent = torch.full((2, 128), math.inf, device=device) # see spike; infinity stands for steps to come
+recent = torch.full((2, 128), math.inf, device=device) # see spike; infinity: a step that was not taken yet
 # unwritten: lines of metrics.jsonl that a full disk did not take; micro_batch: most sequences in a forward
 run = {"run_id": began.get("run_id", os.urandom(16).hex()), "step": 0, "evaluated": -1, "best": math.inf,
        "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0, "unwritten": "",
@@ -583,7 +584,7 @@ run_config = {"train": {k: globals()[k] for k in DEFAULTS}, "model": asdict(conf
 
 def micro_batch() -> int:
     """Sequences in a forward. It divides the part of a process: the mean of equal parts' means is exact."""
-    return math.gcd(run["micro_batch"], rows // WORLD)
+    return math.gcd(run["micro_batch"], own_rows)
 
 
 class Alive(TorchDispatchMode):
@@ -617,7 +618,7 @@ class Alive(TorchDispatchMode):
 
 def traced(count: int) -> tuple[list, int]:
     """Forward and backward of `count` sequences: the trace of Alive, and the bytes kept for the backward."""
-    if rows // WORLD == micro_batch(): # else gradients of the micro-batch before lie there
+    if own_rows == micro_batch(): # else gradients of the micro-batch before lie there
         opt.zero_grad()
     x, y = torch.randint(config.vocab_size, (2, count, sequence), device=device)
     with Alive() as alive:
@@ -669,7 +670,7 @@ def forecast() -> str:
         opt.zero_grad()
         opt.state.clear()
         set_random_states(states)
-    busy = max(extended(trace, longer, size - few)) + gradients * (rows // WORLD > size)
+    busy = max(extended(trace, longer, size - few)) + gradients * (own_rows > size)
     total = params + state + masks + max(busy, gradients + max(spare, gradients * (WORLD > 1)))
     kept += (kept_more - kept) * (size - few)
     mb = [f"{count / 1e6:,.0f}" for count in (params, gradients, state + masks, kept, total)]
@@ -677,8 +678,7 @@ def forecast() -> str:
             f"{size} sequences: at most {mb[4]} MB at a time")
 
 
-each = rows // WORLD
-if not fsdp and max_iters * each >= 100 * (7 + each): # 7 sequences and an update: at most 1% of the run
+if not fsdp and max_iters * own_rows >= 100 * (7 + own_rows): # 7 sequences and an update: at most 1% of the run
     try:
         print(forecast())
     except (RuntimeError, MemoryError) as error:
@@ -914,7 +914,7 @@ def fitting(work: Callable) -> object:
         if kind == "cuda":
             torch.cuda.empty_cache()
         say(f"step {run['step']}: OUT OF MEMORY with {was} sequences in a forward: from here on "
-            f"{micro_batch()}, and {rows // WORLD // micro_batch()} forwards for the same step")
+            f"{micro_batch()}, and {own_rows // micro_batch()} forwards for the same step")
 
 
 def mean_over_processes(losses: dict) -> dict:
@@ -1145,7 +1145,7 @@ while True:
         run["evaluated"] = step
         sparse_enough = not sparsity or sparsity.reached # a denser model is not what was asked for
         if sparse_enough and val_loss < run["best"]:
-            if save("best.pt", keep_previous=False, best=val_loss) or fsdp: # there all must decide alike
+            if save("best.pt", keep_previous=False, best=val_loss) or fsdp: # fsdp: all decide alike
                 run["best"] = val_loss # that of the file: after a full disk the next better model is kept
 
     # now and then, and at the end: the checkpoint
