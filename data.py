@@ -607,7 +607,8 @@ def unzstd(file):
 
 @cache
 def say_once(words):
-    print(words)
+    with suppress(OSError): # nobody may read stdout any more: a run on a stream goes on
+        print(words, flush=True)
 
 
 def read_text(path):
@@ -1756,7 +1757,6 @@ class Stream:
         self.files, self.codec, self.begin, self.label = files, codec, begin, label
         self.places = [[0, 0, *begin], *([place] if place else [])] # of the chunks so far
         self.shards, self.rows = val.shards, [2**62] # for who asks how a text begins, or how long it is
-        self.say = cache(partial(print, flush=True)) # says a thing once: a short text ends in every few steps
         self.asked = None # (T, seed) of the last call
         self.first, self.order = 0, [] # of the chunk in memory: number of its first window, windows in order
 
@@ -1784,8 +1784,7 @@ class Stream:
             place, self.ids = next(self.reader)
             self.first, k, *cursor = place
             if k and cursor == self.begin:
-                with suppress(OSError): # who reads stdout may be gone: training goes on
-                    self.say(f"{self.label} was read to its end, and begins again")
+                say_once(f"{self.label} was read to its end, and begins again")
             if place > self.places[-1]:
                 self.places.append(place)
             self.order = np.random.default_rng([seed, k]).permutation((len(self.ids) - 1) // T) # (windows,)
