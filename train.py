@@ -78,7 +78,7 @@ weight_decay = 0.1 # on matrices and embeddings
 beta1 = 0.9 # Adam's decay of the first moment
 beta2 = 0.99 # Adam's decay of the second moment
 grad_clip = 1.0 # largest norm of the gradient; 0 = no clipping
-skip_spikes = 0.0 # skip a batch with a loss or norm this many deviations above 128 steps' mean, say 8; 0 = off
+skip_spikes = 0.0 # skip a batch with a loss or norm so many deviations above 128 steps' mean, say 8; 0 = off
 schedule = "cosine" # after warm-up: cosine | linear | wsd (constant, linear over the last fifth) | constant
 warmup_iters = 100 # steps of linear warm-up
 lr_decay_iters = 0 # step at which min_lr is reached; 0 = max_iters
@@ -678,7 +678,7 @@ def forecast() -> str:
             f"{size} sequences: at most {mb[4]} MB at a time")
 
 
-if not fsdp and max_iters * own_rows >= 100 * (7 + own_rows): # 7 sequences and an update: at most 1% of the run
+if not fsdp and max_iters * own_rows >= 100 * (7 + own_rows): # 7 sequences, an update: 1% of the run
     try:
         print(forecast())
     except (RuntimeError, MemoryError) as error:
