@@ -448,9 +448,8 @@ if fsdp and WORLD == 1:
 # fsdp needs the same layers in all processes, and a choice of weights, a hook or a block needs whole tensors
 unfit = {"auto_batch": auto_batch, "sparse": sparse, "update_hooks": update_hooks,
          "forward_hooks": forward_hooks, "depths": model_fields.get("depths"),
-         "optimizer": optimizer * (optimizer == "adam_mini"),
-         "compile": compile * (compile.lower() == "true"),
-         "dtype": dtype * (dtype == "float16")}
+         "compile": compile * (compile.lower() == "true"), "dtype": dtype * (dtype == "float16"),
+         "optimizer": optimizer * (optimizer == "adam_mini")}
 if unfit := [f"--{k}={v}" for k, v in unfit.items() if fsdp and v]:
     raise UserError(f"fsdp does not work with {' '.join(unfit)}\ndrop --fsdp, or that")
 autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, getattr(torch, dtype))
@@ -1165,7 +1164,7 @@ while True:
         group["lr"] = lr
     try:
         batch = next_batch(step)
-    except (UserError, OSError): # a stream cannot get its next file: the steps since the last checkpoint stay
+    except UserError: # a stream cannot get its next file: the steps since the last checkpoint stay
         if WORLD == 1:
             save("ckpt.pt", keep_previous=True)
         raise
