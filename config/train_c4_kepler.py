@@ -7,7 +7,6 @@ dataset = "c4" # its first 100 million tokens; python data.py prepare has more
 tokenizer = "gpt2"
 data_dir = "data/gpt2" # beside other versions of the same text
 offline_dataset = "pystdlib"
-vocab_size = 50304
 
 n_layer = 24
 n_head = 16
@@ -25,10 +24,7 @@ warmup_iters = 1000
 learning_rate = 3e-4
 min_lr = 0.0
 beta2 = 0.95
-weight_decay = 0.1
-
 sparse = "skeleton_flesh"
-sparse_density = 0.2
 sparse_interval = 500 # its source chooses at every 1,000 steps, and so never gets below half of the weights
 sparse_boost = 10.0
 sparse_boost_steps = 200

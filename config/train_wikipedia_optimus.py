@@ -3,7 +3,6 @@
 # rotary key per head, caches 1,152, and plain attention 1,536. 149M parameters want a GPU.
 # python train.py config/train_wikipedia_optimus.py
 # Its source pads the first 64 tokens of each article; here whole articles follow one another.
-
 out_dir = "out/wikipedia_optimus"
 dataset = "wikipedia" # its first 100 million tokens; python data.py prepare has more
 tokenizer = "gpt2"
