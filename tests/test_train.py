@@ -200,7 +200,7 @@ def test_every_loss_counts_once_whatever_the_number_of_parts():
 # --- resume ---
 
 
-KILLS = 40 # of the deep test; 200 take five times as long
+KILLS = 15 # of the deep test; 200 take 13 times as long
 
 
 @pytest.mark.parametrize("wanted, steps", [(3, 60), pytest.param(KILLS, 300, marks=pytest.mark.deep)])
@@ -864,7 +864,7 @@ time.time, time.monotonic, optim.run_update_hooks = backwards, lambda: now() + s
     assert times == sorted(times) and times[0] >= 0
 
 
-STEPS = 4000 # of the long run; 20,000 take five times as long
+STEPS = 2000 # of the long run; 20,000 take ten times as long
 
 
 @pytest.mark.deep
