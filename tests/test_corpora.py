@@ -710,6 +710,7 @@ def weights(folder):
     return load_checkpoint(folder / "ckpt.pt")["model"]
 
 
+@pytest.mark.deep
 def test_train_on_a_stream(hub, tmp_path):
     said = trained(training(tmp_path, "o", "--max_iters=3"))
     assert "data c4: streamed training and 1,000 validation tokens, vocabulary 256" in said

@@ -1265,6 +1265,7 @@ def test_several_processes_without_torchrun_are_refused(corpus, tmp_path):
 # --- shards and tokenizers of other programs ---
 
 
+@pytest.mark.deep
 def test_shards_and_tokenizer_of_hugging_face(tmp_path):
     """prepare, two steps, sample.py, all from files that other programs wrote and that are gone when the
     model writes.

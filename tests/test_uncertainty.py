@@ -99,6 +99,7 @@ def drawn(n=40_000, V=5):
     return logits, torch.multinomial(logits.softmax(-1), 1).squeeze(1)
 
 
+@pytest.mark.deep
 def test_the_temperature_is_found():
     logits, targets = drawn()
     T = fit_temperature(logits, targets)
