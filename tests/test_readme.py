@@ -245,7 +245,8 @@ def trained(request, copy):
     return two_at_a_time(request, {name: partial(two_steps, name, copy) for name in CONFIGS})
 
 
-SLOW = {"train_c4_kepler.py", "gpt2_124m_fineweb.py", "train_wikipedia_optimus.py"} # GPT-2's vocabulary
+SLOW = {"train_c4_kepler.py", "gpt2_124m_fineweb.py", "train_wikipedia_optimus.py", # GPT-2's vocabulary
+        "train_wikitext_llama.py", "lepton_tiny.py"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.deep) if name in SLOW else name
