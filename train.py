@@ -567,6 +567,7 @@ def compiling_pays() -> tuple[float, float]:
 
 gain, cost = (0, 0) if fsdp else compiling_pays() # auto compiles where it gains twice what it costs
 compile_reason = f"auto: about {gain:.0f} s to gain, {cost} s to compile" if compile == "auto" else "as asked"
+compile_reason = "never with fsdp" if fsdp else compile_reason
 compile = str(gain > 2 * cost).lower() if compile == "auto" else compile.lower() # a resumed run keeps it
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, "
       f"{max_iters:,} steps")
