@@ -115,6 +115,18 @@ class Tokenizer:
         runs = itertools.groupby(ids, key=lambda i: 0 <= i < self.vocab_size) # a character may span ids
         return "".join(self.decode([*run]) if known else "\ufffd" * len([*run]) for known, run in runs)
 
+    def count_bytes(self, ids) -> int:
+        """Bytes of UTF-8 that the text of ids has, by which losses of different tokenizers compare.
+
+        eot counts as one, like the newline that other tokenizers have between documents.
+        """
+        ids = self.checked(ids)
+        text = ids[ids != (-1 if self.eot is None else self.eot)]
+        return len(ids) - len(text) + self.bytes_of(text)
+
+    def bytes_of(self, ids):
+        return len(self.decode(ids).encode("utf-8", "surrogatepass"))
+
     def checked(self, ids) -> np.ndarray:
         """A list, array or tensor of ids as a flat int64 array. UserError for an id that is out of range."""
         ids = np.asarray(ids.cpu() if torch.is_tensor(ids) else ids, dtype=np.int64).reshape(-1)
@@ -193,6 +205,9 @@ class ByteTokenizer(Tokenizer):
         # "replace", because a model may stop inside a character.
         return self.checked(ids).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
+    def bytes_of(self, ids):
+        return len(ids) # ids may end inside a character
+
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte pairs, by tiktoken. The first encode or decode fetches its files."""
@@ -228,6 +243,9 @@ class GPT2Tokenizer(Tokenizer):
 
     def decode(self, ids):
         return self.codec.decode(self.checked(ids).tolist())
+
+    def bytes_of(self, ids):
+        return len(self.codec.decode_bytes(ids.tolist()))
 
 
 class HFTokenizer(Tokenizer):

@@ -91,6 +91,7 @@ def test_decode_of_encode_is_the_text(name):
         assert again.decode(torch.tensor(ids.astype(np.int64))) == text
         assert (ids == again.encode(text)).all() and (ids < made.vocab_size).all()
         assert made.unknown(text) == [] and again.vocab_size == made.vocab_size
+        assert made.count_bytes(ids) == len(text.encode("utf-8"))
 
 
 def test_lone_surrogates():
@@ -797,6 +798,7 @@ def test_hugging_face_tokenizer(tmp_path):
         assert 0 not in ids and ("<|" in text or ids.tolist() == codec.encode(text).ids)
     assert ours.eot == 0 and ours.decode([0, 5]) == codec.decode([0, 5], skip_special_tokens=False)
     assert ours.readable([n]) == "\ufffd"
+    assert ours.count_bytes([0, *ours.encode(VERSE), 0]) == len(VERSE) + 2 # a separator is a byte
     assert ours.decode(ours.encode("a\ud800b")) == "a\ufffdb"
     refused(lambda: ours.decode([n]), n)
 
