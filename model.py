@@ -160,6 +160,7 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.block_size, self.n_stream, self.n_thought = c.block_size, c.streams, c.thought_tokens
+        self.cache_dtype = "auto" # of new_cache, where its caller names none
         extras = [make for knob, make in EXTRAS.items() if getattr(c, knob)]
         self.embed = Embedding(c.vocab_size, c.n_embd, outer_std(c))
         self.position = POSITION[c.position](c)
@@ -253,18 +254,23 @@ class GPT(nn.Module):
 
     # --- decoding; the loops stand in sample.py ---
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None, spare: int = 0) -> "Cache":
+    def new_cache(self, batch_size: int, dtype: torch.dtype | str | None = None, spare: int = 0) -> "Cache":
         """A cache with the thoughts in it, for block_size tokens and `spare` more: drafts that will not stay.
-        dtype: if None, that of autocast where it is on and not on a CPU, else that of the weights.
+        dtype: "auto" is that of autocast where it is on and not on a CPU, else that of the weights; "int8"
+        and "int4" round keys, values and latents (quantize). None: self.cache_dtype. ValueError for others.
         """
-        weight, memory = self.embed.weight, self.memory
-        dtype = dtype or (weight.dtype if weight.is_cpu else product_dtype(weight))
+        weight, memory, dtype = self.embed.weight, self.memory, dtype or self.cache_dtype
+        bits = Cache.BITS.get(dtype, 0)
+        if dtype in Cache.BITS: # what is not rounded has the usual type
+            dtype = weight.dtype if weight.is_cpu else product_dtype(weight)
+        elif not isinstance(dtype, torch.dtype):
+            raise ValueError(f"cache_dtype={dtype!r} is none of {', '.join(Cache.BITS)}")
         layouts = [block.attention.cache_layout for block in self.blocks]
         layouts += [memory.cache_layout] if memory else []
         c, back = self.config, Cache.ROLLBACK + self.config.n_ahead + spare
         cache = Cache(layouts, batch_size, self.block_size + spare, dtype, weight.device, self.n_thought,
                       len(self.routers), memory.memory_layout if memory else (),
-                      (2 * c.n_layer, c.n_embd, c.conv, back) if c.conv else ())
+                      (2 * c.n_layer, c.n_embd, c.conv, back) if c.conv else (), bits)
         if self.n_thought:
             self.fill_thoughts(cache, batch_size)
         return cache
@@ -413,11 +419,39 @@ class Pass:
         return deep
 
 
+def quantize(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x (..., width) -> uint8 (..., bytes): integers of 8 or 4 bits and the vector's scale; bits 0 leaves x.
+    Each number becomes round(x / scale), at most half a scale away. scale = max |x| / (2^(bits - 1) - 1) is
+    stored in bf16, which has the range of fp32: in fp16 a scale could overflow, or become 0.
+    """
+    if not bits:
+        return x
+    x, zero = widen(x), 2 ** (bits - 1) # the code of 0: codes are positive
+    scale = (x.abs().amax(-1) / (zero - 1)).clamp(min=1e-30).bfloat16()[..., None] # (..., 1)
+    code = ((x / scale).round() + zero).to(torch.uint8) # (..., width)
+    code = F.pad(code, (0, -x.size(-1) % (16 // bits))) # an even number of bytes: the scale takes two
+    if bits == 4: # the first half of the numbers in the low bits, the second half in the high bits
+        low, high = code.chunk(2, dim=-1)
+        code = low | high << 4
+    return torch.cat([code, scale.view(torch.uint8)], dim=-1)
+
+
+def dequantize(stored: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """What quantize stored -> its numbers (..., width) in fp32; bits 0 leaves what is stored."""
+    if not bits:
+        return stored
+    code, scale = stored[..., :-2], stored.view(torch.bfloat16)[..., -1:].float() # (..., 1)
+    if bits == 4:
+        code = torch.cat([code & 15, code >> 4], dim=-1)
+    return code[..., :width] * scale - 2 ** (bits - 1) * scale # exact: these products have 16 bits
+
+
 class Cache:
     """What attention and short convolutions keep of earlier tokens.
 
     layers   per layer the tensors (B, heads, front + capacity, width) that its cache_layout lists. A token at
              position p lies at place front + p in all of them; the thoughts lie in front.
+    bits     per layer 0, or 8 or 4: its tensors are then bytes that quantize made
     length   how many tokens count: an int, or (B,) where rows differ. Lowering it rolls back. Or a number on
              the device, (), together with `bucket`.
     bucket   attention reads this many places, whatever the length: shapes are then known without asking the
@@ -431,13 +465,18 @@ class Cache:
              it, and furthest where the stored text ended.
     """
     ROLLBACK = 16 # tokens that a model with short convolutions can roll back, besides drafts
+    BITS = {"auto": 0, "int8": 8, "int4": 4} # choices of cache_dtype
 
-    def __init__(self, layouts, batch_size, capacity, dtype, device, front=0, routers=0, memory=(), conv=()):
+    def __init__(self, layouts, batch_size, capacity, dtype, device, front=0, routers=0, memory=(), conv=(),
+                 bits=0):
         # Zeros, not torch.empty: masked places have weight 0, but 0 times a NaN would be NaN.
         zeros = partial(torch.zeros, dtype=dtype, device=device)
-        self.layers = [[zeros(batch_size, heads, front + capacity, width) for heads, width in layout]
-                       for layout in layouts]
+        # The last layer is a Memory's, if there is one: it counts documents, so its numbers stay exact.
+        self.bits = [bits] * (len(layouts) - bool(memory)) + [0] * bool(memory)
+        self.layers = [[quantize(zeros(batch_size, heads, front + capacity, width), bits)
+                        for heads, width in layout] for layout, bits in zip(layouts, self.bits)]
         self.capacity, self.front, self.length, self.device = capacity, front, 0, device
+        self.dtype = dtype
         self.bucket = 0
         self.alive = torch.zeros(routers, batch_size, front + capacity, dtype=torch.bool, device=device)
         self.memory = None
@@ -477,7 +516,7 @@ class Cache:
             places = first[..., None] + torch.arange(T, device=self.device) # (T,) or (B, T)
             mask = torch.arange(end, device=self.device) <= places.view(-1, 1, T, 1)
             if self.bucket: # as numbers to add, which SDPA would make of them again in every layer
-                mask = torch.zeros_like(mask, dtype=self.layers[0][0].dtype).masked_fill(~mask, -torch.inf)
+                mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, -torch.inf)
         else:
             places = slice(first, end)
             if first > 0 and T > 1:
@@ -489,13 +528,15 @@ class Cache:
 
     def append(self, layer, places, end, *parts):
         """Stores parts (B, heads, T, width) of a layer -> what it holds up to `end`, (B, heads, S, width)."""
-        for store, x in zip(self.layers[layer], parts):
+        stores, bits = self.layers[layer], self.bits[layer]
+        for store, x in zip(stores, parts):
+            x = quantize(x, bits).to(store.dtype)
             if torch.is_tensor(places) and places.dim() == 2: # each token of each row at its own place
                 batch = torch.arange(len(x), device=x.device)[:, None]
-                store[batch, :, places] = x.transpose(1, 2).to(store.dtype)
+                store[batch, :, places] = x.transpose(1, 2)
             else:
-                store[:, :, places] = x.to(store.dtype)
-        return [store[:, :, :end].type_as(x) for store, x in zip(self.layers[layer], parts)]
+                store[:, :, places] = x
+        return [dequantize(store[:, :, :end], bits, x.size(-1)).type_as(x) for store, x in zip(stores, parts)]
 
     def recall(self, start, places, end):
         """-> where `keep` stores what convolutions see of new tokens; what they see of the tokens before,

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from data import tokenizer_from_dict
 from kernels import choose_device, few_rows, widen
-from model import GPT, load_checkpoint, previous_checkpoint
+from model import Cache, GPT, load_checkpoint, previous_checkpoint
 
 out_dir = "" # folder of the run, or one of its .pt files; empty: the newest below out
 start = "\n" # the prompt; FILE:prompt.txt reads it from a file
@@ -52,6 +52,7 @@ interactive = False # ask for prompts until `quit`
 # graph: steps of fixed shape, on CUDA a graph each (class Decoder)   compiled: fused by torch.compile as well
 # eager: kernel by kernel                                             auto: graph on CUDA, else eager
 decode = "auto" # how plain decoding runs: auto | eager | graph | compiled
+cache_dtype = "auto" # of keys and values or latents: auto (as the weights) | int8 | int4: less exact, smaller
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 
 
@@ -814,6 +815,8 @@ if __name__ == "__main__":
         raise UserError(f"seed={seed} must be in [0, 2**64)")
     if decode not in ("auto", "eager", "graph", "compiled"):
         raise UserError(f"decode={decode!r} is none of auto, eager, graph, compiled")
+    if cache_dtype not in Cache.BITS:
+        raise UserError(f"cache_dtype={cache_dtype!r} is none of {', '.join(Cache.BITS)}")
     if draft != "auto" and not speculative:
         raise UserError(f"draft={draft} is of speculative decoding; add --speculative, or drop it")
     if uncertainty and (speculative or interactive):
@@ -834,6 +837,7 @@ if __name__ == "__main__":
         if uncertainty:
             model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
         generator = torch.Generator(device).manual_seed(seed)
+    model.cache_dtype = cache_dtype
     if device.startswith("cuda"): # half the bytes, and no cast of a weight for each token as under autocast
         model.to(getattr(torch, dtype))
     converse() if interactive else answer(start)

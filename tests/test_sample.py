@@ -205,6 +205,18 @@ def test_a_damaged_best_is_said_and_the_newest_is_used(trained, tmp_path):
     assert "WARNING" in done.stderr and "ckpt.pt: diff_mla" in done.stderr
 
 
+@pytest.mark.parametrize("how", ["", "--speculative", "--speculative --draft=ngram", "--decode=graph"])
+def test_a_cache_of_few_bits(trained, how, monkeypatch):
+    """--cache_dtype reaches every cache that a way of decoding makes."""
+    made, new_cache = [], GPT.new_cache
+    monkeypatch.setattr(GPT, "new_cache", lambda *a, **k: made.append(new_cache(*a, **k)) or made[-1])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook) # configure sets another
+    argv = ["sample.py", f"--out_dir={trained / 'char'}", "--max_new_tokens=3", "--cache_dtype=int4"]
+    monkeypatch.setattr(sys, "argv", argv + how.split())
+    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    assert made and all(cache.bits == [4] for cache in made)
+
+
 @pytest.mark.parametrize("draft", ["ahead", "ngram"])
 def test_speculative_text_is_the_same(trained, draft):
     flags = ["--start=to be", "--max_new_tokens=60", "--temperature=0"]
