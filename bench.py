@@ -1067,18 +1067,24 @@ def needles() -> Iterator[dict]:
 
 
 @torch.no_grad()
-def cache_bits() -> Iterator[dict]:
-    """A run's loss with keys, values or latents rounded to 8 and 4 bits, a scale for each head and token."""
+def cache() -> Iterator[dict]:
+    """A run's bytes, loss and tokens/s with a cache of fp16 numbers, or of integers of 8 and 4 bits."""
     path, model, corpus = trained("config/train_shakespeare_diffmla.py", file="ckpt.pt")
-    numbers = sum(heads * width for heads, width in model.blocks[0].attention.cache_layout)
-    print(f"cache_bits: {path}, {numbers} numbers per token and layer, the whole validation split, fp32")
-    for bits in (32, 8, 4):
-        def rounded(pass_, layer, *parts, levels=2.0 ** (bits - 1) - 1):
-            scales = [part.abs().amax(-1, keepdim=True).clamp(min=1e-9) / levels for part in parts]
-            return tuple((part / scale).round() * scale for part, scale in zip(parts, scales))
-        with mock.patch.object(Pass, "remember", rounded):
-            loss = loss_on(model, corpus.val.windows(model.block_size, 64))
-        yield row(f"{bits} bits, {numbers * bits // 8} bytes", loss, "nats/token", digits=4)
+    L, new = model.block_size, min(16, model.block_size // 2)
+    print(f"cache: {path}, the whole validation split read through the cache, and {new} tokens written after "
+          f"{L - new}; batch 1, fp32, eager")
+    prompt = next(iter(corpus.val.windows(L, 64)))[0][:1, : L - new].to(device) # (1, L - new)
+    held, arms = {}, {}
+    for name, kind in {"fp16": torch.float16, "int8": "int8", "int4": "int4"}.items():
+        model.cache_dtype, arms[name] = kind, writing(model, prompt, new)
+        cache = model.new_cache(1)
+        held[name] = sum(store.nbytes for store in cache.layers[0]) / cache.layers[0][0].size(2)
+
+        def through(x, y, **how):
+            return model(x, y, model.new_cache(len(x)), **how)
+        yield row(name, loss_on(through, corpus.val.windows(L, 64)), "nats/token", digits=4)
+    yield from sizes(held, unit="bytes/token/layer")
+    yield from compare(arms, amount=new, unit="tokens/s")
 
 
 def speculative() -> Iterator[dict]:
@@ -1467,12 +1473,12 @@ def table(*files: str) -> Iterator[dict]:
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers,
           "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras,
           "c": saved_by_c, "depth": depth, "memory": memory, "needles": needles,
-          "cache_bits": cache_bits, "speculative": speculative,
+          "cache": cache, "speculative": speculative,
           "protocol": protocol, "uncertainty": uncertainty, "nanogpt": against_nanogpt,
           "compare": compare_runs, "ablate": ablate, "table": table}
 TAKE_WORDS = {"compare", "ablate", "table"} # the words after these are folders or files
 # They need runs or a clone; c takes a minute by itself.
-BY_NAME_ONLY = {"depth", "memory", "needles", "cache_bits", "speculative", "protocol", "uncertainty",
+BY_NAME_ONLY = {"depth", "memory", "needles", "cache", "speculative", "protocol", "uncertainty",
                 "nanogpt", "c", *TAKE_WORDS}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
 FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,

@@ -317,19 +317,27 @@ def test_the_needles_suite_counts_answers_and_attention(monkeypatch, tmp_path):
     assert figures(lambda line, s: True, Signed)[3] == pytest.approx(100 / 1.5, abs=0.1)
 
 
-def test_bits_of_a_cache(monkeypatch):
+def test_a_cache_of_few_bits(monkeypatch):
+    """The loss is that of decoding: of one token at a time, each from the cache."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11))
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=11)).eval()
     idx = torch.randint(11, (8, 17))
     val = type("", (), {"windows": lambda self, T, B: [(idx[:, :-1], idx[:, 1:])]})()
     corpus = type("", (), {"val": val})
     monkeypatch.setattr(bench, "trained", lambda command, file: ("a path", model, corpus))
     monkeypatch.setattr(bench, "device", "cpu")
-    whole, eight, four = (figure["value"] for figure in bench.cache_bits())
+    monkeypatch.setattr(bench, "rounds", 1)
+    figures = [figure["value"] for figure in bench.cache()]
+    assert figures[3:6] == [2 * 2 * 16 * 2, 2 * 2 * (16 + 2), 2 * 2 * (8 + 2)] # keys and values of 2 heads
     with torch.no_grad():
-        loss = model(idx[:, :-1], idx[:, 1:])[1]["ce"].item()
-    assert abs(whole - loss) < 1e-6
-    assert 1e-7 < abs(eight - loss) < abs(four - loss) < 0.1
+        exact = model(idx[:, :-1], idx[:, 1:])[1]["ce"].item()
+        for dtype, loss in zip((torch.float16, "int8", "int4"), figures):
+            cache = model.new_cache(8, dtype)
+            logits = torch.cat([model(token, cache=cache)[0] for token in idx[:, :-1].split(1, dim=1)], dim=1)
+            want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()).item()
+            assert abs(loss - want) < 1e-5
+    errors = [abs(loss - exact) for loss in figures[:3]]
+    assert errors[0] < 1e-5 and errors[0] < errors[1] < errors[2] < 0.1 and min(figures[6:9]) > 0
 
 
 def curves(n=3):

@@ -122,7 +122,6 @@ SLIPS = {
                           "--stream=False"),
     "depths of another model": ("train.py --depths=2,5", "n_layer=1"),
     "decoding of no kind": ("sample.py --out_dir={d}/run --decode=fast", "auto, eager, graph, compiled"),
-    "cache of few bits": ("sample.py --out_dir={d}/run --cache_dtype=int2", "auto, int8, int4"),
     "drafts of nobody": ("sample.py --out_dir={d}/run --speculative --draft=early", "auto, ahead, ngram"),
     "drafts that nobody asked for": ("sample.py --out_dir={d}/run --draft=ngram", "--speculative"),
     "more windows than text": ("train.py --memory_slots=2 --windows=900", "lower --windows"),

@@ -157,7 +157,7 @@ def test_ctrl_c_ends_in_one_line(trained, sign):
 @pytest.mark.parametrize("flag, words", [
     ("--start=FILE:latin.txt", "latin.txt is not UTF-8"), ("--seed=-1", "in [0, 2**64)"),
     (f"--seed={2**64}", "in [0, 2**64)"), ("--max_new_tokens=0", "at least 1"), ("--top_k=1.5", "an int"),
-    ("--temperature=nan", "not nan")])
+    ("--temperature=nan", "not nan"), ("--cache_dtype=int2", "'int2' is none of auto, int8, int4")])
 def test_what_cannot_be_sampled(trained, flag, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook) # configure sets another
