@@ -845,21 +845,9 @@ def path_of_width(x, width):
 
 # A program is one warp. It handles one token and walks through its channels in blocks, 32 numbers of x for
 # each thread at a time. Sums over streams stay within a thread and sums over channels within the warp, so no
-# thread waits at a barrier.
+# thread waits at a barrier. p_g None: forward, else the kernel makes the gradients of its inputs.
 @jit
-def read_forward_kernel(p_x, p_pre, p_u, C, N: tl.constexpr, BLOCK: tl.constexpr):
-    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
-    pre = tl.load(p_pre + t * N + i_n).to(tl.float32)
-    for start in range(0, C, BLOCK):
-        i_c = start + tl.arange(0, BLOCK)
-        at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_c < C)[None, :]
-        x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
-        u = tl.sum(pre[:, None] * x, axis=0) # (BLOCK,)
-        tl.store(p_u + t * C + i_c, u.to(p_u.dtype.element_ty), mask=i_c < C)
-
-
-@jit
-def read_backward_kernel(p_x, p_pre, p_g, p_gx, p_gpre, C, N: tl.constexpr, BLOCK: tl.constexpr):
+def read_kernel(p_x, p_pre, p_u, p_g, p_gx, p_gpre, C, N: tl.constexpr, BLOCK: tl.constexpr):
     t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N) # the token; its streams (N,)
     pre = tl.load(p_pre + t * N + i_n).to(tl.float32)
     g_pre = tl.zeros((N,), tl.float32) # summed over the channels
@@ -867,31 +855,22 @@ def read_backward_kernel(p_x, p_pre, p_g, p_gx, p_gpre, C, N: tl.constexpr, BLOC
         i_c = start + tl.arange(0, BLOCK)
         at, inside = t * N * C + i_n[:, None] * C + i_c[None, :], (i_c < C)[None, :]
         x = tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32) # (N, BLOCK)
-        g = tl.load(p_g + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
-        g_pre += tl.sum(x * g[None, :], axis=1)
-        tl.store(p_gx + at, (pre[:, None] * g[None, :]).to(p_gx.dtype.element_ty), mask=inside)
-    tl.store(p_gpre + t * N + i_n, g_pre.to(p_gpre.dtype.element_ty))
+        if p_g is None:
+            u = tl.sum(pre[:, None] * x, axis=0) # (BLOCK,)
+            tl.store(p_u + t * C + i_c, u.to(p_u.dtype.element_ty), mask=i_c < C)
+        else:
+            g = tl.load(p_g + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
+            g_pre += tl.sum(x * g[None, :], axis=1)
+            tl.store(p_gx + at, (pre[:, None] * g[None, :]).to(p_gx.dtype.element_ty), mask=inside)
+    if p_g is not None:
+        tl.store(p_gpre + t * N + i_n, g_pre.to(p_gpre.dtype.element_ty))
 
 
 # Tiles are (out, in, channel) here; an operand without one of these axes has a 1 in its place. All operands
 # then share one layout of registers, and no product moves numbers between threads.
 @jit
-def write_forward_kernel(p_x, p_y, p_post, p_res, p_out, C, N: tl.constexpr, BLOCK: tl.constexpr):
-    t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    i_out, i_in = i_n[:, None, None], i_n[None, :, None]
-    post = tl.load(p_post + t * N + i_out).to(tl.float32) # (N, 1, 1)
-    res = tl.load(p_res + t * N * N + i_out * N + i_in).to(tl.float32) # (N, N, 1)
-    for start in range(0, C, BLOCK):
-        i_c = start + tl.arange(0, BLOCK)[None, None, :]
-        x = tl.load(p_x + t * N * C + i_in * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, N, BLOCK)
-        y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, 1, BLOCK)
-        out = tl.sum(res * x, axis=1, keep_dims=True) + post * y # (N, 1, BLOCK)
-        tl.store(p_out + t * N * C + i_out * C + i_c, out.to(p_out.dtype.element_ty), mask=i_c < C)
-
-
-@jit
-def write_backward_kernel(p_x, p_y, p_post, p_res, p_g, p_gx, p_gy, p_gpost, p_gres, C, N: tl.constexpr,
-                          BLOCK: tl.constexpr):
+def write_kernel(p_x, p_y, p_post, p_res, p_out, p_g, p_gx, p_gy, p_gpost, p_gres, C, N: tl.constexpr,
+                 BLOCK: tl.constexpr):
     t, i_n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
     i_out, i_in = i_n[:, None, None], i_n[None, :, None]
     post = tl.load(p_post + t * N + i_out).to(tl.float32) # (N, 1, 1)
@@ -900,46 +879,51 @@ def write_backward_kernel(p_x, p_y, p_post, p_res, p_g, p_gx, p_gy, p_gpost, p_g
     for start in range(0, C, BLOCK):
         i_c = start + tl.arange(0, BLOCK)[None, None, :]
         x = tl.load(p_x + t * N * C + i_in * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, N, BLOCK)
-        g = tl.load(p_g + t * N * C + i_out * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (N, 1, BLOCK)
-        y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, 1, BLOCK)
-        g_x = tl.sum(res * g, axis=0, keep_dims=True) # (1, N, BLOCK): res^T g
-        tl.store(p_gx + t * N * C + i_in * C + i_c, g_x.to(p_gx.dtype.element_ty), mask=i_c < C)
-        g_y = tl.sum(post * g, axis=0, keep_dims=True) # (1, 1, BLOCK)
-        tl.store(p_gy + t * C + i_c, g_y.to(p_gy.dtype.element_ty), mask=i_c < C)
-        g_res += tl.sum(g * x, axis=2, keep_dims=True)
-        g_post += tl.sum(g * y, axis=2, keep_dims=True)
-    tl.store(p_gpost + t * N + i_out, g_post.to(p_gpost.dtype.element_ty))
-    tl.store(p_gres + t * N * N + i_out * N + i_in, g_res.to(p_gres.dtype.element_ty))
+        if p_g is None:
+            y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, 1, BLOCK)
+            out = tl.sum(res * x, axis=1, keep_dims=True) + post * y # (N, 1, BLOCK)
+            tl.store(p_out + t * N * C + i_out * C + i_c, out.to(p_out.dtype.element_ty), mask=i_c < C)
+        else:
+            g = tl.load(p_g + t * N * C + i_out * C + i_c, mask=i_c < C, other=0.0).to(tl.float32)
+            y = tl.load(p_y + t * C + i_c, mask=i_c < C, other=0.0).to(tl.float32) # (1, 1, BLOCK)
+            g_x = tl.sum(res * g, axis=0, keep_dims=True) # (1, N, BLOCK): res^T g
+            tl.store(p_gx + t * N * C + i_in * C + i_c, g_x.to(p_gx.dtype.element_ty), mask=i_c < C)
+            g_y = tl.sum(post * g, axis=0, keep_dims=True) # (1, 1, BLOCK)
+            tl.store(p_gy + t * C + i_c, g_y.to(p_gy.dtype.element_ty), mask=i_c < C)
+            g_res += tl.sum(g * x, axis=2, keep_dims=True)
+            g_post += tl.sum(g * y, axis=2, keep_dims=True)
+    if p_g is not None:
+        tl.store(p_gpost + t * N + i_out, g_post.to(p_gpost.dtype.element_ty))
+        tl.store(p_gres + t * N * N + i_out * N + i_in, g_res.to(p_gres.dtype.element_ty))
 
 
-STREAMS_KERNELS = {"read_forward": read_forward_kernel, "read_backward": read_backward_kernel,
-                   "write_forward": write_forward_kernel, "write_backward": write_backward_kernel}
-
-
-def streams(path, function, x, *tensors):
-    """Calls one of the four, in C or in Triton: they take their tensors in one order."""
+def streams(path, tensors, out, g=None):
+    """Reads (x, pre) or writes (x, y, post, res) into `out`; or of its gradient g the tensors' gradients."""
+    x, reading = tensors[0], len(tensors) == 2
     N, C = x.shape[-2:]
     tokens = x.numel() // (N * C) # programs of the grid
+    gradients = [None if g is None else empty_as(t) for t in tensors]
     if path == "c":
-        getattr(c_library(N), function)(threads(x.numel()), tokens, C, *addresses(x, *tensors))
+        name = ("read" if reading else "write") + ("_forward" if g is None else "_backward")
+        others = (out,) if g is None else (g, *gradients)
+        getattr(c_library(N), name)(threads(x.numel()), tokens, C, *addresses(*tensors, *others))
     else:
         # Channels of a tile. Each of the 32 threads has at least 4, so that it loads 8 bytes at a time.
-        block = 1024 // N if "write" in function else max(128, 512 // N)
-        launch(STREAMS_KERNELS[function], (tokens,), x, *tensors, C, N, block, num_warps=1)
+        kernel, block = (read_kernel, max(128, 512 // N)) if reading else (write_kernel, 1024 // N)
+        launch(kernel, (tokens,), *tensors, out, g, *gradients, C, N, block, num_warps=1)
+    return gradients
 
 
 def streams_forward(path, iters, eps, tensors):
-    x, reading = tensors[0], len(tensors) == 2
-    shape = (*x.shape[:-2], x.size(-1)) if reading else x.shape
+    x = tensors[0]
+    shape = (*x.shape[:-2], x.size(-1)) if len(tensors) == 2 else x.shape
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    streams(path, "read_forward" if reading else "write_forward", *tensors, out)
+    streams(path, tensors, out)
     return (out,), ()
 
 
 def streams_backward(path, iters, eps, tensors, saved, g):
-    gradients = [empty_as(t) for t in tensors]
-    streams(path, "read_backward" if len(tensors) == 2 else "write_backward", *tensors, *g, *gradients)
-    return gradients
+    return streams(path, tensors, None, *g)
 
 
 # --- Sinkhorn: logits -> a doubly stochastic matrix, the mixing of mHC's streams ----------------------------
