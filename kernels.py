@@ -18,6 +18,7 @@ import re
 import shlex
 import subprocess
 import tempfile
+import types
 
 import torch
 import torch.nn.functional as F
@@ -107,15 +108,11 @@ def tally(operation: str, path: str) -> None:
         launches[operation, path] += 1
 
 
-class Context:
-    """Stands in for autograd's ctx where autograd is off: Function.apply alone takes 5 us."""
-
-    def save_for_backward(self, *tensors):
-        pass
-
-
 def run(function, *args):
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(Context(), *args)
+    """A Function's result. Without autograd a stand-in for ctx keeps nothing: apply alone takes 5 us."""
+    if torch.is_grad_enabled():
+        return function.apply(*args)
+    return function.forward(types.SimpleNamespace(save_for_backward=lambda *tensors: None), *args)
 
 
 def launch(kernel, grid, *args, **options):
