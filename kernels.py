@@ -1510,19 +1510,15 @@ def addresses(*tensors):
     return map(address, tensors)
 
 
-def c_array(kind, values):
-    return (kind * len(values))(*values)
-
-
 def pointers(tensors, offsets=None):
     """A C array of the addresses of fp32 tensors, each moved on by a number of elements."""
     offsets = offsets or [0] * len(tensors)
-    return c_array(ctypes.c_void_p, [address(t) + 4 * n for t, n in zip(tensors, offsets)])
+    return (ctypes.c_void_p * len(tensors))(*(address(t) + 4 * n for t, n in zip(tensors, offsets)))
 
 
 def integers(values):
-    return c_array(ctypes.c_int64, values)
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def floats(values):
-    return c_array(ctypes.c_float, values)
+    return (ctypes.c_float * len(values))(*values)
