@@ -475,8 +475,7 @@ class Cache:
         self.bits = [bits] * (len(layouts) - bool(memory)) + [0] * bool(memory)
         self.layers = [[quantize(zeros(batch_size, heads, front + capacity, width), bits)
                         for heads, width in layout] for layout, bits in zip(layouts, self.bits)]
-        self.capacity, self.front, self.length, self.device = capacity, front, 0, device
-        self.dtype = dtype
+        self.capacity, self.front, self.length, self.device, self.dtype = capacity, front, 0, device, dtype
         self.bucket = 0
         self.alive = torch.zeros(routers, batch_size, front + capacity, dtype=torch.bool, device=device)
         self.memory = None
@@ -1894,9 +1893,9 @@ def describe(config: GPTConfig, T: int, batch_size: int = 1) -> None:
     shared = " (head and embedding share theirs)" if config.tie_embeddings else ""
     print(f"\n{model.num_params():,} parameters{shared}; "
           f"{model.flops_per_token(T):,} training FLOPs per token at context {T}")
-    caches = [model.new_cache(1, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    fp32, bf16 = (cache.nbytes() // (cache.front + cache.capacity) for cache in caches)
-    print(f"cache: {fp32:,} bytes per token in fp32, {bf16:,} in bf16")
+    caches = [model.new_cache(1, dtype) for dtype in (torch.float32, torch.bfloat16, "int8", "int4")]
+    fp32, bf16, int8, int4 = (cache.nbytes() // (cache.front + cache.capacity) for cache in caches)
+    print(f"cache: {fp32:,} bytes per token in fp32, {bf16:,} in bf16, {int8:,} in int8, {int4:,} in int4")
 
 
 def show_presets() -> None:
