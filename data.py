@@ -25,7 +25,7 @@ import csv
 import difflib
 import gzip
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -334,12 +334,12 @@ def make_tokenizer(name: str, text_chars, data_dir: str = "data") -> Tokenizer:
         raise UserError(f"{name}: {error}") from error
 
 
-def package(name, what="this tokenizer"):
+def package(name, what="this tokenizer", kind=UserError):
     """The imported package. Only who chooses what needs it must have it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{what} needs a package: pip install {name.split('.')[0]}") from error
+        raise kind(f"{what} needs a package: pip install {name.split('.')[0]}") from error
 
 
 def without_surrogates(text):
@@ -371,12 +371,7 @@ def sha256_of(path) -> str:
 
 
 def has_hash(path: Path, sha256: str) -> bool:
-    """Whether a file is there and whole. sha256 "": one of JSON, which nobody has hashed, but can be read."""
-    if sha256 or not path.is_file():
-        return path.is_file() and sha256_of(path) == sha256
-    with suppress(ValueError, RecursionError):
-        return bool(json.loads(path.read_bytes()))
-    return False
+    return path.is_file() and sha256_of(path) == sha256
 
 
 @contextmanager
@@ -418,7 +413,7 @@ class DownloadError(UserError):
 def fetch(url: str, filename: str, sha256: str, data_dir: str = "data", size: int = 2 ** 27) -> Path:
     """The path of filename in data_dir: it lies there, or in the folder DATA_MIRROR, or is downloaded.
 
-    sha256: see has_hash. size: the most bytes that are taken.
+    size: the most bytes that are taken.
     """
     target, named = Path(data_dir) / filename, re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII)
     if named and has_hash(target, sha256): # perhaps through a link
@@ -473,14 +468,13 @@ def download(url, part, sha256, size):
         if has_hash(part, sha256): # only the bytes count, whatever the server said about their number
             return None, 0
         if problem is None: # all came, and it is wrong: there is nothing to continue
-            problem = f"the {bytes_of():,} bytes that came are no JSON" if not sha256 else (
-                f"the {bytes_of():,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
-                f"expected {sha256[:12]}...")
+            problem = (f"the {bytes_of():,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
+                       f"expected {sha256[:12]}...")
             part.unlink()
         return problem, wait
 
     problem = persist(attempt, deadline)
-    if problem is None and sha256:
+    if problem is None:
         print(f"{part.stem}: {bytes_of():,} bytes from {url}", file=sys.stderr)
     return problem
 
@@ -821,42 +815,13 @@ def needles(data_dir, length):
 
 
 # --- corpora on Hugging Face's hub: each a fixed revision, downloaded file by file as tokens are needed ---
-# Tried against a server that plays the hub, not against the hub itself: neither its redirects with their
-# X-Linked headers, nor the pages of its viewer.
+# Tried against a server that plays the hub, not against the hub itself with its redirects.
 def hub_files(repo, revision, data_dir, read, path, numbers=(0,), first=0):
     """Yields the streams of the files that path names with these numbers in it."""
+    if path.endswith(".parquet"): # a DownloadError, so that train.py may take its offline_dataset
+        package("pyarrow.parquet", repo, DownloadError)
     for number in numbers[first:]:
         yield read(hub_file(repo, revision, path.format(number), data_dir))
-
-
-def hub_table(repo, revision, data_dir, config, split, numbers, files, part=slice(None), first=0):
-    """Yields the streams of some of a table's parquet files, without pyarrow of some of its pages."""
-    if importlib.util.find_spec("pyarrow"):
-        path = f"{config}/{split}-{{:05d}}-of-{files:05d}.parquet"
-        yield from hub_files(repo, revision, data_dir, read_file, path, numbers, first)
-        return
-    total, _ = hub_page(repo, data_dir, config, split, 0)
-    for row in range(0, total, 100)[part][first:]:
-        texts = hub_page(repo, data_dir, config, split, row, total)[1]
-        yield itertools.chain.from_iterable((text, None) for text in texts)
-
-
-def hub_page(repo, data_dir, config, split, first, total=None):
-    """(rows of the table, texts of 100 of them) as the dataset viewer shows them: of the newest revision.
-
-    A text that the viewer has truncated is left out.
-    """
-    server = endpoint().replace("https://", "https://datasets-server.")
-    url = f"{server}/rows?dataset={repo}&config={config}&split={split}&offset={first}&length=100"
-    path = fetch(url, f"{config}-{split}-{first:09d}.json", "", Path(data_dir) / f"{repo.split('/')[1]}-rows")
-    page = json.loads(path.read_bytes())
-    with suppress(KeyError, TypeError):
-        rows, count = page["rows"], page["num_rows_total"]
-        numbers = [row["row_idx"] for row in rows]
-        if total in (None, count) and numbers == [*range(first, min(first + 100, count))]:
-            return count, [row["row"]["text"] + "" for row in rows if not row["truncated_cells"]]
-    path.unlink() # it would not be asked for again
-    raise DownloadError(f"{url}\nis no page with rows {first} to {first + 99}, or of another revision")
 
 
 def read_stories(path):
@@ -895,19 +860,19 @@ def read_ids(path):
 
 
 def wikipedia(data_dir):
-    """Wikipedia: English articles of November 2023 (faster with pyarrow, else 100 articles a request)"""
-    table = "wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", data_dir, "20231101.en"
-    how = "parquet" if importlib.util.find_spec("pyarrow") else "rows" # other articles are for validation
-    return ((*table[:2], how), partial(hub_table, *table, "train", range(40), 41, slice(50, None)),
-            partial(hub_table, *table, "train", [40], 41, slice(50))) # the viewer may lack the end of a table
+    """Wikipedia: English articles of November 2023 (needs pyarrow)"""
+    files = "wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", data_dir, read_file
+    path = "20231101.en/train-{:05d}-of-00041.parquet"
+    return files[:2], partial(hub_files, *files, path, range(40)), partial(hub_files, *files, path, [40])
 
 
-def wikitext(data_dir, config="wikitext-2-raw-v1", files=1):
-    """WikiText: good articles of Wikipedia, 2 million tokens (wikitext103: 118 million)"""
-    table = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", data_dir, config
-    parts = ("train", range(files), files), ("validation", [0], 1)
-    # A page or file may end inside an article, so all of them are one file here.
-    return table[:2], *(one_file(lambda part=part: articles(joined(partial(hub_table, *table, *part))))
+def wikitext(data_dir, config="wikitext-2-raw-v1", count=1):
+    """WikiText: good articles of Wikipedia, 2 million tokens (needs pyarrow; wikitext103: 118 million)"""
+    files = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", data_dir, read_file
+    parts = ((f"{config}/train-{{:05d}}-of-{count:05d}.parquet", range(count)),
+             (f"{config}/validation-{{:05d}}-of-00001.parquet", [0]))
+    # A file may end inside an article, so all of them are one file here.
+    return files[:2], *(one_file(lambda part=part: articles(joined(partial(hub_files, *files, *part))))
                         for part in parts)
 
 
@@ -923,7 +888,7 @@ NEEDLES = {"needles": 256, "needles_512": 512, "needles_1024": 1024} # character
 DATASETS = {"shakespeare": shakespeare, "pystdlib": pystdlib, "recall": recall,
             **{name: partial(needles, length=length) for name, length in NEEDLES.items()},
             "tinystories": tinystories, "c4": c4, "fineweb": fineweb, "wikipedia": wikipedia,
-            "wikitext": wikitext, "wikitext103": partial(wikitext, config="wikitext-103-raw-v1", files=2)}
+            "wikitext": wikitext, "wikitext103": partial(wikitext, config="wikitext-103-raw-v1", count=2)}
 CORPORA = {"tinystories": 0, "c4": 10 ** 8, "fineweb": 10 ** 8, "wikipedia": 10 ** 8, "wikitext": 0,
            "wikitext103": 0} # those on the hub -> most tokens without --max_tokens, 0: all
 

@@ -121,6 +121,15 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def table(texts):
+    """The bytes of a .parquet file with a column of texts."""
+    import pyarrow
+    from pyarrow import parquet
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), file)
+    return file.getvalue()
+
+
 def sources(tmp_path, hub):
     """{kind: (source, settings of prepare)}, each of several shards where a shard has 700 tokens."""
     lines = "\n".join(json.dumps({"text": text}) for text in ["", *NASTY, VERSE[:2500], PROSE[:2500]])
@@ -133,9 +142,10 @@ def sources(tmp_path, hub):
     for name, part in ("train_000001", ids[:2000]), ("train_000002", ids[2000:]), ("val_000000", ids[:1500]):
         head = np.array([20240520, 1, len(part), *[0] * 253], "<i4").tobytes()
         hub.files[f"fineweb_{name}.bin"] = head + part.tobytes()
-    hub.tables["wikitext-2-raw-v1", "train"] = [f" = {i} = \n" if i % 7 == 0 else VERSE[i:i + 50] for i in
-                                                range(150)]
-    hub.tables["wikitext-2-raw-v1", "validation"] = [" = One = \n", VERSE]
+    with contextlib.suppress(ImportError): # those who ask for wikitext skip where pyarrow is missing
+        wikitext = [f" = {i} = \n" if i % 7 == 0 else VERSE[i:i + 50] for i in range(150)]
+        hub.files["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = table(wikitext)
+        hub.files["wikitext-2-raw-v1/validation-00000-of-00001.parquet"] = table([" = One = \n", VERSE])
     return {"txt": (write(tmp_path / "x.txt", VERSE), {}), "jsonl": (tmp_path / "x.jsonl", {}),
             "folder": (tmp_path / "folder", {"val_fraction": 0.4}), "rows": (tmp_path / "rows", {}),
             "c4": ("c4", {"max_tokens": 30_000}), "wikitext": ("wikitext", {}),
@@ -162,6 +172,8 @@ def test_prepare_goes_on_where_it_was_stopped(kind, hub, tmp_path, monkeypatch, 
     for name, value in (("_SHARD", 700), ("_PIECE", 400), ("_THREADS", 1)):
         monkeypatch.setattr(data, name, value)
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    if kind == "wikitext":
+        pytest.importorskip("pyarrow")
     source, how = sources(tmp_path, hub)[kind]
     how = {"tokenizer": "byte" if kind != "rows" else "char", "data_dir": tmp_path / "data", **how}
     encoded, encode = [], data.ByteTokenizer.encode
@@ -346,8 +358,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server.hub, urllib.parse.urlsplit(self.path)
         hub.asked.append((self.server is hub.cdn, self.command, self.path, self.headers.get("Authorization")))
-        if path.path == "/rows":
-            return self.rows({key: value[0] for key, value in urllib.parse.parse_qs(path.query).items()})
         body = hub.files.get(path.path.split("/resolve/")[-1].split("/", 1)[1])
         if body is None:
             self.reply(404)
@@ -375,22 +385,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif act.startswith("limit"): self.reply(429, RateLimit=f'"resolvers";r=0;t={act[6:]}')
         else: self.reply(int(act))
 
-    def rows(self, asked):
-        texts, first = self.server.hub.tables[asked["config"], asked["split"]], int(asked["offset"])
-        rows = [{"row_idx": i, "row": {"text": texts[i]}, "truncated_cells": ["text"] * (texts[i] == "long")}
-                for i in range(first, min(first + int(asked["length"]), len(texts)))]
-        act = self.server.hub.plan.pop(0) if self.server.hub.plan else "ok"
-        page = json.dumps({"rows": rows[act == "fewer":], "num_rows_total": len(texts)}).encode()
-        if act == "html": self.reply(200, b"<html>")
-        elif act.isdigit(): self.reply(int(act))
-        else: self.reply(200, page)
-
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """files {path: bytes}, tables {(config, split): texts}, plan: see Hub, asked: requests, slept: pauses."""
+    """files {path: bytes}, plan: see Hub, asked: requests, slept: pauses of the client."""
     class State:
-        files, tables, plan, asked, slept, more, over = {}, {}, [], [], [], {}, threading.Event()
+        files, plan, asked, slept, more, over = {}, [], [], [], {}, threading.Event()
     hub, servers = State, []
     for _ in range(2):
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub))
@@ -402,8 +402,6 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(data.time, "sleep", hub.slept.append)
-    # the rows are asked for, whether or not pyarrow is there
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     words = "once upon a time there was a little cat who saw the big dog".split()
     def story(seed):
         return " ".join(random.Random(seed).choices(words, k=300)) + "."
@@ -491,29 +489,35 @@ def test_fineweb(hub, mirror, tmp_path, monkeypatch):
     refused(lambda: corpus(tmp_path / "bad", "fineweb", tokenizer="", max_tokens=99), "id 50257")
 
 
-def test_wikipedia_and_wikitext_by_rows(hub, tmp_path, monkeypatch):
-    hub.tables["20231101.en", "train"] = [f"article {i}" if i % 70 else "long" for i in range(5230)]
-    hub.plan[:] = ["ok", "503", "ok", "404"]
-    refused(lambda: corpus(tmp_path, "wikipedia"), "404", kind=data.DownloadError)
-    asked = len(hub.asked)
-    found = corpus(tmp_path, "wikipedia", max_tokens=0)
-    expected = [f"article {i}" for i in range(5230) if i % 70]
-    assert decoded(found.train, found.tokenizer).split("\n") == [a for a in expected if int(a[8:]) >= 5000]
-    assert decoded(found.val, found.tokenizer).split("\n") == [a for a in expected if int(a[8:]) < 5000]
-    again = [path for _, _, path, _ in hub.asked[asked:]]
-    assert not any("offset=0&" in path or "offset=5000&" in path for path in again)
+def test_wikipedia_and_wikitext(hub, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(data, "_THREADS", 1) # so that no third file is asked for
+    monkeypatch.setattr(data, "_PIECE", 500)
+    wikipedia = "20231101.en/train-{:05d}-of-00041.parquet"
+    for number in (0, 1, 40):
+        hub.files[wikipedia.format(number)] = table([f"article {number}.{i}" for i in range(700)])
+    found = corpus(tmp_path, "wikipedia", max_tokens=8000)
+    expected = "\n".join(f"article {number}.{i}" for number in (0, 1) for i in range(700))
+    assert decoded(found.train, found.tokenizer) == expected[:8000]
+    assert decoded(found.val, found.tokenizer) == "\n".join(f"article 40.{i}" for i in range(700))[:800]
     lines = [" = One = \n", "", " first . \n", " = = Part = = \n", " more \n", " = Two = \n", " second \n"]
-    hub.tables["wikitext-2-raw-v1", "train"] = hub.tables["wikitext-2-raw-v1", "validation"] = lines
-    found = corpus(tmp_path, "wikitext", tokenizer="char")
-    assert decoded(found.train, found.tokenizer) == "".join(lines[:5]) + "\n" + "".join(lines[5:])
+    for part, some in ("train", lines), ("validation", lines[:5]):
+        hub.files[f"wikitext-2-raw-v1/{part}-00000-of-00001.parquet"] = table(some)
+    for part, some in ("train-00000-of-00002", lines[:3]), ("train-00001-of-00002", lines[3:]), (
+            "validation-00000-of-00001", lines[:5]):
+        hub.files[f"wikitext-103-raw-v1/{part}.parquet"] = table(some)
+    for name in ("wikitext", "wikitext103"): # the second has an article that goes on in the next file
+        found = corpus(tmp_path, name, tokenizer="char")
+        assert decoded(found.train, found.tokenizer) == "".join(lines[:5]) + "\n" + "".join(lines[5:])
+        assert decoded(found.val, found.tokenizer) == "".join(lines[:5])
 
 
-@pytest.mark.parametrize("act, kind", [("fewer", "no page"), ("html", "no JSON")])
-def test_rows_that_are_none(act, kind, hub, tmp_path):
-    hub.tables["wikitext-2-raw-v1", "train"] = ["a\n"] * 150
-    hub.plan[:] = ["ok", act, act, act]
-    refused(lambda: corpus(tmp_path, "wikitext"), kind, kind=data.DownloadError)
-    assert len(os.listdir(tmp_path / "data/wikitext-rows")) == 1 # the good page, which is not asked for again
+@pytest.mark.parametrize("name", ["wikipedia", "wikitext"])
+def test_a_table_without_pyarrow(name, hub, tmp_path, monkeypatch):
+    """The package is named, and nothing is downloaded for it."""
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    refused(lambda: corpus(tmp_path, name), name, "pip install pyarrow", kind=data.DownloadError)
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize("plan, slept", [
@@ -625,6 +629,8 @@ def test_a_stream_gives_the_windows_of_the_whole_text(kind, tokenizer, hub, smal
     data.say_once.cache_clear()
     if tokenizer == "gpt2":
         request.getfixturevalue("mirror")
+    if kind == "wikitext":
+        pytest.importorskip("pyarrow")
     source = str(sources(tmp_path, hub)[kind][0])
     how = {"tokenizer": tokenizer, "data_dir": tmp_path / "data"}
     own = source in data.CORPORA
@@ -798,8 +804,12 @@ def test_a_config_trains_on_its_corpus(config, corpus_name, flags, hub, mirror, 
     """200 steps of a small model on what the hub serves; the loss falls. The config's own corpus is taken."""
     chosen = runpy.run_path(str(ROOT / f"config/{config}.py"))
     assert chosen["dataset"] == corpus_name and chosen["offline_dataset"]
-    hub.tables["20231101.en", "train"] = hub.stories * 100
-    hub.tables["wikitext-2-raw-v1", "train"] = hub.tables["wikitext-2-raw-v1", "validation"] = hub.stories
+    if corpus_name in ("wikipedia", "wikitext"):
+        pytest.importorskip("pyarrow")
+        for number in (0, 40):
+            hub.files[f"20231101.en/train-{number:05d}-of-00041.parquet"] = table(hub.stories)
+        for part in ("train", "validation"):
+            hub.files[f"wikitext-2-raw-v1/{part}-00000-of-00001.parquet"] = table(hub.stories)
     ids = make_tokenizer("gpt2", "", tmp_path).encode(" ".join(hub.stories))
     for name in ("val_000000", "train_000001"):
         header = np.array([20240520, 1, len(ids), *[0] * 253], "<i4").tobytes()
