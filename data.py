@@ -9,6 +9,7 @@ Stream cuts them from a source that is not prepared.
     python data.py prepare c4 --max_tokens=1_000_000_000 # or tinystories, wikipedia, fineweb, wikitext
     python data.py prepare book.txt --tokenizer=gpt2        # char (default), ascii, gpt2, byte or FILE.json
     python data.py prepare folder --tokenizer=FILE.json     # of shard_*.npy: rows of ids that FILE.json made
+    python data.py tokenizer book.txt --vocab_size=4096     # trains a FILE.json on a text's training part
     python data.py verify shakespeare        # or data/shakespeare: reads all, checks sizes, hashes and ids
     python data.py list                      # what is known and what is prepared
 
@@ -61,6 +62,7 @@ val_fraction = 0.1 # share of the characters, from the end of the text, that bec
 data_dir = "data" # folder of prepared datasets and of downloaded files
 max_tokens = 0 # most tokens to train on; 0: all, but 100 million of c4, wikipedia and fineweb
 name = "" # folder of the dataset inside data_dir; "": the name of the source
+vocab_size = 4096 # ids of a tokenizer that is trained here: 256 bytes, one separator, the rest joins bytes
 field = "" # column of a .csv, or key of a .jsonl or .parquet, that holds the text; "": text, and a .csv whole
 
 # Private names, because configure takes every public number or text for a setting.
@@ -911,14 +913,13 @@ def own_name(source, name=""):
 
 
 def read_source(source, data_dir, field=""):
-    """(origin, files, maybe files for validation) of a source. UserError if there is none.
-
-    A list of documents may stand for files.
-    """
+    """(origin, files, maybe files for validation) of a source. UserError if there is none."""
     if field and not os.path.isdir(source) and unpacked(Path(source)).suffix not in ROWS:
         raise UserError(f"{source} has no fields: drop --field, which is for {listed(ROWS)}")
     if source in DATASETS:
-        return DATASETS[source](data_dir)
+        origin, files, *own = DATASETS[source](data_dir)
+        documents = lambda: itertools.chain.from_iterable((text, None) for text in files)
+        return origin, one_file(documents) if isinstance(files, list) else files, *own
     if os.path.isdir(source):
         return os.path.abspath(source), read_folder(Path(source), field)
     if os.path.isfile(source):
@@ -1190,9 +1191,6 @@ class Survey:
 def prepare_text(target, origin, files, tokenizer, val_fraction, limit):
     """The end of the text becomes the validation split."""
     text, again = Survey(), Survey()
-    if isinstance(files, list): # of documents
-        files = one_file(lambda documents=files: itertools.chain.from_iterable(
-            (document, None) for document in documents))
     deque(text.watch(joined(files)), maxlen=0)
     if not text.documents:
         raise UserError(f"{origin} is empty: there is no text to prepare")
@@ -1568,6 +1566,50 @@ def replacing(target, key):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def train_tokenizer(source, vocab_size: int = 4096, data_dir: str = "data", val_fraction: float = 0.1,
+                    field: str = "", name: str = "", max_tokens: int = 0) -> Path:
+    """Trains byte pairs on what prepare would take for training. Returns their file, data_dir/NAME-SIZE.json.
+
+    The text streams: in memory are its different words, which the package counts.
+    """
+    source, tokenizers = str(source), package("tokenizers", "training a tokenizer")
+    if vocab_size < 257:
+        raise UserError(f"vocab_size={vocab_size} must be at least 257: the 256 bytes, and <|endoftext|>")
+    check_settings(source, "", val_fraction)
+    if source == "fineweb":
+        raise UserError("fineweb holds ids of GPT-2, not text: take another source, say c4")
+    origin, files, *own = read_source(source, data_dir, field)
+    limit = max_tokens or CORPORA.get(source, 0)
+    target = Path(data_dir) / f"{own_name(source, name)}-{vocab_size}.json"
+    with alone(target):
+        if target.exists():
+            raise UserError(f"{target} is there already, and is not replaced\n"
+                            "use it, delete it, or choose another --name")
+        most = 4 * limit if limit else sys.maxsize # a token has about 4 characters
+        if not own: # the end of the text is for validation
+            most = min(most, int(sum(len(text or "") for text in joined(files)) * (1 - val_fraction)))
+        if most < 1:
+            raise UserError(f"{origin} has no training text: take a longer one")
+        codec = tokenizers.Tokenizer(tokenizers.models.BPE())
+        codec.pre_tokenizer = byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        codec.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=byte_level.alphabet(),
+            show_progress=sys.stderr.isatty())
+        # byte_level finds words by GPT-2's pattern, so a text may be divided where GPT-2's tokens end.
+        pieces = divided(at_most(joined(files), most), GPT2Tokenizer(), False)
+        texts = (without_surrogates(piece) for piece in pieces if isinstance(piece, str))
+        codec.train_from_iterator(texts, trainer)
+        part = target.with_suffix(".part")
+        write_synced(part, [codec.to_str(pretty=True).encode()])
+        os.replace(part, target)
+    how = {"tokenizer": target, "val_fraction": val_fraction, "data_dir": data_dir, "field": field}
+    flags = [shlex.quote(f"--{key}={value}") for key, value in how.items() if value != ""]
+    print(f"{target}: {codec.get_vocab_size():,} ids. To use it:\n"
+          f"    python data.py prepare {shlex.quote(source)}", *flags)
+    return target
+
+
 # --- batches ---
 @dataclass
 class Dataset:
@@ -1866,16 +1908,18 @@ def main(argv: list[str]) -> None:
         print(__doc__)
     # Options without a command before them get the usage below.
     given = configure(globals(), argv=argv[len(words):] if words or help_asked else [])
-    commands = {"prepare": 2, "verify": 2, "list": 1} # number of words, with the command itself
+    commands = {"prepare": 2, "tokenizer": 2, "verify": 2, "list": 1} # words, the command among them
     command = words[0] if words else ""
     if commands.get(command) != len(words):
         near = [] if command in commands else difflib.get_close_matches(command, commands, n=1, cutoff=0.5)
         raise UserError((f"no command {command!r}, nearest: {near[0]}\n" if near else "")
-                        + "usage: python data.py prepare SOURCE | verify NAME | list, "
-                        "then --tokenizer=, --val_fraction=, --max_tokens=, --data_dir=, --name=, --field=")
+                        + "usage: python data.py prepare SOURCE | tokenizer SOURCE | verify NAME | list, "
+                        "then settings, for instance --tokenizer=; all of them: --help")
     if command == "prepare":
         kind = tokenizer if "tokenizer" in given or words[1] not in CORPORA else ""
         prepare(words[1], kind, data_dir, val_fraction, field, name, max_tokens)
+    elif command == "tokenizer":
+        train_tokenizer(words[1], vocab_size, data_dir, val_fraction, field, name, max_tokens)
     elif command == "verify":
         print("\n".join(verify(words[1], data_dir)))
     else:

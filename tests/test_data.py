@@ -858,6 +858,62 @@ def test_hugging_face_package_missing_or_too_old(tmp_path, monkeypatch):
     refused(lambda: make_tokenizer(str(tmp_path / "t.json"), "").encode("a"), "cannot read")
 
 
+def trained(texts, vocab_size):
+    """The package's own byte-level pairs, from whole documents."""
+    package = pytest.importorskip("tokenizers")
+    codec = package.Tokenizer(package.models.BPE())
+    codec.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = package.decoders.ByteLevel()
+    codec.train_from_iterator(texts, package.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet()))
+    return codec
+
+
+def test_a_tokenizer_is_trained_on_the_training_part(tmp_path, monkeypatch, command, capsys):
+    """As the package trains it, whatever the pieces; prepare takes it; any text comes back."""
+    monkeypatch.setattr(data, "_PIECE", 100)
+    documents = [VERSE, "", *NASTY, VERSE.upper(), "the validation part " * 60]
+    write(tmp_path / "x.jsonl", "\n".join(json.dumps({"body": text}) for text in documents))
+    write(tmp_path / "verse.txt.gz", gzip.compress(VERSE.encode()))
+    whole_text, share = "".join(documents), 1200 / len("".join(documents))
+    command(f"tokenizer x.jsonl --vocab_size=500 --field=body --val_fraction={share} --name=mine")
+    said = capsys.readouterr().out
+    assert said.startswith("data/mine-500.json: 500 ids. ")
+    ours = make_tokenizer("data/mine-500.json", "")
+    theirs = trained(documents[:-1], 500)
+    assert json.loads(ours.text)["model"] == json.loads(theirs.to_str())["model"]
+    assert ours.text != trained(documents, 500).to_str(pretty=True)
+    assert (ours.vocab_size, ours.eot) == (500, 0)
+    for text in [*NASTY, whole_text]:
+        ids = ours.encode(text)
+        assert ours.decode(ids) == text and 0 not in ids and ours.unknown(text) == []
+    command(said.splitlines()[1].split("data.py ")[1]) # the command that it prints
+    found = load("x")
+    assert found.tokenizer.to_dict() == ours.to_dict()
+    assert whole(found.train).tolist().count(0) == len([text for text in documents if text]) - 2
+    command("tokenizer verse.txt.gz --vocab_size=300 --max_tokens=200")
+    theirs = trained([VERSE[:800]], 300) # a token counts as four characters
+    assert json.loads(make_tokenizer("data/verse-300.json", "").text) == json.loads(theirs.to_str())
+
+
+def test_a_tokenizer_that_is_not_trained(tmp_path, monkeypatch, command):
+    for size in (0, 256):
+        refused(lambda: command(f"tokenizer verse.txt --vocab_size={size}"), size, "at least 257")
+    write(tmp_path / "verse.txt", VERSE), write(tmp_path / "bad.jsonl", '{"text": "a"}\n' * 9 + "{")
+    write(tmp_path / "data/verse-300.json", "mine")
+    refused(lambda: command("tokenizer verse.txt --vocab_size=300"), "verse-300.json is there", "--name")
+    assert (tmp_path / "data/verse-300.json").read_text() == "mine"
+    refused(lambda: command("tokenizer bad.jsonl"), "line 10 is not JSON")
+    refused(lambda: command("tokenizer fineweb"), "not text")
+    refused(lambda: command("tokenizer nowhere.txt"), "no text file")
+    refused(lambda: command("tokenizer verse.txt --val_fraction=1.0"), "val_fraction=1.0")
+    refused(lambda: command("tokenizer verse.txt --val_fraction=0.9999"), "no training text")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    refused(lambda: command("tokenizer verse.txt"), "pip install tokenizers")
+    assert sorted(os.listdir(tmp_path / "data")) == ["verse-300.json"]
+
+
 def test_documents_of_hugging_face_are_kept_apart_by_its_end_of_text(tmp_path):
     codec, path = hf(tmp_path)
     lines = "\n".join(json.dumps({"text": text}) for text in ("line 1 <|endoftext|>", "line 2"))
@@ -1417,7 +1473,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     def run(line):
         for name, value in (("tokenizer", "char"), ("val_fraction", 0.1), ("data_dir", "data"), ("name", ""),
-                            ("field", ""), ("max_tokens", 0)):
+                            ("field", ""), ("max_tokens", 0), ("vocab_size", 4096)):
             monkeypatch.setattr(data, name, value)
         data.main(line.split())
     return run
