@@ -43,28 +43,38 @@ import traceback
 from contextlib import contextmanager, suppress
 
 # Type of a setting -> what a message calls it. A script's values of other types are no settings.
-KIND = {bool: "true or false", int: "an int", float: "a float, not nan", str: "a str",
+KIND = {bool: "true or false", int: "an int, as in 1000 or 1e3", float: "a float, not nan", str: "a str",
         tuple: "a tuple, as in (2, 4, 8)"}
 WORDS = {"true": True, "1": True, "yes": True, "on": True,
          "false": False, "0": False, "no": False, "off": False}
 
-# Setting -> names that other programs have for it; suggested where the script has the setting.
+# Setting -> names that other programs have for it, without use_; suggested where the script has the setting.
 SYNONYMS = {
     "learning_rate": "lr max_lr peak_lr", "weight_decay": "wd", "beta1": "betas", "beta2": "betas",
     "grad_clip": "clip max_grad_norm clip_grad_norm", "warmup_iters": "warmup warmup_steps num_warmup_steps",
+    "schedule": "decay_lr lr_schedule lr_scheduler scheduler", "optimizer": "optim adam",
     "max_iters": "epochs n_epochs num_epochs iters num_iters steps n_steps num_steps max_steps train_steps",
     "batch_size": "bs micro_batch_size", "gradient_accumulation_steps": "grad_accum grad_accum_steps",
     "block_size": "seq_len seq_length sequence_length context context_length ctx n_ctx max_seq_len",
     "n_embd": "d_model dim n_embed embed_dim hidden_size hidden_dim width", "mlp_hidden": "d_ff",
-    "n_head": "n_heads num_heads", "n_kv_head": "n_kv_heads", "n_layer": "n_layers num_layers depth",
-    "temperature": "temp", "max_new_tokens": "max_tokens num_tokens n_tokens length", "num_samples": "n",
-    "start": "prompt", "sample_prompt": "prompt", "dataset": "data",
-    "out_dir": "out output output_dir save_dir checkpoint_dir", "speculative": "use_speculative"}
+    "n_head": "n_heads num_heads", "n_kv_head": "n_kv_heads num_kv_heads gqa mqa",
+    "n_layer": "n_layers num_layers depth", "attention": "attn attn_type mla mha diff flash",
+    "position": "rope pos_emb", "rope_base": "rope_theta", "norm": "rmsnorm layernorm",
+    "activation": "act swiglu relu2 gelu", "glu": "swiglu gated", "residual": "mhc hyper_connections",
+    "checkpoint_interval": "always_save_checkpoint save_interval save_every save_steps",
+    "eval_interval": "eval_every eval_steps", "device": "backend gpu accelerator", "decode": "compile",
+    "temperature": "temp", "max_new_tokens": "max_tokens max_length num_tokens n_tokens length",
+    "num_samples": "n", "start": "prompt", "sample_prompt": "prompt", "dataset": "data",
+    "out_dir": "out output output_dir save_dir checkpoint_dir init_from ckpt ckpt_path checkpoint",
+    "resume": "init_from", "speculative": "use_speculative"}
 
 # Setting that is a path -> what stands before a path in it: nothing, a comma of a list, FILE:
 # A true/false setting among them takes a path as well: --resume, --resume=false, --resume=out/x/ckpt.pt
 PATHS = {**dict.fromkeys("out_dir data_dir dataset offline_dataset tokenizer nanogpt resume".split(), "^"),
          "update_hooks": "^|, *", "forward_hooks": "^|, *", "start": "^FILE:"}
+
+
+DASHES = "-\N{EN DASH}\N{EM DASH}" # an editor may turn -- into one of the others
 
 
 class Given(dict):
@@ -160,8 +170,8 @@ def parse(argv, known):
         if arg.startswith("--"):
             name, value = parse_flag(arg, queue, known)
             given[name], given.typed = value, given.typed | {name}
-        elif arg.startswith("-"):
-            raise UserError(f"{brief(arg)}: a setting takes two dashes, as in -{arg}") # arg has one
+        elif arg.startswith(tuple(DASHES)):
+            raise UserError(f"{brief(arg)}: a setting takes two dashes, as in --{arg.lstrip(DASHES)}")
         else:
             given.update(load_file(arg, known)) # but not typed, which is for the command line
     for name in [name for name in PATHS if type(given.get(name)) is str]:
@@ -176,6 +186,9 @@ def parse_flag(arg, queue, known):
     asked = key.replace("-", "_")
     name = asked if asked in known else asked.removeprefix("no_")
     default, bare = known.get(name), not queue or queue[0].startswith("--")
+    if name in known and not bare:
+        if not equals and queue[0].startswith("=") or arg.endswith("=") and type(default) in (int, float):
+            raise UserError(f"{arg} {queue[0]}: no space stands beside the =, as in --{key}={default!r}")
     if not equals and (type(default) is bool or default == "auto" and (bare or name != asked)):
         # Else `--compile false` would switch compile on and then look for a config file called false,
         # and `--resume out/x/ckpt.pt` for one called ckpt.pt.
@@ -192,7 +205,7 @@ def parse_flag(arg, queue, known):
 def load_file(path, known):
     """{name: value} of a config file. It runs apart from the script: only what is returned gets out."""
     if not os.path.isfile(path):
-        raise missing(path)
+        raise missing(path, known)
     try:
         nodes = ast.walk(ast.parse(Path(path).read_bytes(), path))
         names = sorted((node for node in nodes if isinstance(node, ast.Name)), key=lambda node: node.lineno)
@@ -200,7 +213,7 @@ def load_file(path, known):
         program = not {"configure", "__name__"}.isdisjoint(node.id for node in names)
         bound = {} if program else runpy.run_path(path)
     except (Exception, SystemExit) as error:
-        raise broken(path, error) from error
+        raise broken(path, error, known) from error
     if program:
         raise UserError(f"{path} is a program; a config file only gives values to settings")
     given = {}
@@ -268,30 +281,47 @@ def brief(value):
 
 
 def unknown(asked, known, origin, hint):
-    near = [name for name, words in SYNONYMS.items() if name in known and asked.lower() in words.split()]
-    near = near or difflib.get_close_matches(asked, known, n=3, cutoff=0) # cutoff 0 always finds something
+    typed = asked.lower().replace(".", "_").strip("_")
+    plain = {typed, typed.removeprefix("use_"), typed.removesuffix("s")}
+    near = [name for name, words in SYNONYMS.items() if name in known and plain & {*words.split()}]
+    near = near or difflib.get_close_matches(typed, known, n=3, cutoff=0) # cutoff 0 always finds something
     return UserError(f"unknown setting {brief(asked)} ({origin})\nNearest: {', '.join(near)}. {hint}")
 
 
-def missing(path):
+def missing(path, known=()):
     """The error for a config file that is not there. It names the files that are, or the most similar."""
     folders = [os.path.dirname(path)] if os.path.dirname(path) else ["config", "."]
     paths = [found for folder in folders for found in sorted(Path(folder).glob("*.py"))]
     by_name = {found.stem: str(found) for found in reversed(paths)} # reversed: config/x.py before ./x.py
     near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), by_name)
     there = ", ".join([by_name[name] for name in near] or map(str, paths[:8])) or "no .py file in that folder"
-    hint = f"A setting takes two dashes: --{path}" if "=" in path else f"There is: {there}"
+    hint = f"There is: {there}"
+    if "=" in path or path in known:
+        hint = f"A setting takes two dashes: --{path.lstrip('/')}"
+    elif os.path.isdir(path) and path != "config":
+        hint = meant_for(path, known) or hint
+    elif os.path.basename(path) == "prepare.py": # nanoGPT has one for each dataset
+        hint = "Datasets are made by: python data.py prepare NAME, and listed by: python data.py list"
     return UserError(f"no config file {path!r}\n{hint}")
 
 
-def broken(path, error):
+def meant_for(path, known):
+    """A sentence with the setting that a path was meant for, which is there but no config file."""
+    kind = "out_dir" if os.path.exists(os.path.join(path, "run.json")) else "dataset"
+    names = ["resume" if path.endswith(".pt") else kind, "out_dir"]
+    flags = [f"--{name}={path}" for name in names if name in known]
+    return f"A config file is ordinary Python. Did you mean {flags[0]}?" if flags else ""
+
+
+def broken(path, error, known):
     """The error for a config file that raises, with the line in that file, not in a module it called."""
     rows = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path: # no frame has path: it never ran
         rows.append(error.lineno)
     place = f"{path}:{rows[-1]}" if rows else path
+    hint = "A config file is ordinary Python." if path.endswith(".py") else meant_for(path, known)
     text = " ".join(str(getattr(error, "msg", error)).split()) # a SyntaxError's str repeats file and line
-    return UserError(f"{place}: {type(error).__name__}: {text[:200]}\nA config file is ordinary Python.")
+    return UserError(f"{place}: {type(error).__name__}: {text[:200]}\n{hint}")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -329,7 +359,8 @@ def user_errors():
         raise
     except (OSError, ValueError) as error:
         path = getattr(error, "filename", None) # a ValueError has none
-        raise UserError(f"cannot open {path}: {error.strerror}" if path else str(error)) from error
+        hint = "\nname a folder instead" if isinstance(error, FileExistsError) else ""
+        raise UserError(f"cannot open {path}: {error.strerror}{hint}" if path else str(error)) from error
 
 
 def git_commit() -> str:

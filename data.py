@@ -930,7 +930,7 @@ def read_source(source, data_dir, field=""):
     beside = [str(path) for path in beside if path.is_dir() or path.suffix in TEXTS]
     near = difflib.get_close_matches(source, [*DATASETS, *prepared(data_dir), *beside], n=3)
     raise UserError(f"no text file, folder or known dataset {source!r}\n"
-                    f"{'nearest' if near else 'known'}: {listed(near or DATASETS)}")
+                    f"{'nearest' if near else 'known'}: {listed(near or DATASETS, limit=20)}")
 
 
 # --- shard_*.npy of other programs: arrays of rows, where a row is a sequence by itself ---
@@ -1912,7 +1912,8 @@ def main(argv: list[str]) -> None:
     command = words[0] if words else ""
     if commands.get(command) != len(words):
         near = [] if command in commands else difflib.get_close_matches(command, commands, n=1, cutoff=0.5)
-        raise UserError((f"no command {command!r}, nearest: {near[0]}\n" if near else "")
+        asked = f"no command {command!r}{', nearest: ' * bool(near)}{''.join(near)}\n"
+        raise UserError(asked * (command not in ("", *commands))
                         + "usage: python data.py prepare SOURCE | tokenizer SOURCE | verify NAME | list, "
                         "then settings, for instance --tokenizer=; all of them: --help")
     if command == "prepare":

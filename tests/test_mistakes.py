@@ -15,8 +15,8 @@ fcntl = pytest.importorskip("fcntl") # Windows has none, and its runs no lock
 
 PLAY = ("--dataset=play --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=2 "
         "--sample_tokens=4").split()
-NOTHING_THERE = {"DATA_MIRROR": None, "HTTPS_PROXY": "http://nowhere.invalid", "HTTP_PROXY": "http://nowhere.invalid",
-                 "CUDA_VISIBLE_DEVICES": ""} # no network, no GPU
+NOTHING_THERE = {"DATA_MIRROR": None, "HTTPS_PROXY": "http://nowhere.invalid",
+                 "HTTP_PROXY": "http://nowhere.invalid", "CUDA_VISIBLE_DEVICES": ""} # no network, no GPU
 
 # command line, what the message must hold. {d} is the folder that `world` fills.
 SLIPS = {
@@ -151,6 +151,112 @@ SLIPS = {
         "train.py --dataset={d}/data/play/ --tokenizer=byte --data_dir={d}/new3", "with tokenizer=char"),
     "data_dir that is a dataset": (
         "train.py --dataset=recall --data_dir={d}/data/play", "did you mean --dataset="),
+
+    # what other programs call it
+    "nanoGPT's constant rate": ("train.py --decay_lr=False", "Nearest: schedule."),
+    "nanoGPT's checkpoints": ("train.py --always_save_checkpoint=False", "Nearest: checkpoint_interval."),
+    "nanoGPT's backend": ("train.py --backend=nccl", "Nearest: device."),
+    "nanoGPT's way to sample": ("sample.py --init_from=resume", "Nearest: out_dir."),
+    "nanoGPT's compile when sampling": ("sample.py --out_dir={d}/run --compile=False", "Nearest: decode."),
+    "epochs": ("train.py --epochs=3", "Nearest: max_iters."),
+    "steps": ("train.py --steps=100", "Nearest: max_iters."),
+    "context": ("train.py --context=128", "Nearest: block_size."),
+    "width": ("train.py --hidden_size=128", "Nearest: n_embd."),
+    "heads": ("train.py --n_heads=4", "Nearest: n_head."),
+    "heads of keys": ("train.py --num_kv_heads=2", "Nearest: n_kv_head."),
+    "grouped queries": ("train.py --gqa=2", "Nearest: n_kv_head."),
+    "a gated activation as a switch": ("train.py --swiglu", "Nearest: activation, glu."),
+    "a gated activation by its name": ("train.py --activation=swiglu", "gelu, relu2, silu"),
+    "attention as a switch": ("train.py --mla", "Nearest: attention."),
+    "residual streams as a switch": ("train.py --use_mhc", "Nearest: residual."),
+    "rope as a switch": ("train.py --use_rope=True", "Nearest: position."),
+    "rope by another name": ("train.py --position=rotary", "learned, rope, none"),
+    "norm by another name": ("train.py --norm=rms", "layernorm, rmsnorm"),
+    "lr": ("train.py --lr=1e-3", "Nearest: learning_rate."),
+    "temp": ("sample.py --out_dir={d}/run --temp=0.8", "Nearest: temperature."),
+    "prompt": ("sample.py --out_dir={d}/run --prompt=hi", "Nearest: start."),
+    "length of a sample": ("sample.py --out_dir={d}/run --max_length=5", "Nearest: max_new_tokens."),
+    "topk": ("sample.py --out_dir={d}/run --topk=5", "Nearest: top_k,"),
+    "top-K": ("sample.py --out_dir={d}/run --top-K=5", "Nearest: top_k,"),
+    "top.k": ("sample.py --out_dir={d}/run --top.k=5", "Nearest: top_k,"),
+    "size of a model": ("model.py --size=nano", "model_size"),
+    "British optimizer": ("optim.py --optimiser=adamw", "Nearest: optimizer,"),
+    "British tokenizer": ("data.py prepare {d}/play.txt --tokeniser=byte", "Nearest: tokenizer,"),
+
+    # files and datasets of nanoGPT; a path in the place of another
+    "nanoGPT's config of characters": (
+        "train.py config/train_shakespeare_char.py", "train_shakespeare_mha.py"),
+    "nanoGPT's config of GPT-2": ("train.py config/train_gpt2.py", "config/gpt2_124m_fineweb.py"),
+    "nanoGPT's config of an evaluation": ("train.py config/eval_gpt2.py", "config/gpt2_124m_fineweb.py"),
+    "nanoGPT's config of a finetuning": ("train.py config/finetune_shakespeare.py", "sprint_shakespeare.py"),
+    "nanoGPT's web text": ("train.py --dataset=openwebtext", "tinystories, c4, fineweb"),
+    "nanoGPT's characters": ("train.py --dataset=shakespeare_char", "nearest: shakespeare"),
+    "a dataset of nobody": ("train.py --dataset=enwik8", "known: shakespeare, pystdlib"),
+    "nanoGPT's prepare.py as a config": (
+        "train.py data/openwebtext/prepare.py", "python data.py prepare NAME"),
+    "nanoGPT's prepare.py as a text": (
+        "data.py prepare data/shakespeare_char/prepare.py", "known: shakespeare"),
+    "nanoGPT's prepare.py as a command": ("data.py data/shakespeare_char/prepare.py", "prepare SOURCE"),
+    "a checkpoint for a folder": ("train.py --out_dir={d}/run/ckpt.pt", "name a folder"),
+    "a checkpoint for a folder to resume": (
+        "train.py --resume --out_dir={d}/run/ckpt.pt", "correct --out_dir"),
+    "a checkpoint for the folder of a model": ("model.py --out_dir={d}/run/best.pt", "the folder of a run"),
+    "a checkpoint for a config": ("sample.py {d}/run/ckpt.pt", "Did you mean --out_dir={d}/run/ckpt.pt?"),
+    "a checkpoint for a config to train": (
+        "train.py {d}/run/ckpt.pt", "Did you mean --resume={d}/run/ckpt.pt?"),
+    "a checkpoint for a text": ("data.py prepare {d}/run/ckpt.pt", "not text"),
+    "a checkpoint that is not there": ("sample.py --out_dir={d}/run/none.pt", "train first"),
+    "a text for a checkpoint": ("sample.py --out_dir={d}/play.txt", "give its ckpt.pt"),
+    "a text for a config": ("train.py {d}/play.txt", "Did you mean --dataset={d}/play.txt?"),
+    "a run for a config": ("sample.py {d}/run", "Did you mean --out_dir={d}/run?"),
+    "a run for a config of its model": ("model.py {d}/run", "Did you mean --out_dir={d}/run?"),
+    "a dataset for a config": ("train.py {d}/data/play", "Did you mean --dataset={d}/data/play?"),
+    "a name without the folder": ("train.py train_shakespeare_mha", "config/train_shakespeare_mha.py"),
+
+    # how it is typed
+    "settings before the command": ("data.py --tokenizer=byte prepare {d}/play.txt", "then settings"),
+    "two texts": ("data.py prepare {d}/play.txt {d}/other.txt", "prepare SOURCE"),
+    "no text": ("data.py prepare", "prepare SOURCE"),
+    "another command": ("data.py download shakespeare", "no command 'download'"),
+    "misspelt suite": ("bench.py kvcache", "decode, kv_cache"),
+    "upper case": ("train.py --N_LAYER=2", "Nearest: n_layer,"),
+    "a capital": ("train.py --Learning_Rate=1e-3", "Nearest: learning_rate,"),
+    "upper case of a choice": ("train.py --attention=MLA", "mha, mla, diff, diff_mla"),
+    "upper case of a type": ("train.py --dtype=BF16", "float32, bfloat16, float16"),
+    "half": ("train.py --dtype=half", "float32, bfloat16, float16"),
+    "capitals of an optimizer": ("train.py --optimizer=AdamW", "adamw, fadam"),
+    "upper case of a device": ("train.py --device=CPU", "or cpu"),
+    "a capital of a schedule": ("train.py --schedule=Cosine", "cosine, linear"),
+    "a long dash": ("train.py \N{EM DASH}n_layer=2", "as in --n_layer=2"),
+    "a middle dash": ("train.py \N{EN DASH}n_layer=2", "as in --n_layer=2"),
+    "three dashes": ("train.py ---n_layer=2", "Nearest: n_layer,"),
+    "a colon": ("train.py --n_layer:2", "Nearest: n_layer,"),
+    "spaces around the =": ("train.py --n_layer = 2", "no space stands beside the =, as in --n_layer=6"),
+    "spaces around the = of a switch": ("train.py --bias = true", "no space stands beside the ="),
+    "a space before the =": ("train.py --n_layer =2", "no space stands beside the ="),
+    "a space behind the =": ("train.py --n_layer= 2", "no space stands beside the ="),
+    "no dashes but spaces": ("train.py n_layer = 2", "two dashes: --n_layer"),
+    "quotes inside": ('train.py --n_layer="2"', "must be an int"),
+    "a comma in an int": ("train.py --max_iters=1,000", "an int, as in 1000"),
+    "a comma in a float": ("train.py --learning_rate=0,001", "must be a float"),
+    "a small float for an int": ("train.py --max_iters=1e-3", "an int, as in 1000 or 1e3"),
+    "a unit": ("train.py --block_size=1k", "an int, as in 1000 or 1e3"),
+    "a percentage": ("train.py --val_fraction=10%", "The default is 0.1"),
+    "maybe": ("train.py --bias=maybe", "must be true or false"),
+    "another language's yes": ("train.py --bias=oui", "must be true or false"),
+    "nothing behind the =": ("train.py --n_layer=", "must be an int"),
+    "no value of a float": ("train.py --dropout", "as in --dropout=0.0"),
+
+    # values that nothing can be made of
+    "no steps": ("train.py --max_iters=-1", "at least 0"),
+    "no interval": ("train.py --eval_interval=-5", "at least 1"),
+    "heads that do not divide": ("train.py --n_kv_head=3", "choose a divisor"),
+    "no tokens": ("sample.py --out_dir={d}/run --max_new_tokens=-5", "at least 1"),
+    "negative top_k": ("sample.py --out_dir={d}/run --top_k=-1", "0 keeps every token"),
+    "OpenAI's other vocabulary": (
+        "data.py prepare {d}/play.txt --tokenizer=cl100k_base", "char, ascii, gpt2"),
+    "vocabulary below the bytes": ("data.py tokenizer {d}/play.txt --vocab_size=100", "at least 257"),
+    "negative max_tokens": ("data.py prepare {d}/play.txt --max_tokens=-1", "at least 0"),
 }
 
 
@@ -245,13 +351,22 @@ def outcomes(request, world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("line, way_out", SLIPS.values(), ids=SLIPS)
-def test_a_slip_ends_with_the_way_out(line, way_out, outcomes, request):
+def test_a_slip_ends_with_the_way_out(line, way_out, world, outcomes, request):
     code, out, err = outcomes[request.node.callspec.id]
     assert code == 2, out + err
     message = [said for said in err.strip().splitlines() if "    (default " not in said] # no settings
     assert message[0].startswith("error: ") and len(message) <= 3, err
-    assert way_out in err, err
+    assert way_out.replace("{d}", str(world)) in err, err
     assert "this code ran" not in out
+
+
+@pytest.mark.parametrize("name", ["misspelt setting", "unknown characters in a prompt", "misspelt suite",
+                                  "no such size", "misspelt command", "British optimizer"])
+def test_a_command_of_its_own_says_the_same(name, world, outcomes, tmp_path):
+    """A slip of each script, not from FORKS."""
+    line, way_out = SLIPS[name]
+    done = run(command(line, world, tmp_path), env=NOTHING_THERE)
+    assert done.returncode == 2 and done.stderr.splitlines()[-2:] == outcomes[name][2].splitlines()[-2:]
 
 
 def test_nothing_is_lost(world):
