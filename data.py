@@ -627,54 +627,48 @@ def say_once(words):
 
 def read_text(path):
     """Yields the text of a file in UTF-8, or UTF-16 with a byte order mark, in pieces: without the mark, line
-    ends as they are. UserError for all else. Several of these errors come after the pieces of the whole file.
+    ends as they are. UserError for all else.
     """
-    kind, size, letters, controls, wide = "utf-8", 0, 0, 0, ""
+    size = 0
     for raw in itertools.chain(blocks(path), [b""]):
         if not size:
-            wide = first_look(path, raw)
-            if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                kind, wide = "utf-16", ""
-                say_once(f"{path} is UTF-16 and is decoded")
+            kind = encoding_of(path, raw)
             decoder = codecs.getincrementaldecoder(kind)()
+        begin = size - len(decoder.getstate()[0])
         try:
-            begin, what, text = size - len(decoder.getstate()[0]), wide and "every second byte is zero", ""
             text, size = decoder.decode(raw, not raw), size + len(raw)
         except UnicodeDecodeError as error:
             what = f"byte 0x{error.object[error.start]:02x} at offset {begin + error.start}"
-            wide = western(raw)
-        some = text.encode() if kind == "utf-16" else raw
-        some = some.replace(b"\0", b"") if wide else some # token shards have as many zeros as UTF-16
-        letters, controls = letters + len(some), controls + len(some) - len(some.translate(None, CONTROLS))
-        if (what or not raw) and controls > 0.01 * letters:
-            raise UserError(f"{path} is no text: more than one byte in a hundred is a control character")
-        if what and kind == "utf-16":
-            raise UserError(f"{path} begins as UTF-16 does, but is damaged: {what}\nget it again")
-        if what:
-            raise UserError(f"{path} is not UTF-8: {what}\n"
-                            f"if it is {wide}: iconv -f {wide.split(',')[0]} -t utf-8 OLD > NEW")
+            if kind == "utf-16":
+                raise UserError(f"{path} begins as UTF-16 does, but is damaged: {what}\nget it again")
+            # Latin-1 has no letters from 0x80 to 0x9f, and Windows' own encoding of the same languages has.
+            likely = "windows-1252" if re.search(b"[\x80-\x9f]", raw) else "latin1"
+            raise not_utf8(path, what, likely)
         yield text if begin else text.removeprefix("\ufeff")
 
 
-def western(raw):
-    """The one-byte encoding that bytes which are not UTF-8 may have."""
-    high = len(raw) - len(raw.translate(None, bytes(range(128, 256))))
-    if not re.search(b"[\x80-\x9f]", raw): # Latin-1 has no letters there
-        return "latin1"
-    # Windows-1252 leaves five bytes undefined, and a text of Latin letters has few letters with accents.
-    is_likely = high < 0.2 * len(raw) and not re.search(b"[\x81\x8d\x8f\x90\x9d]", raw)
-    return "windows-1252" + ", as its bytes suggest" * is_likely
+def not_utf8(path, what, likely):
+    return UserError(f"{path} is not UTF-8: {what}\nif it is {likely}: iconv -f {likely} -t utf-8 OLD > NEW")
 
 
-def first_look(path, raw):
-    """UserError if the first bytes of a file tell what else it is. Returns the kind of UTF-16 it may be."""
+def encoding_of(path, raw):
+    """utf-8 or utf-16, by the first piece of a file. UserError if it is no text, or UTF-16 without a mark."""
     for first, what in FIRST_BYTES.items():
         if raw.startswith(first):
             raise UserError(f"{path} is {what}")
     # Latin letters in UTF-16: most bytes at even offsets are zero and none at odd offsets, or the reverse.
-    even, odd = (raw[::2].count(0), raw[1::2].count(0)) if 0 in raw else (0, 0)
-    wide = min(even, odd) < 0.05 * len(raw) and max(even, odd) > 0.4 * len(raw)
-    return ("utf-16be" if even > odd else "utf-16le") if wide else ""
+    even, odd = raw[::2].count(0), raw[1::2].count(0)
+    is_wide = min(even, odd) < 0.05 * len(raw) and max(even, odd) > 0.4 * len(raw)
+    kind, letters = "utf-8", raw.replace(b"\0", b"") if is_wide else raw # token shards look wide, too
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        kind, letters = "utf-16", raw.decode("utf-16", "replace").encode()
+    if len(letters.translate(None, CONTROLS)) < 0.99 * len(letters):
+        raise UserError(f"{path} is no text: more than one byte in a hundred is a control character")
+    if kind == "utf-16":
+        say_once(f"{path} is UTF-16 and is decoded")
+    elif is_wide:
+        raise not_utf8(path, "every second byte is zero", "utf-16be" if even > odd else "utf-16le")
+    return kind
 
 
 def read_lines(path, end="\n"):
@@ -1135,20 +1129,18 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     if there and source not in DATASETS:
         raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}")
     files = npy_files(source)
-    origin, *sources = ("", []) if files else read_source(source, data_dir, field)
+    if files and (field or max_tokens):
+        raise UserError(f"{source}: shard_*.npy are taken whole, drop --field and --max_tokens")
+    origin, *texts = [""] if files else read_source(source, data_dir, field)
     target = Path(data_dir) / own_name(source, name)
     if not tokenizer: # the dataset's own, by its name, or by its file if only that has the vocabulary
         codec = load(os.path.abspath(target)).tokenizer if is_dataset(target) else None
         tokenizer = codec.name if codec else "gpt2" if source in CORPORA else "char"
         tokenizer = tokenizer if tokenizer in TOKENIZERS else str(target / "meta.json")
-    if files and (field or max_tokens):
-        raise UserError(f"{source}: shard_*.npy are taken whole, drop --field and --max_tokens")
     if files:
         prepare_rows(target, source, files, tokenizer, val_fraction)
-    elif source in CORPORA:
-        prepare_corpus(target, origin, sources, tokenizer, val_fraction, max_tokens or CORPORA[source])
     else:
-        prepare_text(target, origin, *sources, tokenizer, val_fraction, max_tokens)
+        prepare_text(target, origin, texts, tokenizer, val_fraction, max_tokens or CORPORA.get(source, 0))
     return target
 
 
@@ -1188,33 +1180,30 @@ class Survey:
         return "".join(map(chr, np.flatnonzero(self.seen)))
 
 
-def prepare_text(target, origin, files, tokenizer, val_fraction, limit):
-    """The end of the text becomes the validation split."""
-    text, again = Survey(), Survey()
-    deque(text.watch(joined(files)), maxlen=0)
-    if not text.documents:
-        raise UserError(f"{origin} is empty: there is no text to prepare")
+def prepare_text(target, origin, texts, tokenizer, val_fraction, limit):
+    """texts: a source whose end becomes the validation split; or, of a corpus, a source for each split."""
+    text, again, most = Survey(), Survey(), shares(limit, val_fraction)
+    if len(texts) == 1:
+        deque(text.watch(joined(*texts)), maxlen=0)
+        if not text.documents:
+            raise UserError(f"{origin} is empty: there is no text to prepare")
+        about = {"from": origin, "sha256": text.digest.hexdigest(), "documents": text.documents}
+        halves = split_at(again.watch(joined(*texts), text), int(text.count * (1 - val_fraction)))
+        texts = [one_file(lambda half=half: half) for half in halves]
+        share = lambda count: again.count / text.count
+    else: # perhaps too large to be read to its end
+        about = {"from": "@".join(origin), "sha256": hash_of_json(origin)}
+        if tokenizer in ("char", "ascii"): # a character is a token: these are read for the alphabet
+            for files, count in zip(texts, most):
+                deque(text.watch(at_most(joined(files), count)), maxlen=0)
+        share = lambda count: count / limit if limit else 0
     chars = text.chars()
     codec = make_tokenizer(tokenizer, chars, target.parent)
     codec.encode(chars) # a character without an id stops us now, not after an hour of encoding
-    source = {"from": origin, "sha256": text.digest.hexdigest(), "documents": text.documents}
-    halves = split_at(again.watch(joined(files), text), int(text.count * (1 - val_fraction)))
-    halves = [one_file(lambda half=half: half) for half in halves]
-    share = lambda count: again.count / text.count
-    put_text(target, source, codec, chars, val_fraction, limit, halves, share)
-
-
-def prepare_corpus(target, origin, sources, tokenizer, val_fraction, limit):
-    """A corpus that has a validation split of its own and may be too large to be read to its end."""
-    text = Survey()
-    if tokenizer in ("char", "ascii"): # a character is a token: these are read for the alphabet
-        for files, count in zip(sources, shares(limit, val_fraction)):
-            deque(text.watch(at_most(joined(files), count)), maxlen=0)
-    codec = make_tokenizer(tokenizer, text.chars(), target.parent)
-    codec.encode(text.chars())
-    source = {"from": "@".join(origin), "sha256": hash_of_json(origin)}
-    share = lambda count: count / limit if limit else 0
-    put_text(target, source, codec, text.chars(), val_fraction, limit, sources, share)
+    splits = [partial(text_shards, *pair, codec, share) for pair in zip(texts, most)]
+    done = put(target, about, codec, codec.vocab_size, val_fraction, splits, limit)
+    if done and (lost := codec.unknown(chars)):
+        print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
 
 
 def shares(limit, val_fraction):
@@ -1223,19 +1212,15 @@ def shares(limit, val_fraction):
     return limit, int(limit * val_fraction)
 
 
-def put_text(target, source, codec, chars, val_fraction, limit, sources, share):
-    """Encodes two sources and writes them. share(tokens so far) -> share of the text, 0: unknown."""
-    def parts(files, most, number, before, cursor):
-        ids = Ids(files, codec, cursor, most - before)
-        ids.found = reported(ids.found, share, before)
-        while number == 0 or ids.more(): # at least one shard
-            yield ids.take(_SHARD), 0, ids
-            number += 1
-
-    splits = [partial(parts, files, most) for files, most in zip(sources, shares(limit, val_fraction))]
-    done = put(target, source, codec, codec.vocab_size, val_fraction, splits, limit)
-    if done and (lost := codec.unknown(chars)):
-        print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
+def text_shards(files, most, codec, share, done):
+    """Yields (arrays of ids, 0, Ids) of each shard of a text. done, share: see put and reported."""
+    before = sum(entry["tokens"] for entry, _ in done)
+    ids = Ids(files, codec, done[-1][1] if done else [0, 0, 0], most - before)
+    ids.found = reported(ids.found, share, before)
+    if not done: # there is at least one shard
+        yield ids.take(_SHARD), 0, ids
+    while ids.more():
+        yield ids.take(_SHARD), 0, ids
 
 
 def at_most(pieces, count):
@@ -1252,25 +1237,21 @@ def split_at(stream, cut: int):
 
     They share the stream given: val begins where train has ended. The cut may divide a document.
     """
-    rest = []
+    end = object()
 
-    def before():
-        left = cut
+    def with_end(left=cut):
         for text in stream:
-            if len(text or "") > left:
-                rest.append(text[left:])
-                yield text[:left]
-                return
-            left -= len(text or "")
-            yield text
+            size = len(text or "")
+            yield from (text[:left], end, text[left:]) if 0 <= left < size else [text]
+            left -= size
 
-    def after():
+    def rest():
         deque(train, maxlen=0) # what --max_tokens left over
-        yield from rest
-        yield from stream
+        yield from both
 
-    train = before()
-    return train, after()
+    both = with_end()
+    train = iter(partial(next, both), end) # up to end, and no further
+    return train, rest()
 
 
 def divided(stream, codec, ended):
@@ -1377,9 +1358,9 @@ class Ids:
 
 
 def reported(found, share, before):
-    """Yields what encode_all has found; tells now and then on stderr how far it is. share: see put_text.
+    """Yields what encode_all has found; tells now and then on stderr how far it is.
 
-    before: tokens that an earlier call has written.
+    share(tokens so far): the share of the text, 0: unknown. before: tokens that an earlier call has written.
     """
     every, end = (1, "\r") if sys.stderr.isatty() else (60, "\n")
     count, begin, earlier = before, time.monotonic(), share(before)
@@ -1419,21 +1400,24 @@ def prepare_rows(target, source, files, tokenizer, val_fraction):
     sha256 = hash_of_json([sha256_of(path) for path in files])
     about = {"from": os.path.abspath(source), "sha256": sha256, "documents": n}
     kind = token_type(vocab_size)
-    splits = [lambda number, *_, rows=rows: itertools.islice(row_shards(files, *rows, kind), number, None)
+    splits = [lambda done, rows=rows: itertools.islice(row_shards(files, *rows, kind), len(done), None)
               for rows in ((0, cut), (cut, n))]
     put(target, about, codec, vocab_size, val_fraction, splits)
 
 
 def put(target, source, codec, vocab_size, val_fraction, splits, limit=0):
-    """Writes a dataset. False if it is there.
+    """Writes a dataset, which takes the place of target in the end. False if it is there already.
 
-    splits: a function for train and one for val, called with what an earlier call has written: number of
-    shards, number of tokens, cursor behind them. It yields (arrays of ids, length of a row or 0, Ids or None)
-    for each further shard.
+    splits: a function for train and one for val, called with the list of (entry for meta.json, cursor) of the
+    shards that an earlier call has written. It yields (arrays of ids, length of a row or 0, Ids or None) for
+    each further shard.
     """
     meta = {"format": _FORMAT, "name": target.name, "source": source, "tokenizer": codec and codec.to_dict(),
             "vocab_size": vocab_size, "split": {"val_fraction": val_fraction}}
     meta["split"] |= {"max_tokens": limit} if limit else {}
+    key = hash_of_json([meta, _SHARD, _PIECE]) # of all that decides where shards and pieces end
+    part = key[:16] if fcntl else os.getpid() # without locks another call may be at work
+    folder = target.with_name(f".{target.name}.{part}.new") # beside target: a rename needs one file system
     with alone(target): # of two calls at once, the second finds what the first has prepared
         here = [target] if target.is_file() else target.glob("*")
         ours = re.compile(r"(meta|progress)\.json|(train|val)_\d{6}\.bin") # all that write_dataset writes
@@ -1445,9 +1429,16 @@ def put(target, source, codec, vocab_size, val_fraction, splits, limit=0):
             return False
         if target.exists():
             print(f"{target} holds other data, or damaged data, and is replaced")
-        key = hash_of_json([meta, _SHARD, _PIECE]) # of all that decides where shards and pieces end
-        with replacing(target, key) as (folder, done):
-            write_dataset(folder, meta, splits, key, done)
+        try:
+            write_dataset(folder, meta, splits, key)
+            replace(target, folder)
+        except UserError as error:
+            if not isinstance(error, DownloadError): # what is wrong with the text will not go away
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            if not (folder / "progress.json").exists(): # no shard is finished that a further call could use
+                shutil.rmtree(folder, ignore_errors=True)
     print(f"{target}: {load(os.path.abspath(target))}")
     return True
 
@@ -1471,45 +1462,63 @@ def is_same(target, meta):
     return False
 
 
-def write_dataset(folder, meta, splits, key, done):
-    """Writes all shards of splits, and meta.json, into folder. key, done: see finished."""
-    counts, kind = {"train": 0, "val": 0}, token_type(meta["vocab_size"])
+def write_dataset(folder, meta, splits, key):
+    """Writes meta.json and all shards of splits into folder, behind those that a stopped call left there."""
+    done, kind = finished(folder, key), token_type(meta["vocab_size"])
     if done:
         tokens = sum(entry["tokens"] for entry, _ in done.values())
         print(f"resuming: {len(done)} shards, {tokens:,} tokens are there")
-    for split, parts in zip(counts, splits):
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for split, parts in zip(("train", "val"), splits):
         mine = [done[file] for file in done if split_of(file) == split]
-        counts[split] = sum(entry["tokens"] for entry, _ in mine)
-        cursor = mine[-1][1] if mine else [0, 0, 0]
-        for number, (arrays, row, ids) in enumerate(parts(len(mine), counts[split], cursor), len(mine)):
+        for number, (arrays, row, ids) in enumerate(parts(mine), len(mine)):
             file = f"{split}_{number:06d}.bin"
             sha256 = write_synced(folder / file, (ids.astype(kind).tobytes() for ids in arrays), kind)
-            tokens = len(open_shard(folder / file))
-            entry = {"tokens": tokens, "sha256": sha256, **({"row": row} if row else {})}
-            done[file] = entry, ids and ids.cursor
-            counts[split] += tokens
+            entry = {"tokens": len(open_shard(folder / file)), "sha256": sha256}
+            done[file] = entry | ({"row": row} if row else {}), ids and ids.cursor
             progress = json.dumps({"shards": done, "sha256": hash_of_json([key, done])}).encode()
             write_synced(folder / "progress.part", [progress])
             os.replace(folder / "progress.part", folder / "progress.json")
+    shards = {file: entry for file, (entry, _) in done.items()}
+    counts = {split: sum(shards[file]["tokens"] for file in shards if split_of(file) == split)
+              for split in ("train", "val")}
     if counts["train"] < 2:
         raise UserError(f"{meta['source']['from']} gives {counts['train']} training tokens, "
                         "a model needs at least 2: take a longer text")
-    shards = {file: entry for file, (entry, _) in done.items()}
     meta = {**meta, "split": {**meta["split"], **counts}, "shards": shards}
     meta["sha256"] = hash_of_json(meta) # a damaged letter in the tokenizer would spoil every sample
     write_synced(folder / "meta.json", [(json.dumps(meta, indent=1) + "\n").encode("utf-8")])
 
 
 def finished(folder, key):
-    """{file: (entry for meta.json, cursor behind it)} of the shards that a stopped call has left here: those
-    before the first that is damaged. key: hash of what was to be written.
-    """
+    """{file: (entry for meta.json, cursor behind it)} of the whole shards that a call with this key left."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         found = json.loads((folder / "progress.json").read_bytes())
         if found["sha256"] == hash_of_json([key, found["shards"]]):
             is_whole = lambda item: has_hash(folder / item[0], item[1][0]["sha256"])
             return dict(itertools.takewhile(is_whole, found["shards"].items()))
     return {}
+
+
+def replace(target, folder):
+    """Puts folder in the place of target, which after any error is as it was. Clears up what was killed."""
+    aside = folder.with_suffix(".old")
+    ours = re.compile(rf"\.{re.escape(target.name)}\.\w+\.(new|old)")
+    for left in target.parent.iterdir(): # another call may be writing one that is younger than an hour
+        if ours.fullmatch(left.name) and left != folder and time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        if target.exists(): # rename does not replace a folder that has files
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(target, aside)
+        os.rename(folder, target)
+        (target / "progress.json").unlink()
+    finally:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_synced(path: Path, pieces, kind: str = "") -> str:
@@ -1530,48 +1539,9 @@ def write_synced(path: Path, pieces, kind: str = "") -> str:
     return sha256_of(path)
 
 
-@contextmanager
-def replacing(target, key):
-    """Gives a folder that takes the place of target in the end, and what is finished in it.
-
-    After any error, target is as it was. A call that is stopped leaves the folder, named after key, if it has
-    finished a shard.
-    """
-    name = key[:16] if fcntl else os.getpid() # without locks another call may be at work
-    temporary = target.with_name(f".{target.name}.{name}.new") # a rename needs one file system
-    aside = temporary.with_suffix(".old")
-    try:
-        if not (done := finished(temporary, key)):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        ours = re.compile(rf"\.{re.escape(target.name)}\.\w+\.(new|old)")
-        for left in target.parent.iterdir(): # of a killed call, if it is an hour old
-            if ours.fullmatch(left.name) and left != temporary and time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left, ignore_errors=True) # another call may be writing a younger one
-        yield temporary, done
-        if target.exists(): # rename does not replace a folder that has files
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(target, aside)
-        os.rename(temporary, target)
-        (target / "progress.json").unlink()
-    except UserError as error:
-        if not isinstance(error, DownloadError): # what is wrong with the text will not go away
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        if not (temporary / "progress.json").exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def train_tokenizer(source, vocab_size: int = 4096, data_dir: str = "data", val_fraction: float = 0.1,
                     field: str = "", name: str = "", max_tokens: int = 0) -> Path:
-    """Trains byte pairs on what prepare would take for training. Returns their file, data_dir/NAME-SIZE.json.
-
-    The text streams: in memory are its different words, which the package counts.
-    """
+    """Trains byte pairs on what prepare would train on. Returns their file, data_dir/NAME-SIZE.json."""
     source, tokenizers = str(source), package("tokenizers", "training a tokenizer")
     if vocab_size < 257:
         raise UserError(f"vocab_size={vocab_size} must be at least 257: the 256 bytes, and <|endoftext|>")
@@ -1599,7 +1569,7 @@ def train_tokenizer(source, vocab_size: int = 4096, data_dir: str = "data", val_
         # byte_level finds words by GPT-2's pattern, so a text may be divided where GPT-2's tokens end.
         pieces = divided(at_most(joined(files), most), GPT2Tokenizer(), False)
         texts = (without_surrogates(piece) for piece in pieces if isinstance(piece, str))
-        codec.train_from_iterator(texts, trainer)
+        codec.train_from_iterator(texts, trainer) # keeps the different words, not the text
         part = target.with_suffix(".part")
         write_synced(part, [codec.to_str(pretty=True).encode()])
         os.replace(part, target)

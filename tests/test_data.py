@@ -339,7 +339,7 @@ PROSE = "He said \u201cno\u201d \u2014 caf\u00e9. " * 20
     (VERSE.encode("utf-16")[:-1], "damaged: byte"), (b"\xff\xfe\0\xd8a\0" * 9, "damaged: byte"),
     (VERSE.encode("utf-32"), "is no text"),
     (VERSE.encode("utf-16-le"), "iconv -f utf-16le"), (VERSE.encode("utf-16-be"), "iconv -f utf-16be"),
-    (PROSE.encode("cp1252"), "windows-1252, as its bytes suggest: iconv -f windows-1252 -t"),
+    (PROSE.encode("cp1252"), "if it is windows-1252: iconv -f windows-1252 -t"),
     ("\u0416\u0446".encode("cp1251") * 9 + b"\x81", "if it is windows-1252: iconv -f windows-1252 -t"),
     ("caf\u00e9 ".encode("latin1") * 9, "iconv -f latin1"),
     (bytes(range(256)) * 9, "is no text"), (VERSE.encode() + b"\0" * 99, "is no text"),
