@@ -341,7 +341,7 @@ def package(name, what="this tokenizer", kind=UserError):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise kind(f"{what} needs a package: pip install {name.split('.')[0]}") from error
+        raise kind(f"{what} needs a package: pip install {name.removesuffix('.parquet')}") from error
 
 
 def without_surrogates(text):
@@ -589,34 +589,21 @@ def joined(files):
 
 def blocks(path):
     """Yields the bytes of a file in pieces, those of a .gz or .zst unpacked."""
-    path, size = Path(path), 0
+    path, size, errors = Path(path), 0, (OSError, EOFError, zlib.error)
+    unpack = gzip.open if path.suffix == ".gz" else lambda file: file
+    if path.suffix == ".zst":
+        zstd = package("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", "a .zst file")
+        unpack, errors = zstd.open, (*errors, zstd.ZstdError)
     try:
         with open(path, "rb") as file: # reading as text would turn \r\n into \n
-            read = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read
-            for raw in unzstd(file) if path.suffix == ".zst" else iter(partial(read, _PIECE), b""):
+            for raw in iter(partial(unpack(file).read, _PIECE), b""):
                 size += len(raw)
                 if size > max(_LONGEST, _RATIO * file.tell()):
                     raise UserError(f"{path} unpacks to more than {_RATIO} times its size, as no text does\n"
                                     "if you trust it, unpack it first")
                 yield raw
-    except (OSError, EOFError, zlib.error) as error:
+    except errors as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from error
-
-
-def unzstd(file):
-    """Yields what the bytes of a .zst unpack to, in pieces of 32 MB at most."""
-    zstandard, unpacker = package("zstandard", "a .zst file"), None
-    while raw := file.read(1024): # a byte may unpack to 32 KB
-        while raw:
-            unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                if text := unpacker.decompress(raw):
-                    yield text
-            except zstandard.ZstdError as error:
-                raise EOFError(error) from error
-            raw, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
-    if unpacker:
-        raise EOFError("it is cut off")
 
 
 @cache
