@@ -221,18 +221,14 @@ class GPT2Tokenizer(Tokenizer):
 
     @cached_property
     def codec(self):
-        tiktoken = package("tiktoken")
-        # tiktoken's own download has no timeout, so its cache is filled before tiktoken looks into it.
-        cache = Path(self.data_dir) / "tiktoken"
-        for filename, sha256 in self.files.items():
-            address = self.address + filename
-            cached = cache / hashlib.sha1(address.encode()).hexdigest() # tiktoken's name for it
-            if not has_hash(cached, sha256):
-                found = fetch(address, filename, sha256, self.data_dir)
-                with alone(cached): # and a rename, so that nobody reads half of the file
-                    os.replace(shutil.copyfile(found, f"{cached}.{os.getpid()}"), cached)
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
-        return tiktoken.get_encoding("gpt2")
+        tiktoken, public = package("tiktoken"), package("tiktoken_ext.openai_public")
+        # Its get_encoding would download both files without a timeout.
+        paths = [str(fetch(self.address + file, file, sha256, self.data_dir))
+                 for file, sha256 in self.files.items()]
+        os.environ["TIKTOKEN_CACHE_DIR"] = "" # no copies of them elsewhere
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*paths)
+        return tiktoken.Encoding("gpt2", pat_str=public.r50k_pat_str, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": self.eot})
 
     def encode(self, text):
         # Nothing is disallowed: "<|endoftext|>" in a document is text, neither separator nor error.
