@@ -409,10 +409,7 @@ class DownloadError(UserError):
 
 
 def fetch(url: str, filename: str, sha256: str, data_dir: str = "data", size: int = 2 ** 27) -> Path:
-    """The path of filename in data_dir: it lies there, or in the folder DATA_MIRROR, or is downloaded.
-
-    size: the most bytes that are taken.
-    """
+    """The path of filename in data_dir: it lies there, or in the folder DATA_MIRROR, or is downloaded."""
     target, named = Path(data_dir) / filename, re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII)
     if named and has_hash(target, sha256): # perhaps through a link
         return target
@@ -1165,7 +1162,8 @@ class Survey:
 
 def prepare_text(target, origin, texts, tokenizer, val_fraction, limit):
     """texts: a source whose end becomes the validation split; or, of a corpus, a source for each split."""
-    text, again, most = Survey(), Survey(), shares(limit, val_fraction)
+    text, again, most = Survey(), Survey(), limit or 2 ** 62
+    most = most, int(most * val_fraction) # tokens of train, and of val
     if len(texts) == 1:
         deque(text.watch(joined(*texts)), maxlen=0)
         if not text.documents:
@@ -1178,7 +1176,7 @@ def prepare_text(target, origin, texts, tokenizer, val_fraction, limit):
         about = {"from": "@".join(origin), "sha256": hash_of_json(origin)}
         if tokenizer in ("char", "ascii"): # a character is a token: these are read for the alphabet
             for files, count in zip(texts, most):
-                deque(text.watch(at_most(joined(files), count)), maxlen=0)
+                deque(text.watch(split_at(joined(files), count)[0]), maxlen=0)
         share = lambda count: count / limit if limit else 0
     chars = text.chars()
     codec = make_tokenizer(tokenizer, chars, target.parent)
@@ -1189,43 +1187,28 @@ def prepare_text(target, origin, texts, tokenizer, val_fraction, limit):
         print(f"{len(lost)} different characters have no id and became <UNK>: {listed(map(repr, lost))}")
 
 
-def shares(limit, val_fraction):
-    """The most tokens of train, and of val."""
-    limit = limit or 2 ** 62
-    return limit, int(limit * val_fraction)
-
-
 def text_shards(files, most, codec, share, done):
     """Yields (arrays of ids, 0, Ids) of each shard of a text. done, share: see put and reported."""
     before = sum(entry["tokens"] for entry, _ in done)
     ids = Ids(files, codec, done[-1][1] if done else [0, 0, 0], most - before)
     ids.found = reported(ids.found, share, before)
-    if not done: # there is at least one shard
-        yield ids.take(_SHARD), 0, ids
-    while ids.more():
-        yield ids.take(_SHARD), 0, ids
-
-
-def at_most(pieces, count):
-    """Yields the texts of a stream up to count characters."""
-    for piece in pieces if count else ():
-        yield piece and piece[:count]
-        count -= min(len(piece or ""), count)
-        if not count: # asking for one more piece might download a file
+    for number in itertools.count(len(done)):
+        if number and not ids.more(): # there is at least one shard
             return
+        yield ids.take(_SHARD), 0, ids
 
 
 def split_at(stream, cut: int):
-    """(train, val): two streams, the first of cut characters; of one document nanoGPT's text[:int(n * 0.9)].
-
-    They share the stream given: val begins where train has ended. The cut may divide a document.
-    """
+    """(train, val): the first cut characters of a stream, and its rest. The cut may divide a document."""
     end = object()
 
-    def with_end(left=cut):
+    def with_end():
+        left = cut
+        if not cut:
+            yield end
         for text in stream:
             size = len(text or "")
-            yield from (text[:left], end, text[left:]) if 0 <= left < size else [text]
+            yield from (text[:left], end, text[left:]) if 0 < left <= size else [text]
             left -= size
 
     def rest():
@@ -1233,15 +1216,12 @@ def split_at(stream, cut: int):
         yield from both
 
     both = with_end()
-    train = iter(partial(next, both), end) # up to end, and no further
+    train = iter(partial(next, both), end) # asks for no text behind end: that might download a file
     return train, rest()
 
 
 def divided(stream, codec, ended):
-    """Yields texts, and arrays of ids, that give the ids of a file, separators included.
-
-    ended: whether a document came before, in another file.
-    """
+    """Yields a file and its separators: texts, arrays of ids. ended: another file has had a document."""
     separator = "\n" if codec.eot is None else np.array([codec.eot])
     held, begun, enough = "", False, _PIECE
     for text in itertools.chain(stream, [None]):
@@ -1265,11 +1245,8 @@ def divided(stream, codec, ended):
 
 
 def encodable(files, codec, start):
-    """Yields (place, text or array of ids) from a place on: (number of the file, number of the piece in it).
-
-    Piece 0 of a file is the separator before it, so a file's pieces keep their numbers where a call begins
-    with this file.
-    """
+    """Yields (place, text or array of ids) from the place `start` on: (number of the file, of its piece)."""
+    # Piece 0 is the separator before a file, so that its pieces have these numbers wherever a call begins.
     ended = start[0] > 0
     for file, stream in enumerate(files(first=start[0]), start[0]):
         pieces = 0
@@ -1505,9 +1482,7 @@ def replace(target, folder):
 
 
 def write_synced(path: Path, pieces, kind: str = "") -> str:
-    """Writes pieces of bytes, as a shard if kind is the type of its tokens. Returns the file's sha256 once it
-    is on the disk: only then may its folder be renamed.
-    """
+    """Writes pieces of bytes, as a shard if kind is the type of its tokens. Returns the file's sha256."""
     with open(path, "wb") as file:
         file.write(bytes(_HEADER if kind else 0))
         for piece in pieces:
@@ -1518,7 +1493,7 @@ def write_synced(path: Path, pieces, kind: str = "") -> str:
             key = next(key for key in WIDTHS if WIDTHS[key] == kind)
             file.write(np.array([*key, count], "<i4").tobytes())
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno()) # only what is on the disk may be renamed
     return sha256_of(path)
 
 
@@ -1543,16 +1518,12 @@ def train_tokenizer(source, vocab_size: int = 4096, data_dir: str = "data", val_
             most = min(most, int(sum(len(text or "") for text in joined(files)) * (1 - val_fraction)))
         if most < 1:
             raise UserError(f"{origin} has no training text: take a longer one")
-        codec = tokenizers.Tokenizer(tokenizers.models.BPE())
-        codec.pre_tokenizer = byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        codec.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=byte_level.alphabet(),
-            show_progress=sys.stderr.isatty())
-        # byte_level finds words by GPT-2's pattern, so a text may be divided where GPT-2's tokens end.
-        pieces = divided(at_most(joined(files), most), GPT2Tokenizer(), False)
+        # The package finds words by GPT-2's pattern, so a text may be divided where GPT-2's tokens end.
+        pieces = divided(split_at(joined(files), most)[0], GPT2Tokenizer(), False)
         texts = (without_surrogates(piece) for piece in pieces if isinstance(piece, str))
-        codec.train_from_iterator(texts, trainer) # keeps the different words, not the text
+        codec = tokenizers.ByteLevelBPETokenizer()
+        codec.train_from_iterator(texts, vocab_size, special_tokens=["<|endoftext|>"],
+                                  show_progress=sys.stderr.isatty()) # keeps the different words, not the text
         part = target.with_suffix(".part")
         write_synced(part, [codec.to_str(pretty=True).encode()])
         os.replace(part, target)
@@ -1597,22 +1568,21 @@ class Dataset:
         name, folder = asked.get("tokenizer") or made["name"], self.folder.parent
         if name.endswith(".json") and make_tokenizer(name, "", folder).to_dict() == made:
             name = made["name"]
-        other = {"tokenizer": name} if name != made["name"] else {}
-        if share not in (None, asked.get("val_fraction", share)):
-            other["val_fraction"] = asked["val_fraction"]
+        want = {"tokenizer": name, "val_fraction": asked.get("val_fraction", share)}
+        has = {"tokenizer": made["name"], "val_fraction": want["val_fraction"] if share is None else share}
+        other = [key for key in has if has[key] != want[key]]
         if not other:
             return
-        has = {"tokenizer": made["name"] if made["name"] in TOKENIZERS else "", "val_fraction": share}
-        want, keep = (" ".join(f"--{key}={shlex.quote(str(values[key]))}" for key in other)
-                      for values in (other, has))
+        keep, change = (" ".join(f"--{key}={shlex.quote(str(kind[key]))}" for key in other)
+                        for kind in (has, want))
         origin = self.name if self.name in DATASETS else shlex.quote(self.meta["source"]["from"])
-        again = f"python data.py prepare {'SOURCE' if share is None else origin} {want} --data_dir={folder}"
+        again = f"python data.py prepare {'SOURCE' if share is None else origin} {change} --data_dir={folder}"
         told = typed.issuperset(other) # then the person can drop it
         anew = f"run: {again}" if told else f"prepare it apart: {again}2\nand add --data_dir={folder}2"
         if resuming:
             anew = "train anew in another --out_dir"
         raise UserError(f"{self.folder} was prepared with tokenizer={made['name']}, val_fraction={share}, "
-                        f"not {want}\n{'drop that' if told else 'add ' + keep}, or {anew}")
+                        f"not {change}\n{'drop that' if told else 'add ' + keep}, or {anew}")
 
 
 class Tokens:

@@ -432,6 +432,8 @@ def test_split_counts_characters_of_all_documents():
         assert "".join(text for text in val if text) == "abcdefghij"[n:]
     train, val = data.split_at(iter(stream), 5)
     assert [*train] == ["abc", None, "de"] and [*val] == ["fgh", None, "", None, "ij", None]
+    asked = iter(stream) # a piece that ends at the cut is the last that train asks for
+    assert [*data.split_at(asked, 3)[0]] == ["abc"] and next(asked) is None
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 90, float("nan")])
@@ -860,11 +862,10 @@ def trained(texts, vocab_size):
     package = pytest.importorskip("tokenizers")
     codec = package.Tokenizer(package.models.BPE())
     codec.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec.decoder = package.decoders.ByteLevel()
     codec.train_from_iterator(texts, package.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False, min_frequency=2,
         initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet()))
-    return codec
+    return json.loads(codec.to_str())["model"]
 
 
 def test_a_tokenizer_is_trained_on_the_training_part(tmp_path, monkeypatch, command, capsys):
@@ -878,9 +879,7 @@ def test_a_tokenizer_is_trained_on_the_training_part(tmp_path, monkeypatch, comm
     said = capsys.readouterr().out
     assert said.startswith("data/mine-500.json: 500 ids. ")
     ours = make_tokenizer("data/mine-500.json", "")
-    theirs = trained(documents[:-1], 500)
-    assert json.loads(ours.text)["model"] == json.loads(theirs.to_str())["model"]
-    assert ours.text != trained(documents, 500).to_str(pretty=True)
+    assert json.loads(ours.text)["model"] == trained(documents[:-1], 500) != trained(documents, 500)
     assert (ours.vocab_size, ours.eot) == (500, 0)
     for text in [*NASTY, whole_text]:
         ids = ours.encode(text)
@@ -891,7 +890,7 @@ def test_a_tokenizer_is_trained_on_the_training_part(tmp_path, monkeypatch, comm
     assert whole(found.train).tolist().count(0) == len([text for text in documents if text]) - 2
     command("tokenizer verse.txt.gz --vocab_size=300 --max_tokens=200")
     theirs = trained([VERSE[:800]], 300) # a token counts as four characters
-    assert json.loads(make_tokenizer("data/verse-300.json", "").text) == json.loads(theirs.to_str())
+    assert json.loads(make_tokenizer("data/verse-300.json", "").text)["model"] == theirs
 
 
 def test_a_tokenizer_that_is_not_trained(tmp_path, monkeypatch, command):
