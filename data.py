@@ -451,27 +451,20 @@ def persist(attempt, deadline):
 
 def download(url, part, sha256, size):
     """Gets url into the file part, from where an earlier call stopped. Returns None, or the last problem."""
-    deadline = time.monotonic() + _DEADLINE + (size - 2 ** 27 >> 20 if size > 2 ** 27 else 0) # 1 MB a second
-    bytes_of = lambda: part.stat().st_size if part.exists() else 0
+    deadline = time.monotonic() + _DEADLINE + max(size - 2 ** 27 >> 20, 0) # 1 MB a second beyond 128 MB
 
     def attempt():
-        problem, wait, grown = "", 0, 2 ** 20
-        while problem is not None and wait == 0 and grown >= 2 ** 20: # a cut after 1 MB is no failed attempt
-            grown = -bytes_of()
-            problem, wait = receive(url, part, deadline, size)
-            grown += bytes_of()
+        problem, wait = receive(url, part, deadline, size)
         if has_hash(part, sha256): # only the bytes count, whatever the server said about their number
+            print(f"{part.stem}: {part.stat().st_size:,} bytes from {url}", file=sys.stderr)
             return None, 0
         if problem is None: # all came, and it is wrong: there is nothing to continue
-            problem = (f"the {bytes_of():,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
+            problem = (f"the {part.stat().st_size:,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
                        f"expected {sha256[:12]}...")
             part.unlink()
         return problem, wait
 
-    problem = persist(attempt, deadline)
-    if problem is None:
-        print(f"{part.stem}: {bytes_of():,} bytes from {url}", file=sys.stderr)
-    return problem
+    return persist(attempt, deadline)
 
 
 def endpoint() -> str:
@@ -511,26 +504,28 @@ def failure(error):
 
 
 def receive(url, part, deadline, most):
-    """One request, appended to part. Returns (problem, seconds to wait) as persist wants it."""
-    have = part.stat().st_size if part.exists() else 0
-    try:
-        with ask("GET", url, **({"Range": f"bytes={have}-"} if have else {})) as response:
-            if response.status_code == 416: # nothing comes after our bytes, so they are not the file's start
-                part.unlink(missing_ok=True)
-            if response.status_code not in (200, 206):
-                return refusal(response)
-            # 200: all of it, whatever was asked for
-            with open(part, "ab" if response.status_code == 206 else "wb") as file:
-                # read1 does not wait for a full block, so a server that trickles meets the deadline.
-                while block := response.raw.read1(2 ** 16, decode_content=False):
-                    file.write(block)
-                    if file.tell() > most:
-                        return f"more than the expected {most:,} bytes came", None
-                    if time.monotonic() > deadline:
-                        return f"not finished after {_DEADLINE} seconds; the next call continues", None
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        return failure(error)
-    return None, 0
+    """Appends to part what url has behind it. Returns (problem, seconds to wait) as persist wants it."""
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            with ask("GET", url, **({"Range": f"bytes={have}-"} if have else {})) as response:
+                if response.status_code == 416: # nothing comes after our bytes: they are not the file's start
+                    part.unlink(missing_ok=True)
+                if response.status_code not in (200, 206):
+                    return refusal(response)
+                # 200: all of it, whatever was asked for
+                with open(part, "ab" if response.status_code == 206 else "wb") as file:
+                    # read1 does not wait for a full block, so a server that trickles meets the deadline.
+                    while block := response.raw.read1(2 ** 16, decode_content=False):
+                        file.write(block)
+                        if file.tell() > most:
+                            return f"more than the expected {most:,} bytes came", None
+                        if time.monotonic() > deadline:
+                            return f"not finished after {_DEADLINE} seconds; the next call continues", None
+            return None, 0
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            if not part.exists() or part.stat().st_size < have + 2 ** 20: # else this attempt goes on
+                return failure(error)
 
 
 def hub_file(repo, revision, path, data_dir) -> Path:

@@ -1560,6 +1560,24 @@ def test_who_stops_waiting_leaves_the_lock_of_another(tmp_path, monkeypatch):
     assert lock.exists()
 
 
+def test_a_cut_after_a_megabyte_is_no_failed_attempt(tmp_path, monkeypatch):
+    body, asked = BODY * 100, [] # 5 MB, of which a request brings 1.25
+    def ask(method, url, **headers):
+        asked.append(headers)
+        first = int(headers.get("Range", "bytes=0-")[6:-1])
+        blocks = iter([body[first:first + 1_250_000]])
+        def read1(*args, **kwargs):
+            for block in blocks:
+                return block
+            raise data.urllib3.exceptions.ProtocolError("cut")
+        raw = SimpleNamespace(read1=read1)
+        return nullcontext(SimpleNamespace(status_code=206 if first else 200, raw=raw))
+    monkeypatch.setattr(data, "ask", ask)
+    monkeypatch.setattr(data.time, "sleep", lambda pause: 1 / 0)
+    assert data.fetch("", "x", hashlib.sha256(body).hexdigest(), tmp_path).read_bytes() == body
+    assert asked == [{}, *({"Range": f"bytes={n * 1_250_000}-"} for n in (1, 2, 3, 4))]
+
+
 def test_a_416_without_a_part_is_the_servers_word(tmp_path, monkeypatch):
     answer = nullcontext(SimpleNamespace(status_code=416, reason="Range Not Satisfiable", headers={}))
     monkeypatch.setattr(data.requests, "request", lambda *args, **kwargs: answer)
