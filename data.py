@@ -922,7 +922,7 @@ def open_npy(path: Path) -> np.ndarray:
     return rows
 
 
-def row_shards(files, first, last, kind):
+def row_shards(files, first, last):
     """Yields (arrays of ids, length of a row, None) of each shard for the rows first to last of all files."""
     for rows in map(open_npy, files):
         n, length = rows.shape
@@ -930,8 +930,7 @@ def row_shards(files, first, last, kind):
         some = max(1, _PIECE // length)
         for start in range(max(first, 0), min(last, n), step):
             end = min(start + step, last, n)
-            pieces = (rows[i:min(i + some, end)] for i in range(start, end, some))
-            yield (piece.astype(kind).reshape(-1) for piece in pieces), length, None
+            yield (rows[i:min(i + some, end)].reshape(-1) for i in range(start, end, some)), length, None
         first, last = first - n, last - n # counted from the start of the next file
 
 
@@ -1354,8 +1353,7 @@ def prepare_rows(target, source, files, tokenizer, val_fraction):
     vocab_size = codec.vocab_size if codec else top + 1
     sha256 = hash_of_json([sha256_of(path) for path in files])
     about = {"from": os.path.abspath(source), "sha256": sha256, "documents": n}
-    kind = token_type(vocab_size)
-    splits = [lambda done, rows=rows: itertools.islice(row_shards(files, *rows, kind), len(done), None)
+    splits = [lambda done, rows=rows: itertools.islice(row_shards(files, *rows), len(done), None)
               for rows in ((0, cut), (cut, n))]
     put(target, about, codec, vocab_size, val_fraction, splits)
 
