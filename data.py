@@ -1134,14 +1134,12 @@ class Survey:
 
     def watch(self, stream, before=None):
         """Yields the stream. UserError in the end if the Survey `before` has seen another text."""
-        new = True
+        new = True # whether the next text begins a document
         for text in stream:
-            if text and new:
-                self.documents += 1
-                self.digest.update(b"\xff" if self.documents > 1 else b"") # 0xff is never in UTF-8
             if text:
-                self.count += len(text)
+                self.digest.update(b"\xff" * (new and self.documents > 0)) # 0xff is never in UTF-8
                 self.digest.update(text.encode("utf-8", "surrogatepass"))
+                self.documents, self.count = self.documents + new, self.count + len(text)
                 self.seen[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")] = True
             new = text is None or new and not text
             yield text
