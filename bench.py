@@ -1,6 +1,6 @@
 """Every figure of speed, size and memory in bench_results/README.md, as named suites.
 
-  python bench.py                       all but those that need a run or a clone, and c: 5 minutes on 2 cores;
+  python bench.py                       all but those that need a run, and c: 5 minutes on 2 cores;
                                         with a CUDA GPU the suites for one, in bf16 and fp32
   python bench.py train --rounds=21     one suite
   python bench.py compare out/a out/b   table and curves of finished runs
@@ -70,8 +70,6 @@ seeds = 5 # ablate: seeds of each arm, at most 31: 1337, 1, 2, 3 and so on
 jobs = 0 # ablate: runs at a time, with one thread each; 0: as many as there are cores
 costs = True # ablate: measure time and memory of each arm when all runs are done
 results = "bench_results/ideas.json" # ablate, table: where the table is kept
-nanogpt = "" # folder of a clone of karpathy/nanoGPT, for the suite of that name
-steps = 40 # optimizers: training steps before the loss is taken
 compiled = True # kernels, step: time torch.compile too
 only = "" # kernels, step, decode: those whose name contains this
 large = False # optimizers: also at 97.5M parameters; takes 4 GB
@@ -316,43 +314,14 @@ def extras() -> Iterator[dict]:
     yield from compare(writers, "{}, decoding", amount=16, unit="tokens/s")
 
 
-def against_nanogpt() -> Iterator[dict]:
-    """A step at nanoGPT's CPU recipe, and decoding at 10.65M, against the code of the clone in --nanogpt."""
-    path = os.path.join(nanogpt, "model.py")
-    if not nanogpt or not os.path.exists(path):
-        raise UserError(f"nanogpt={nanogpt!r} holds no model.py\n"
-                        "clone github.com/karpathy/nanoGPT and give its folder: --nanogpt=path")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec) # its dataclass looks there
-    spec.loader.exec_module(module)
-    gpt2 = dict(norm="layernorm", position="learned", activation="gelu")
-    recipe = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=128, block_size=64)
-    theirs = module.GPT(module.GPTConfig(**recipe, dropout=0.0, bias=False)).to(device)
-    ours = build(**recipe, **gpt2)
-    for p, q in zip(theirs.parameters(), ours.parameters()): # both models declare them in this order
-        q.data.copy_(p)
-    idx = torch.randint(65, (12, 64), device=device) # (B, T) of its recipe
-    difference = (theirs(idx, idx)[0] - ours(idx, idx)[0]).abs().max().item()
-    print(f"nanogpt: largest difference of logits {difference:.1e}")
-    opt = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device) # as optimizer_of has it
-    yield from compare({"nanoGPT step": stepping(theirs, idx, opt, lambda model, x: model(x, x)[1]),
-                        "our step": stepping(ours, idx, optimizer_of(ours))})
-    big = module.GPT(module.GPTConfig(**CHAR, dropout=0.0, bias=False)).to(device).eval()
-    context = torch.randint(65, (1, 240), device=device) # with 16 more the window of 256 is full
-    arms = {"nanoGPT generate": partial(big.generate, context, 16),
-            "our generate": writing(build(**CHAR, **gpt2).eval(), context, 16)}
-    yield from compare(arms, amount=16, unit="tokens/s")
-
-
 def optimizers() -> Iterator[dict]:
-    """Bytes of tensors, peak memory of training, time of an update against AdamW, loss after equal steps."""
+    """Bytes of tensors, peak memory of training, time of an update against AdamW."""
     for shape, config in (("ours", CHAR), ("Llama-shaped", LLAMA)):
         print(f"optimizers: {shape}, {build(**config).num_params():,} parameters")
         for name in RATES:
             for what, size in storages(*after_one_step(config, name)).items():
                 yield row(f"{name} {what}", size, "MB")
             yield row(f"{name} peak", in_new_process(peak_memory, plain_step, config, name), "MB")
-            yield row(f"{name} loss", loss_after(config, name), f"nats/byte, held out, {steps} steps of 256")
         yield from update_times(shape, config, ("fadam", "adam_mini", "muon"))
     if large:
         yield from update_times("97.5M", LARGE, ("fadam", "adam_mini")) # Muon's update takes 9 s there
@@ -379,42 +348,13 @@ def storages(model: GPT, opt: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def update_times(shape: str, config: dict, names: tuple) -> Iterator[dict]:
-    """Each update against torch's fused AdamW, two models at a time; FAdam against one by other hands."""
+    """Each update against torch's fused AdamW, two models at a time."""
     for name in names:
         for form in (None,) if name == "muon" else ("auto", "loop"):
             (_, base), (_, opt) = after_one_step(config, "adamw"), after_one_step(config, name)
             opt.form = form # loop: the update as plain PyTorch says it
             label = f"{name}, {opt.form_of(opt.param_groups[0]['params'])}" if form else name
             yield from compare({"adamw, fused": base.step, label: opt.step}, shape + ": {} update")
-    if importlib.util.find_spec("pytorch_optimizer"): # only where it is installed
-        (_, ours), (model, _) = after_one_step(config, "fadam"), after_one_step(config, "fadam")
-        FAdam = importlib.import_module("pytorch_optimizer").FAdam
-        theirs = FAdam(model.parameters(), lr=1e-3, weight_decay=0.001, betas=(0.9, 0.95))
-        arms = {"fadam here": ours.step, "pytorch-optimizer's FAdam": theirs.step}
-        yield from compare(arms, shape + ": {}")
-
-
-def loss_after(config: dict, name: str) -> float:
-    """Loss on bytes that were not trained on; the text is this project's own Python files."""
-    text = b"".join(path.read_bytes() for path in sorted(Path(HERE).glob("*.py")))
-    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().to(device) # (bytes,)
-    windows, split = ids.unfold(0, 65, 1), int(0.9 * len(ids)) # (n, 65), one from each byte on
-    generator = torch.Generator().manual_seed(0)
-    model = build(**{**config, "vocab_size": 256})
-    opt = optimizer_of(model, name)
-
-    def loss_in(part, B):
-        some = part[torch.randint(len(part), (B,), generator=generator)] # (B, 65)
-        return model(some[:, :-1], some[:, 1:])[1]["ce"]
-
-    for step in range(steps):
-        for group in opt.param_groups:
-            group["lr"] = RATES[name][0] * min(1, (step + 1) / 10) # 10 steps of warm-up
-        opt.zero_grad()
-        loss_in(windows[: split - 64], 4).backward()
-        opt.step()
-    with torch.no_grad():
-        return loss_in(windows[split:], 64).item()
 
 
 def plain_step(config: dict, name: str) -> Callable:
@@ -1474,12 +1414,12 @@ SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": 
           "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras,
           "c": saved_by_c, "depth": depth, "memory": memory, "needles": needles,
           "cache": cache, "speculative": speculative,
-          "protocol": protocol, "uncertainty": uncertainty, "nanogpt": against_nanogpt,
+          "protocol": protocol, "uncertainty": uncertainty,
           "compare": compare_runs, "ablate": ablate, "table": table}
 TAKE_WORDS = {"compare", "ablate", "table"} # the words after these are folders or files
-# They need runs or a clone; c takes a minute by itself.
+# They need runs; c takes a minute by itself.
 BY_NAME_ONLY = {"depth", "memory", "needles", "cache", "speculative", "protocol", "uncertainty",
-                "nanogpt", "c", *TAKE_WORDS}
+                "c", *TAKE_WORDS}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
 FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,
            "step": gpu_step, "decode": gpu_decode, "optimizers": gpu_optimizers}
@@ -1513,7 +1453,7 @@ if __name__ == "__main__":
         words, operands = sys.argv[1:2], [a for a in sys.argv[2:] if not a.startswith("-")]
     if {"--help", "-h"} & {*sys.argv}:
         print(__doc__)
-        describe("the last eleven need runs or a clone, and run by name only", SUITES)
+        describe("the last ten need runs, and run by name only", SUITES)
         describe("on a GPU, or anywhere with --dry", FOR_GPU)
     given = configure(globals(), argv=flags)
     with user_errors():
@@ -1525,8 +1465,8 @@ if __name__ == "__main__":
     if unknown := [w for w in words if w not in suites]:
         needs = "needs a GPU, or --dry" if unknown[0] in known else "is not known"
         raise UserError(f"the suite {unknown[0]!r} {needs}; there is: {', '.join(suites)}")
-    if min(rounds, batch_size, block_size, steps, n_embd, n_layer) < 1:
-        raise UserError("rounds, batch_size, block_size, steps, n_embd and n_layer must be at least 1")
+    if min(rounds, batch_size, block_size, n_embd, n_layer) < 1:
+        raise UserError("rounds, batch_size, block_size, n_embd and n_layer must be at least 1")
     if n_embd % (256 if on_gpu or dry else 64): # diff_form=v1 wants an even number of heads, of up to 128
         raise UserError(f"n_embd={n_embd} must be a multiple of 256, and on a CPU of 64")
     if strange := {*dtype.split(",")} - {"bfloat16", "float32"}:

@@ -102,7 +102,6 @@ SLIPS = {
     "foreign checkpoint": ("sample.py --out_dir={d}/foreign", "train again"),
     "sample without the GPU": ("sample.py --out_dir={d}/run --device=cuda", "--device=auto"),
     "bench without the GPU": ("bench.py kv_cache --device=cuda", "--device=auto"),
-    "nanoGPT not there": ("bench.py nanogpt --nanogpt={d}/nowhere", "karpathy/nanoGPT"),
     "validation split too short for eval_iters": (
         "train.py --dataset={d}/cut.txt --data_dir={d}/new2 --val_fraction=0.005 --eval_iters=3",
         "raise --val_fraction"),
