@@ -3,6 +3,8 @@
   python bench.py                       all but those that need a run, and c: 5 minutes on 2 cores;
                                         with a CUDA GPU the suites for one, in bf16 and fp32
   python bench.py train --rounds=21     one suite
+  python bench.py eval out/a [TEXT...]  loss, perplexity and bits per byte of a run on its validation split or
+                                        on texts; multiple choice in a .jsonl; recall: needles, recall
   python bench.py compare out/a out/b   table and curves of finished runs
   python bench.py ablate config/train_shakespeare_diffmla.py --seeds=5    every arm of --arms at every seed
   python bench.py --help                what each suite measures, and all settings
@@ -36,7 +38,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -50,6 +52,7 @@ import torch.nn.functional as F
 import data
 import kernels
 from configurator import UserError, configure, git_commit, user_errors
+from data import tokenizer_from_dict
 from model import GPT, GPTConfig, OneMap, Pass, forward_flops, load_checkpoint
 from optim import build_optimizer
 from sample import Decoder, Speculation, capture, stream
@@ -64,6 +67,8 @@ dry = False # the suites for a GPU at tiny sizes, on any device, without keeping
 device = "auto" # auto | cpu | cuda | cuda:1
 out_dir = "" # folder of the run that a suite reads; empty: that of the suite's config
 x = "seconds" # compare: what the curves run over: seconds | steps | tokens
+stride = -1 # eval: tokens from a window to the next; -1: half the context; 0: the context, as train.py has it
+field = "" # eval: column of a .csv, or key of a .jsonl or .parquet, that holds the text; empty: text
 picture = "" # compare: path of the curves; empty: bench_results/curves.svg, or out/compare.svg for named runs
 arms = "config/ideas.py" # ablate: a file with ARMS, or "mha: --attention=mha; mla: --attention=mla"
 seeds = 5 # ablate: seeds of each arm, at most 31: 1337, 1, 2, 3 and so on
@@ -746,18 +751,26 @@ def gpu_optimizers() -> Iterator[dict]:
 # --- suites that read finished runs ---
 
 
+def opened(path: str, command: str = "config/train_shakespeare_diffmla.py") -> tuple:
+    """(checkpoint, model, tokenizer or None, settings) of a run, given as its folder or a checkpoint."""
+    path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
+    if not os.path.exists(path):
+        raise UserError(f"there is no {path}\ntrain one first: python train.py {command}, "
+                        "or name the folder of another run")
+    with user_errors():
+        state = load_checkpoint(path)
+        model, settings = GPT.from_state(state, path).to(device).eval(), state["config"]["train"]
+        codec = state["tokenizer"] and tokenizer_from_dict(state["tokenizer"], settings["data_dir"])
+    return path, model, codec, settings
+
+
 def trained(command: str, part: str = "", file: str = "best.pt") -> tuple:
     """(path, model, dataset) of the run in --out_dir, or of that which `command` makes; or a UserError."""
     config = runpy.run_path(os.path.join(HERE, command.split()[0]))
-    path = os.path.join(out_dir or config["out_dir"], file)
-    if not os.path.exists(path):
-        raise UserError(f"there is no {path}\ntrain one first: python train.py {command}, "
-                        "or name the folder of a run: --out_dir=...")
+    path, model, _, settings = opened(os.path.join(out_dir or config["out_dir"], file), command)
+    if part and not getattr(model.config, part):
+        raise UserError(f"{path} has no {part}\ntrain one that has: python train.py {command}")
     with user_errors():
-        model = GPT.from_checkpoint(path, device)
-        if part and not getattr(model, part, None) and not getattr(model.config, part, None):
-            raise UserError(f"{path} has no {part}\ntrain one that has: python train.py {command}")
-        settings = load_checkpoint(path)["config"]["train"]
         return path, model, data.load(settings["dataset"], settings["data_dir"])
 
 
@@ -914,98 +927,6 @@ def time_and_operations(model: GPT, arms: dict, what: str, shares: list[float], 
         yield row("time saved / operations saved", 100 * saved / operations, "%")
 
 
-def memory() -> Iterator[dict]:
-    """What a run with memory recalls from further back than attention sees, with its memory and without."""
-    path, model, corpus = trained("config/train_recall.py", "memory")
-    if corpus.name != "recall":
-        raise UserError(f"{path} was trained on {corpus.name}, which asks nothing\n"
-                        "train on recall: python train.py config/train_recall.py")
-    ids = torch.from_numpy(np.array(corpus.val.shards[0]).astype(np.int64))
-    ends = (ids == corpus.tokenizer.encode("\n")[0]).nonzero()[:-1, 0] # the split begins within a line
-    lines = torch.stack([ids[end + 1 : end + 1024] for end in ends]) # (lines, 1023): 511 pairs, a full stop
-    L, windows = model.block_size, -(-1022 // model.block_size)
-    print(f"memory: {path}, {len(lines)} validation lines, each read as one text of {windows} windows of {L}")
-    asked = torch.zeros(len(lines), 1022, dtype=torch.bool) # where only memory can know the next token
-    for b, line in enumerate(lines.tolist()):
-        seen_at = {}
-        for t in range(0, 1022, 2): # a letter, then its digit
-            asked[b, t] = t - seen_at.get(line[t], t) > L
-            seen_at[line[t]] = t
-    idx = F.pad(lines, (0, windows * L - 1023)).to(device) # (lines, windows L)
-
-    @torch.no_grad()
-    def recalled(ids):
-        parts = ids.split(16 * windows * L // ids.size(1)) # 16 lines at a time, whole or in windows
-        guess = torch.cat([model(part, part)[0].argmax(-1) for part in parts]).view(idx.shape).cpu()
-        return 100 * (guess[:, :1022] == lines[:, 1:])[asked].double().mean().item()
-
-    yield row(f"recall of {int(asked.sum()):,}, with memory", recalled(idx), "%")
-    yield row("each window by itself", recalled(idx.reshape(-1, L)), "%")
-
-
-@contextmanager
-def watched(model: GPT) -> Iterator[list]:
-    """Inside, a forward of whole texts appends each layer's maps to the list: (B, output heads, T, T).
-    A map is what attention gives for values that are unit vectors.
-    """
-    seen = []
-
-    def watch(maps):
-        def attend(q, k, v, mask=None):
-            units = torch.eye(k.size(2)).to(k).expand(*k.shape[:3], -1)
-            maps.probabilities = OneMap.attend(maps, q, k, units, mask)
-            return type(maps).attend(maps, q, k, v, mask)
-
-        def combine(o, x):
-            seen.append(type(maps).combine(maps, maps.probabilities, x))
-            return type(maps).combine(maps, o, x)
-        maps.attend, maps.combine = attend, combine
-
-    every = [module for module in model.modules() if isinstance(module, OneMap)]
-    try:
-        for maps in every:
-            watch(maps)
-        yield seen
-    finally:
-        for maps in every:
-            for name in ("attend", "combine", "probabilities"):
-                maps.__dict__.pop(name, None)
-
-
-@torch.no_grad()
-def needles() -> Iterator[dict]:
-    """What a run recalls from its context, in how far the order matters, and where its attention goes."""
-    path, model, corpus = trained("config/train_needles.py", file="ckpt.pt")
-    if corpus.name not in data.NEEDLES:
-        raise UserError(f"{path} was trained on {corpus.name}, which asks nothing\n"
-                        "train on needles: python train.py config/train_needles.py")
-    n, count, rng = 2 ** int(math.log2(model.block_size / 6)), 64, random.Random(1) # keys of a line; lines
-    text = "".join(data.needle_line(rng, n, 6 * n) for _ in range(count)) # all are told, then each is asked
-    lines = torch.from_numpy(corpus.tokenizer.encode(text).astype(np.int64)).view(count, 2 * n, 3)
-    print(f"needles: {path}, {count} lines of {n} keys told and then asked, each in 5 orders")
-    right, shares = [], [] # of each order: (B,) of answers that are right; (layers heads,) of attention
-    for order in range(5):
-        told = lines[:, torch.randperm(n, generator=torch.Generator().manual_seed(order))] # (B, n, 3)
-        x = torch.cat([told, lines[:, n:]], dim=1) # (B, 2 n, 3)
-        keys = x[..., 0] * 1000 + x[..., 1] # (B, 2 n): a number for each key
-        told_at = (keys[:, n:, None] == keys[:, None, :n]).double().argmax(-1) # (B, n): of each asked key
-        for part, at in zip(x.split(8), told_at.split(8)):
-            idx = part.flatten(1).to(device) # (B, 6 n)
-            with watched(model) as maps:
-                guess = model(idx, idx)[0].argmax(-1).view(part.shape).cpu()
-            right.append((guess[:, n:, 1] == part[:, n:, 2]).double().mean(1))
-            maps = torch.stack(maps).cpu()[..., 3 * n + 1 :: 3, :] # (layers, B, heads, n, T): of asked keys
-            by_key = maps.unflatten(-1, (-1, 3)).sum(-1) # (layers, B, heads, n, 2 n)
-            place = at[None, :, None, :, None].expand(*by_key.shape[:-1], 1)
-            answer = by_key.gather(-1, place).squeeze(-1) # a key and its digit; a difference may be below 0
-            shares.append((answer / maps.abs().sum(-1)).mean((1, 3)).flatten()) # (layers heads,)
-    right, share = torch.cat(right).view(5, -1), torch.stack(shares).mean(0)
-    yield row("answers that are right", 100 * right.mean().item(), "%")
-    yield row("best less worst order", 100 * (right.amax(0) - right.amin(0)).mean().item(), "%")
-    yield row("attention to the answer, all heads", 100 * share.mean().item(), "%")
-    yield row("attention to the answer, best head", 100 * share.max().item(), "%")
-
-
 @torch.no_grad()
 def cache() -> Iterator[dict]:
     """A run's bytes, loss and tokens/s with a cache of fp16 numbers, or of integers of 8 and 4 bits."""
@@ -1057,15 +978,6 @@ def speculative() -> Iterator[dict]:
             yield row(f"{name}, {kept}", tokens / forwards, "tokens/forward")
 
 
-def loss_on(model: GPT, batches) -> float:
-    """The mean over the targets of batches (x, y)."""
-    total = count = 0
-    for x, y in batches:
-        ce = model(x.to(device), y.to(device), with_logits=False)[1]["ce"].item()
-        total, count = total + ce * y.numel(), count + y.numel()
-    return total / count
-
-
 @torch.no_grad()
 def protocol() -> Iterator[dict]:
     """A run's last loss over the whole validation split, and as nanoGPT estimates it, from random batches."""
@@ -1078,6 +990,281 @@ def protocol() -> Iterator[dict]:
         batches = (val.batch(i, B, T, seed) for i in range(200))
         name = f"200 random batches of {B} x {T}, seed {seed}"
         yield row(name, loss_on(model, batches), "nats/token", digits=4)
+
+
+# --- eval: the loss of a run on any text, multiple choice as lm-evaluation-harness scores it, recall ---
+
+
+def strided(texts: Iterable[np.ndarray], context: int, step: int) -> Iterator[tuple]:
+    """Batches (x, y), both (B, T <= context), that hold every target of the texts (N,) once.
+
+    A window begins `step` tokens after the one before. Targets that both have are -1 in the second, so that
+    the loss leaves them out: the others see context - step tokens or more. The first token of a text is no
+    target, because nothing stands before it. step = context: the windows of train.py's evaluation.
+    """
+    def windows():
+        for ids in texts:
+            rest = max(len(ids) - 1 - context, 0) # targets after the first window
+            for begin in range(0, rest + step if len(ids) > 1 else 0, step):
+                yield ids[begin : begin + context + 1], context - step if begin else 0
+
+    for (_, shared), alike in itertools.groupby(windows(), key=lambda window: (len(window[0]), window[1])):
+        while some := [ids for ids, _ in itertools.islice(alike, batch_size)]:
+            ids = torch.from_numpy(np.stack(some).astype(np.int64)).to(device) # (B, T + 1)
+            x, y = ids[:, :-1], ids[:, 1:].clone()
+            y[:, :shared] = -1
+            yield x, y
+
+
+def loss_on(model: GPT, batches) -> float:
+    """The mean over the targets of batches (x, y); -1 is no target."""
+    total = count = 0
+    for x, y in batches:
+        ce, n = model(x.to(device), y.to(device), with_logits=False)[1]["ce"].item(), int((y >= 0).sum())
+        total, count = total + ce * n, count + n
+    return total / count
+
+
+def texts_of(source: str, codec: data.Tokenizer, settings: dict) -> list[np.ndarray]:
+    """The ids of a text, with separators as data.py prepare has them; of "": the run's validation split."""
+    name, folder = settings["dataset"], settings["data_dir"]
+    if source:
+        if not os.path.exists(source): # else the name of a dataset would mean the text that was trained on
+            raise UserError(f"there is no text {source!r}\n"
+                            f"name a file or a folder, or ask {', '.join(QUIZZES)}")
+        _, files, *_ = data.read_source(source, folder, field)
+        ids = data.Ids(files, codec)
+        return [np.concatenate([ids.ids, *ids.take(2**62)])]
+    with user_errors():
+        if settings.get("stream") and not data.find(name, folder):
+            val = data.stream(name, settings["tokenizer"], folder, settings["val_fraction"]).val
+        else:
+            val = data.load(name, folder).val
+    return [ids for shard, n in zip(val.shards, val.rows) if n
+            for ids in np.split(shard, range(n, len(shard), n))]
+
+
+@torch.no_grad()
+def evaluate(run: str = "", *sources: str) -> Iterator[dict]:
+    """A run's loss and bits per byte on texts, its accuracy in multiple choice, its recall by distance."""
+    if not run:
+        raise UserError("eval takes a run, then texts, or else its validation split:\n"
+                        "python bench.py eval out/shakespeare_diffmla book.txt")
+    path, model, codec, settings = opened(run)
+    if not codec:
+        raise UserError(f"{path} was trained on tokens without a tokenizer\nprepare the data with data.py")
+    context = settings.get("windows", 1) * model.block_size
+    step = max(1, context // 2) if stride < 0 else stride or context
+    if step > context:
+        raise UserError(f"stride={stride} leaves out tokens: it must be at most {context}, the run's context")
+    if "cuda" in device: # as sample.py does
+        model.to(getattr(torch, settings["dtype"]))
+    print(f"eval: {path}, context {context}, a window every {step} tokens, {model.embed.weight.dtype}")
+    for source in sources or [""]:
+        name = os.path.basename(os.path.normpath(source)) if source else f"{settings['dataset']}, validation"
+        if source in QUIZZES and not os.path.exists(source):
+            yield from QUIZZES[source](path, model, codec, settings)
+        elif found := questions(source):
+            yield from multiple_choice(name, found, model, codec, context)
+        else:
+            yield from losses_of(name, texts_of(source, codec, settings), model, codec, context, step)
+
+
+def losses_of(name: str, texts: list, model: GPT, codec, context: int, step: int) -> Iterator[dict]:
+    """Rows of the loss on texts. Tokens and bytes are those that were predicted."""
+    tokens = sum(len(ids) - 1 for ids in texts if len(ids))
+    if not tokens:
+        raise UserError(f"{name} has no token that another one precedes\nname a longer text")
+    size = sum(codec.count_bytes(ids[1:]) for ids in texts)
+    loss = loss_on(model, strided(texts, context, step))
+    yield row(f"{name}, loss", loss, "nats/token", digits=4)
+    yield row(f"{name}, perplexity", math.exp(loss), "", digits=4)
+    yield row(f"{name}, bits per byte", loss * tokens / math.log(2) / size, "bits/byte", digits=4)
+    yield row(f"{name}, predicted", tokens, "tokens", digits=0)
+    yield row(f"{name}, predicted", size, "bytes", digits=0)
+
+
+def questions(path: str) -> list[tuple]:
+    """[(context, endings, number of the right one)] of a .jsonl of multiple choice; [] of any other text."""
+    found = []
+    for number, line in data.json_rows(path, "") if re.search(r"\.jsonl(\.gz|\.zst)?$", path) else ():
+        if not found and not (isinstance(line, dict) and {"endings", "choices"} & line.keys()):
+            return [] # documents
+        try:
+            found.append(question(line))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} line {number} is no question, which has this form:\n"
+                            '{"ctx": "...", "endings": ["...", "..."], "label": 0}') from error
+    return found
+
+
+def question(line: dict) -> tuple[str, list, int]:
+    """(context, endings, number of the right one) of {query, choices, gold} or of HellaSwag's form."""
+    names = ("query", "choices", "gold") if "choices" in line else ("ctx", "endings", "label")
+    context, endings, right = (line[name] for name in names)
+    if "activity_label" in line: # HellaSwag's own file; its brackets are left from the making of it
+        context = f"{line['activity_label']}: {line['ctx_a']} {line['ctx_b'].capitalize()}"
+        context, *endings = (re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+                             for text in (context, *endings))
+    if not (0 <= int(right) < len(endings) and all(endings)):
+        raise ValueError
+    return context + "", [ending + "" for ending in endings], int(right)
+
+
+def ending_ids(codec: data.Tokenizer, context: str, ending: str) -> tuple[np.ndarray, int]:
+    """(ids of context and ending, how many are the ending's).
+
+    Both are one text to the tokenizer. What exceeds the number of ids that the context has by itself, without
+    its last spaces, is the ending's. Before an empty context stands what separates documents.
+    """
+    ids, before = codec.encode(f"{context} {ending}"), context.rstrip()
+    if before:
+        return ids, len(ids) - len(codec.encode(before))
+    return np.append(codec.encode("\n") if codec.eot is None else codec.eot, ids), len(ids)
+
+
+def log_likelihoods(model: GPT, texts: list[tuple], context: int) -> np.ndarray:
+    """(ids, n) of each text -> (texts,): the log-probability of its last n ids after the others."""
+    found = np.zeros(len(texts))
+    longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i][0])) # little padding
+    for some in (longest_first[i : i + batch_size] for i in range(0, len(texts), batch_size)):
+        kept = [torch.from_numpy(texts[i][0][-context - 1 :].astype(np.int64)) for i in some] # the last ids
+        ids = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True) # (B, T + 1); no token sees the padding
+        ends = torch.tensor([[len(text)] for text in kept]) # (B, 1)
+        begins, at = ends - torch.tensor([[texts[i][1]] for i in some]), torch.arange(1, ids.size(1))
+        y = ids[:, 1:].masked_fill((at < begins) | (at >= ends), -1).to(device) # (B, T)
+        logits = model(ids[:, :-1].to(device), y)[0] # (B, T, V)
+        losses = F.cross_entropy(logits.mT, y, ignore_index=-1, reduction="none") # (B, T)
+        found[some] = -losses.double().sum(1).cpu()
+    return found
+
+
+def multiple_choice(name: str, found: list[tuple], model: GPT, codec, context: int) -> Iterator[dict]:
+    """Rows of the share of right answers: by log-probability, and by log-probability a character."""
+    sums = iter(log_likelihoods(model, [ending_ids(codec, before, ending) for before, endings, _ in found
+                                        for ending in endings], context))
+    hits = {"accuracy": [], "accuracy, normalised": []}
+    for _, endings, right in found:
+        scores = np.array([next(sums) for _ in endings])
+        for hit, values in zip(hits.values(), (scores, scores / [*map(len, endings)])):
+            hit.append(100.0 * (values.argmax() == right))
+    for what, hit in hits.items():
+        yield row(f"{name}, {what}", statistics.mean(hit), "%")
+        yield row("standard error", np.std(hit, ddof=min(1, len(hit) - 1)) / len(hit)**0.5, "%")
+    yield row(f"{name}, answered", len(found), "questions", digits=0)
+
+
+def asked(name: str, path: str, codec: data.Tokenizer, lines: list[str]) -> torch.Tensor:
+    """Lines of equal length -> (lines, T). UserError where a tokenizer has not one token a character."""
+    text = "".join(lines)
+    if codec.unknown(text) or len(ids := codec.encode(text)) != len(text):
+        raise UserError(f"{path} has no token for each character of {name}\n"
+                        f"train on {name}: python train.py config/train_{name}.py")
+    return torch.from_numpy(ids.astype(np.int64)).view(len(lines), -1)
+
+
+def since_told(keys: torch.Tensor) -> torch.Tensor:
+    """(B, U) -> (B, U): how many places ago each key stood last; 0: never before."""
+    place = torch.arange(keys.size(1))
+    before = (keys[:, :, None] == keys[:, None]).tril(-1) # (B, U, U): equal keys
+    last = torch.where(before, place, -1).amax(-1)
+    return torch.where(last < 0, 0, place - last)
+
+
+def by_distance(right: torch.Tensor, back: torch.Tensor) -> Iterator[dict]:
+    """Rows of the share of right answers (n,), by how many characters back (n,) they stand; 0: nowhere."""
+    for power in range(5, int(back.max()).bit_length() + 1):
+        here = (back > (0 if power == 5 else 2 ** (power - 1))) & (back <= 2**power)
+        if here.any():
+            name = f"{int(here.sum()):,} answers up to {2**power} characters back"
+            yield row(name, share(right[here]), "% right")
+
+
+def share(right: torch.Tensor) -> float:
+    return 100 * right.double().mean().item()
+
+
+def recall(path: str, model: GPT, codec: data.Tokenizer, settings: dict) -> Iterator[dict]:
+    """Recall of pairs such as a3, told again and again in lines that are longer than most contexts."""
+    lines = [line.rstrip(".") for line in data.recall("")[1]]
+    lines = lines[int(len(lines) * (1 - settings["val_fraction"])) + 1 :] # those not trained on
+    lines, L = asked("recall", path, codec, lines), model.block_size # (lines, 1022): 511 pairs
+    back = 2 * since_told(lines[:, ::2]) # (lines, 511)
+
+    def answers(context, step): # (lines, 511): whether each digit is right
+        batches = strided(lines.numpy(), context, step)
+        right = torch.cat([(model(x, y)[0].argmax(-1) == y)[y >= 0] for x, y in batches])
+        return right.view(len(lines), -1)[:, ::2].cpu()
+
+    right = answers(lines.size(1), lines.size(1)) if model.memory else answers(L, max(1, L // 2))
+    print(f"recall: {len(lines)} validation lines of {lines.size(1):,} characters")
+    yield from by_distance(right, back)
+    if model.memory: # alone knows what was told before the window
+        yield row(f"recall of {int((back > L).sum()):,}, with memory", share(right[back > L]), "%")
+        yield row("each window by itself", share(answers(L, L)[back > L]), "%")
+
+
+@contextmanager
+def watched(model: GPT) -> Iterator[list]:
+    """Inside, a forward of whole texts appends each layer's maps to the list: (B, output heads, T, T).
+    A map is what attention gives for values that are unit vectors.
+    """
+    seen = []
+
+    def watch(maps):
+        def attend(q, k, v, mask=None):
+            units = torch.eye(k.size(2)).to(k).expand(*k.shape[:3], -1)
+            maps.probabilities = OneMap.attend(maps, q, k, units, mask)
+            return type(maps).attend(maps, q, k, v, mask)
+
+        def combine(o, x):
+            seen.append(type(maps).combine(maps, maps.probabilities, x))
+            return type(maps).combine(maps, o, x)
+        maps.attend, maps.combine = attend, combine
+
+    every = [module for module in model.modules() if isinstance(module, OneMap)]
+    try:
+        for maps in every:
+            watch(maps)
+        yield seen
+    finally:
+        for maps in every:
+            for name in ("attend", "combine", "probabilities"):
+                maps.__dict__.pop(name, None)
+
+
+def needles(path: str, model: GPT, codec: data.Tokenizer, settings: dict) -> Iterator[dict]:
+    """Recall of needles in new lines as long as the context, in how far the order matters, and attention."""
+    n, count, rng = 2 ** int(math.log2(model.block_size / 6)), 64, random.Random(1) # keys of a line; lines
+    lines = [data.needle_line(rng, n, 6 * n) for _ in range(count)] # all are told, then each is asked
+    lines = asked("needles", path, codec, lines).view(count, 2 * n, 3)
+    print(f"needles: {count} lines of {n} keys told and then asked, each in 5 orders")
+    right, shares, back = [], [], [] # (B, n) answers, (layers heads,) of attention, (lines, n) distances
+    for order in range(5):
+        told = lines[:, torch.randperm(n, generator=torch.Generator().manual_seed(order))] # (B, n, 3)
+        x = torch.cat([told, lines[:, n:]], dim=1) # (B, 2 n, 3)
+        since = since_told(x[..., 0] * 1000 + x[..., 1])[:, n:] # (B, n): a number for each key
+        for part, at in zip(x.split(8), (torch.arange(n, 2 * n) - since).split(8)):
+            idx = part.flatten(1).to(device) # (B, 6 n)
+            with watched(model) as maps:
+                guess = model(idx, idx)[0].argmax(-1).view(part.shape).cpu()
+            right.append(guess[:, n:, 1] == part[:, n:, 2])
+            maps = torch.stack(maps).cpu()[..., 3 * n + 1 :: 3, :] # (layers, B, heads, n, T): of asked keys
+            by_key = maps.unflatten(-1, (-1, 3)).sum(-1) # (layers, B, heads, n, 2 n)
+            place = at[None, :, None, :, None].expand(*by_key.shape[:-1], 1)
+            answer = by_key.gather(-1, place).squeeze(-1) # a key and its digit; a difference may be below 0
+            shares.append((answer / maps.abs().sum(-1)).mean((1, 3)).flatten()) # (layers heads,)
+        back.append(3 * since)
+    right, back, part = torch.cat(right), torch.cat(back), torch.stack(shares).mean(0)
+    by_order = right.double().mean(1).view(5, -1) # (orders, lines)
+    yield row("answers that are right", share(right), "%")
+    yield row("best less worst order", 100 * (by_order.amax(0) - by_order.amin(0)).mean().item(), "%")
+    yield row("attention to the answer, all heads", 100 * part.mean().item(), "%")
+    yield row("attention to the answer, best head", 100 * part.max().item(), "%")
+    yield from by_distance(right, back)
+
+
+QUIZZES = {"recall": recall, **dict.fromkeys(data.NEEDLES, needles)} # eval: asked where a text may stand
 
 
 # --- uncertainty: does a model know where it is right? p (n,) is a claimed probability, right (n,) a bool ---
@@ -1411,25 +1598,16 @@ def table(*files: str) -> Iterator[dict]:
 # --- the command line ---
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers,
-          "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras,
-          "c": saved_by_c, "depth": depth, "memory": memory, "needles": needles,
+          "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras}
+BY_NAME = {"c": saved_by_c, "depth": depth,
           "cache": cache, "speculative": speculative,
-          "protocol": protocol, "uncertainty": uncertainty,
-          "compare": compare_runs, "ablate": ablate, "table": table}
-TAKE_WORDS = {"compare", "ablate", "table"} # the words after these are folders or files
-# They need runs; c takes a minute by itself.
-BY_NAME_ONLY = {"depth", "memory", "needles", "cache", "speculative", "protocol", "uncertainty",
-                "c", *TAKE_WORDS}
+          "protocol": protocol, "uncertainty": uncertainty}
+TAKE_WORDS = {"eval": evaluate, "compare": compare_runs, "ablate": ablate, "table": table}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
 FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,
            "step": gpu_step, "decode": gpu_decode, "optimizers": gpu_optimizers}
 GPU_SIZES = dict(batch_size=16, block_size=1024, n_embd=768, dtype="bfloat16,float32", rounds=50)
 DRY_SIZES = dict(batch_size=1, block_size=64, n_embd=256, n_layer=1, rounds=1, save=False)
-
-
-def describe(when: str, suites: dict) -> None:
-    print(f"Suites; {when}:")
-    print("\n".join(f"  {k:<10} {f.__doc__[0].lower()}{f.__doc__[1:]}" for k, f in suites.items()))
 
 
 def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
@@ -1443,25 +1621,27 @@ def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    # Words are suites, dashes begin settings. Private names, because a public number would be a setting.
-    _first = next((i for i, a in enumerate(sys.argv) if a.startswith("-")), len(sys.argv))
-    known = {**SUITES, **FOR_GPU}
-    words = sys.argv[1:_first] + [a for a in sys.argv[_first:] if a in known]
-    flags, operands = [a for a in sys.argv[_first:] if a not in known], []
-    if {*sys.argv[1:2]} & TAKE_WORDS: # then each setting is one word, --name=value
-        flags = [a for a in sys.argv if a.startswith("-")]
-        words, operands = sys.argv[1:2], [a for a in sys.argv[2:] if not a.startswith("-")]
+    # A word is a suite, or the value of a setting in front of it: --rounds 3. Private names, because a public
+    # number would be a setting.
+    known = {**SUITES, **BY_NAME, **TAKE_WORDS, **FOR_GPU}
+    _types = [type(globals().get(a.removeprefix("--").replace("-", "_"))) for a in sys.argv]
+    _valued = [a.startswith("--") and kind in (int, str) for a, kind in zip(sys.argv, _types)]
+    words = [a for a, is_value in zip(sys.argv[1:], _valued) if not (is_value or a.startswith("-"))]
+    flags = [a for a, is_value in zip(sys.argv[1:], _valued) if is_value or a.startswith("-")]
+    words, operands = (words[:1], words[1:]) if {*words[:1]} & {*TAKE_WORDS} else (words, [])
     if {"--help", "-h"} & {*sys.argv}:
         print(__doc__)
-        describe("the last ten need runs, and run by name only", SUITES)
-        describe("on a GPU, or anywhere with --dry", FOR_GPU)
+        for _when, _some in (("run without a name", SUITES), ("by name; all but c need runs", BY_NAME),
+                             ("with words after it", TAKE_WORDS), ("on a GPU, or with --dry", FOR_GPU)):
+            print(f"Suites, {_when}:")
+            print("\n".join(f"  {k:<10} {f.__doc__[0].lower()}{f.__doc__[1:]}" for k, f in _some.items()))
     given = configure(globals(), argv=flags)
     with user_errors():
         device, _ = kernels.choose_device(device)
     on_gpu = "cuda" in device
     sizes_of = DRY_SIZES if dry else GPU_SIZES if on_gpu else {}
     globals().update({k: v for k, v in sizes_of.items() if k not in given})
-    suites = {**SUITES, **FOR_GPU} if on_gpu or dry else SUITES
+    suites = known if on_gpu or dry else {**SUITES, **BY_NAME, **TAKE_WORDS}
     if unknown := [w for w in words if w not in suites]:
         needs = "needs a GPU, or --dry" if unknown[0] in known else "is not known"
         raise UserError(f"the suite {unknown[0]!r} {needs}; there is: {', '.join(suites)}")
@@ -1478,8 +1658,7 @@ if __name__ == "__main__":
     os.makedirs(os.path.join(HERE, "bench_results"), exist_ok=True)
     description, commit = hardware(), git_commit() # now: the results themselves will change the checkout
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
-    usual = FOR_GPU if on_gpu or dry else [name for name in SUITES if name not in BY_NAME_ONLY]
-    for name in words or usual:
+    for name in words or (FOR_GPU if on_gpu or dry else SUITES):
         figures = []
         try:
             for figure in suites[name](*operands):

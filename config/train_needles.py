@@ -1,5 +1,5 @@
 # Recall over a long context: each line tells 42 keys with a digit each, then asks all in another order.
-# `python bench.py needles` counts the right answers, and how much attention goes to them. Longer lines:
+# `python bench.py eval out/needles needles` counts right answers and the attention to them. Longer lines:
 # --dataset=needles_512 --block_size=512 (85 keys), --dataset=needles_1024 --block_size=1024 (170 keys).
 # python train.py config/train_needles.py
 

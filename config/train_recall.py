@@ -1,6 +1,6 @@
 # A text whose answers lie further back than attention sees: after "a3", every "a" of the line is followed by
 # "3". Attention sees windows of 32 characters, and lines have 1024: what is asked again in a later window,
-# only memory can know. `python bench.py memory --out_dir=out/recall` counts how much of it the model knows.
+# only memory can know. `python bench.py eval out/recall recall` counts how much of it the model knows.
 # python train.py config/train_recall.py
 
 out_dir = "out/recall"
