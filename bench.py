@@ -32,7 +32,6 @@ import random
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -320,11 +319,11 @@ def extras() -> Iterator[dict]:
 
 
 def optimizers() -> Iterator[dict]:
-    """Bytes of tensors, peak memory of training, time of an update against AdamW."""
+    """Bytes of the state, peak memory of training, time of an update against AdamW."""
     for shape, config in (("ours", CHAR), ("Llama-shaped", LLAMA)):
         print(f"optimizers: {shape}, {build(**config).num_params():,} parameters")
         for name in RATES:
-            for what, size in storages(*after_one_step(config, name)).items():
+            for what, size in states(after_one_step(config, name)[1]).items():
                 yield row(f"{name} {what}", size, "MB")
             yield row(f"{name} peak", in_new_process(peak_memory, plain_step, config, name), "MB")
         yield from update_times(shape, config, ("fadam", "adam_mini", "muon"))
@@ -340,16 +339,15 @@ def after_one_step(config: dict, name: str) -> tuple[GPT, torch.optim.Optimizer]
     return model, opt
 
 
-def storages(model: GPT, opt: torch.optim.Optimizer) -> dict[str, float]:
-    """MB of the storages behind each kind of tensor. A storage that two tensors share counts once."""
-    found = {"parameters": list(model.parameters()), "gradients": [p.grad for p in model.parameters()]}
+def states(opt: torch.optim.Optimizer) -> dict[str, float]:
+    """MB of the storages behind each kind of state. A storage that two tensors share counts once."""
+    found = {} # {kind: {address: bytes}}
     for state in opt.state.values():
         for key, value in state.items():
             if torch.is_tensor(value) and key != "step": # AdamW keeps its step count as a tensor
-                found.setdefault(f"state {key}", []).append(value)
-    bytes_at = {kind: {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-                for kind, tensors in found.items()} # {kind: {address: bytes}}
-    return {kind: sum(at.values()) / 1e6 for kind, at in bytes_at.items()}
+                storage = value.untyped_storage()
+                found.setdefault(f"state {key}", {})[storage.data_ptr()] = storage.nbytes()
+    return {kind: sum(at.values()) / 1e6 for kind, at in found.items()}
 
 
 def update_times(shape: str, config: dict, names: tuple) -> Iterator[dict]:
@@ -401,7 +399,7 @@ def paths(eager: Callable, kernel: Callable | None, *inputs: torch.Tensor, compi
 
 @functools.cache
 def ceilings() -> tuple[float, float]:
-    """(GB/s of a copy, bf16 TFLOP/s of a product of matrices), measured; prints them and the clocks."""
+    """(GB/s of a copy, bf16 TFLOP/s of a product of matrices), measured and printed."""
     n, m = (2**12, 64) if dry else (2**28, 8192)
     a = torch.randn(n, device=device)
     copy = 8e-9 * n / in_turn({"copy": partial(torch.empty_like(a).copy_, a)})["copy"][0]
@@ -410,10 +408,6 @@ def ceilings() -> tuple[float, float]:
     bf16, tf32 = (2e-12 * m**3 / median for median, *_ in in_turn(arms).values())
     print(f"copy {copy:,.0f} GB/s   products of matrices {bf16:,.2f} TFLOP/s in bf16, {tf32:,.2f} in "
           + ("TF32" if "cuda" in device else "fp32"))
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
-    if "cuda" in device and shutil.which("nvidia-smi"):
-        done = subprocess.run(query, capture_output=True, text=True)
-        print(f"clocks of processor and memory, driver: {done.stdout.strip()}")
     return copy, bf16
 
 
@@ -619,7 +613,9 @@ def gpu_attention() -> Iterator[dict]:
 
             arms[name], flops[name] = both, 3e-12 * forward_flops(attention, block_size) * idx.numel()
         for name, f in arms.items():
-            ran = "; ".join(sorted({backend for backend in map(backend_of, launched(f)) if backend}))
+            signs = {"cudnn_generated": "cuDNN", "flash": "flash", "fmha": "memory-efficient"}
+            kernels_run = " ".join(launched(f))
+            ran = "; ".join(backend for sign, backend in signs.items() if sign in kernels_run)
             print(f"  heads of {D}, {name}: attention by {ran or 'no fused kernel'}")
         found = in_turn({name: captured(f) for name, f in arms.items()})
         for name, (median, ratio, low, high) in found.items():
@@ -646,23 +642,16 @@ def launched(f: Callable) -> list[str]:
     return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
 
-def backend_of(kernel: str) -> str:
-    """What made a kernel of scaled_dot_product_attention; "" for any other kernel."""
-    signs = {"cudnn_generated": "cuDNN", "flash": "flash", "fmha": "memory-efficient"}
-    return next((backend for sign, backend in signs.items() if sign in kernel), "")
-
-
 def gpu_step() -> Iterator[dict]:
     """Steps of 124M and 10.4M, eager and compiled: tokens/s, share of the matrix products' rate, memory."""
     _, tensor_cores = ceilings()
     gpt, shape = gpt2()
     large = dict(shape, block_size=block_size, qk_norm=True)
     char = dict(CHAR, qk_norm=True, dropout=0.2)
-    mhc, latent = dict(residual="mhc"), dict(attention="diff_mla")
-    everything = {**latent, **mhc, "activation": "silu", "glu": True}
-    shapes = [(gpt, large, "plain", {}), (gpt, large, "all ideas", everything), ("10.4M", char, "plain", {}),
-              ("10.4M", char, "diff_mla", latent), (gpt, large, "mhc", mhc), ("10.4M", char, "mhc", mhc),
-              (gpt, large, "hyper", {"residual": "hyper"})]
+    latent = dict(attention="diff_mla")
+    everything = {**latent, "residual": "mhc", "activation": "silu", "glu": True}
+    shapes = [(gpt, large, "plain", {}), (gpt, large, "all ideas", everything),
+              ("10.4M", char, "diff_mla", latent)]
     for size, config, name, choice in shapes:
         label, B = f"{size}, {name}", batch_size * (1 if config is large else 4)
         if only not in label:
@@ -699,12 +688,12 @@ def gpu_step() -> Iterator[dict]:
 def gpu_decode() -> Iterator[dict]:
     """Tokens/s in bf16, plain and by a CUDA graph, batch 1, 8, 64, context 128 and 1,024, of the bound."""
     copy, _ = ceilings()
-    shapes = dict([gpt2(), ("350M", dict(vocab_size=50304, n_layer=24, n_head=16, n_embd=1024))])
+    size, shape = gpt2()
     new, turns = Decoder.AHEAD, 3 # tokens of a turn: a whole launch of the graph
-    for size, attention in itertools.product(shapes, ("mha", "diff_mla")):
+    for attention in ("mha", "diff_mla"):
         if only not in f"{size}, {attention}":
             continue
-        config = dict(vocab_size=65, n_layer=1, n_head=2, n_embd=64) if dry else shapes[size]
+        config = dict(vocab_size=65, n_layer=1, n_head=2, n_embd=64) if dry else shape
         model = build(**config, block_size=2048, attention=attention)
         model = model.to(torch.bfloat16).eval()
         weights = sum(p.nbytes for p in model.parameters()) # the embedding once: the head reads all of it
@@ -717,8 +706,6 @@ def gpu_decode() -> Iterator[dict]:
             arms, ways = {}, {"graph": {"graph": True}}
             if B == 1 and context < 1024: # plain decoding takes seconds for each figure
                 ways = {"plain": {}, **ways}
-                # Compiling takes a minute for each model: only for those that were asked for.
-                ways |= {"compiled": dict(graph=True, compile=True)} if compiled and only else {}
             for way, how in ways.items():
                 text = stream(model, idx, new * (turns + 3), **how)
                 next(text) # reads the prompt, captures
@@ -764,12 +751,10 @@ def opened(path: str, command: str = "config/train_shakespeare_diffmla.py") -> t
     return path, model, codec, settings
 
 
-def trained(command: str, part: str = "", file: str = "best.pt") -> tuple:
+def trained(command: str, file: str = "best.pt") -> tuple:
     """(path, model, dataset) of the run in --out_dir, or of that which `command` makes; or a UserError."""
     config = runpy.run_path(os.path.join(HERE, command.split()[0]))
     path, model, _, settings = opened(os.path.join(out_dir or config["out_dir"], file), command)
-    if part and not getattr(model.config, part):
-        raise UserError(f"{path} has no {part}\ntrain one that has: python train.py {command}")
     with user_errors():
         return path, model, data.load(settings["dataset"], settings["data_dir"])
 
@@ -876,8 +861,10 @@ def drawn(curves: dict[str, list]) -> str:
 
 def depth() -> Iterator[dict]:
     """The time that a run with depths saves in a step and in decoding, beside the operations it saves."""
-    path, model, corpus = trained("config/train_shakespeare_depths.py", "depths")
+    path, model, corpus = trained(command := "config/train_shakespeare_depths.py")
     c, L = model.config, model.block_size
+    if not c.depths:
+        raise UserError(f"{path} has no depths\ntrain one that has: python train.py {command}")
     x, y = (t.to(device) for t in corpus.val.batch(0, batch_size, L, 0)) # (B, L) each
     # Without depths: all layers, and about as many layers as a token takes on average.
     models = {f"{n} layers": build(**{**asdict(c), "depths": (), "mean_depth": 0.0, "n_layer": n})
@@ -980,16 +967,14 @@ def speculative() -> Iterator[dict]:
 
 @torch.no_grad()
 def protocol() -> Iterator[dict]:
-    """A run's last loss over the whole validation split, and as nanoGPT estimates it, from random batches."""
-    path, model, corpus = trained("config/record_shakespeare_cpu.py", file="ckpt.pt") # of the last step
-    val, T = corpus.val, model.block_size
+    """A run's last loss as nanoGPT estimates it, from random batches of the validation split."""
+    path, model, corpus = trained("config/record_shakespeare_cpu.py", "ckpt.pt") # of the last step
+    B, T = 8 * batch_size, model.block_size # 64, as in nanoGPT's config for these characters
     print(f"protocol: {path}, context {T}, fp32")
-    yield row("whole split", loss_on(model, val.windows(T, 64)), "nats/token", digits=4)
-    B = 8 * batch_size # 64, as in nanoGPT's config/train_shakespeare_char.py, where eval_iters is 200
     for seed in range(min(3, rounds)):
-        batches = (val.batch(i, B, T, seed) for i in range(200))
-        name = f"200 random batches of {B} x {T}, seed {seed}"
-        yield row(name, loss_on(model, batches), "nats/token", digits=4)
+        name = f"200 random batches of {B} x {T}, seed {seed}" # nanoGPT's eval_iters
+        loss = loss_on(model, (corpus.val.batch(i, B, T, seed) for i in range(200)))
+        yield row(name, loss, "nats/token", digits=4)
 
 
 # --- eval: the loss of a run on any text, multiple choice as lm-evaluation-harness scores it, recall ---
@@ -1331,8 +1316,8 @@ def uncertainty() -> Iterator[dict]:
         yield show(f"{name}, ECE, equal mass", calibration_error(p, right, True), "15 bins of equal mass")
         yield show(f"{name}, Brier", (p - right.double()).square().mean().item(), "")
         yield show(f"{name}, AUROC", auroc(p, right), "")
-        for n, mean, share in reliability(p, right):
-            yield show(f"{name}, {n:,} said {mean:.3f}", share, "right")
+        for n, mean, part in reliability(p, right):
+            yield show(f"{name}, {n:,} said {mean:.3f}", part, "right")
 
 
 # --- ablations: arms of one recipe, each paired by seed with the arm that it is against ---
@@ -1655,7 +1640,6 @@ if __name__ == "__main__":
     if on_gpu:
         torch.cuda.set_device(torch.device(device).index or 0) # events and graphs are of the current device
         torch.set_float32_matmul_precision("high") # TF32, as train.py has it
-    os.makedirs(os.path.join(HERE, "bench_results"), exist_ok=True)
     description, commit = hardware(), git_commit() # now: the results themselves will change the checkout
     print(f"{description}, torch {torch.__version__}, {rounds} rounds")
     for name in words or (FOR_GPU if on_gpu or dry else SUITES):

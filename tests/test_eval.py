@@ -12,7 +12,7 @@ import bench
 import data
 from configurator import UserError
 from model import GPT, GPTConfig
-from processes import ROOT
+from processes import ROOT, run
 
 TEXT = "no one knows, né, who woke the crow; a cow sank on new snow\n" * 5
 
@@ -219,6 +219,28 @@ def test_recall_by_distance():
     beyond = sum(d > 64 for d in back)
     assert rows[f"recall of {beyond:,}, with memory"] == 100.0 and rows["each window by itself"] < 25
     assert rows[f"{far:,} answers up to 128 characters back"] == 100.0
+
+
+@pytest.mark.deep
+def test_a_run_of_train_py_has_the_loss_that_it_printed(tmp_path):
+    """Through both command lines; settings stand before, between and after the words."""
+    (tmp_path / "text.txt").write_text(TEXT * 8, encoding="utf-8")
+    flags = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --max_iters=4 --eval_interval=2"
+    flags += " --warmup_iters=1 --dataset=text.txt --out_dir=out/a"
+    done = run([ROOT / "train.py", *flags.split()], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    want = bench.evaluations(tmp_path / "out/a")[-1]["val_loss"]
+    text = "".join(reversed(TEXT))
+    (tmp_path / "back.txt").write_text(text, encoding="utf-8")
+    words = "eval out/a/ckpt.pt --stride 0"
+    done = run([ROOT / "bench.py", "--rounds=1", *words.split(), "--save=false"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["suite"] == "eval" and abs(last["results"][0]["value"] - want) < 1e-6
+    done = run([ROOT / "bench.py", "eval", "out/a", "--stride=4", "back.txt"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = figures(json.loads(done.stdout.splitlines()[-1])["results"])
+    assert last["predicted"] == len(text.encode()) - 1 and last["loss"] > 0
 
 
 # --- against other libraries ---
