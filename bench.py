@@ -1158,11 +1158,12 @@ def since_told(keys: torch.Tensor) -> torch.Tensor:
 
 def by_distance(right: torch.Tensor, back: torch.Tensor) -> Iterator[dict]:
     """Rows of the share of right answers (n,), by how many characters back (n,) they stand; 0: nowhere."""
-    for power in range(5, int(back.max()).bit_length() + 1):
-        here = (back > (0 if power == 5 else 2 ** (power - 1))) & (back <= 2**power)
+    low, high = 0, 32
+    while (back > low).any():
+        here = (back > low) & (back <= high)
         if here.any():
-            name = f"{int(here.sum()):,} answers up to {2**power} characters back"
-            yield row(name, share(right[here]), "% right")
+            yield row(f"{low + 1} to {high} back, {int(here.sum()):,} answers", share(right[here]), "% right")
+        low, high = high, 2 * high
 
 
 def share(right: torch.Tensor) -> float:
@@ -1606,13 +1607,11 @@ def keep(name: str, description: str, commit: str, results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    # A word is a suite, or the value of a setting in front of it: --rounds 3. Private names, because a public
-    # number would be a setting.
-    known = {**SUITES, **BY_NAME, **TAKE_WORDS, **FOR_GPU}
-    _types = [type(globals().get(a.removeprefix("--").replace("-", "_"))) for a in sys.argv]
-    _valued = [a.startswith("--") and kind in (int, str) for a, kind in zip(sys.argv, _types)]
-    words = [a for a, is_value in zip(sys.argv[1:], _valued) if not (is_value or a.startswith("-"))]
-    flags = [a for a, is_value in zip(sys.argv[1:], _valued) if is_value or a.startswith("-")]
+    known, words, flags = {**SUITES, **BY_NAME, **TAKE_WORDS, **FOR_GPU}, [], []
+    for _before, _word in zip(sys.argv, sys.argv[1:]): # private names: a public text would be a setting
+        _setting = globals().get(_before[2:].replace("-", "_")) if _before.startswith("--") else None
+        _is_value = type(_setting) in (int, str) # of the setting before it, as in --rounds 3
+        (flags if _is_value or _word.startswith("-") else words).append(_word)
     words, operands = (words[:1], words[1:]) if {*words[:1]} & {*TAKE_WORDS} else (words, [])
     if {"--help", "-h"} & {*sys.argv}:
         print(__doc__)

@@ -300,13 +300,16 @@ class Copier(torch.nn.Module):
 
 def test_needles_counts_answers_and_attention(monkeypatch):
     monkeypatch.setattr(bench, "device", "cpu")
-    codec = data.make_tokenizer("char", "".join(data.needles("", 256)[1]) + "\n")
+    codec, rows = data.make_tokenizer("char", "".join(data.needles("", 256)[1])), []
 
     def figures(*how):
-        return [figure["value"] for figure in bench.needles("a path", Copier(*how), codec, {})][:4]
+        rows.extend(list(bench.needles("a path", Copier(*how), codec, {})))
+        return [figure["value"] for figure in rows[-6:-2]]
 
     answers, margin, mean, best = figures()
     assert (answers, margin) == (100.0, 0.0) and min(mean, best) > 99.9
+    counts = [re.fullmatch(r"(1 to 32|33 to 64) back, (\S+) answers", row["name"]) for row in rows[-2:]]
+    assert sum(int(count[2].replace(",", "")) for count in counts) == 5 * 64 * 8 # orders, lines, keys
     # How many digits are larger than the one before depends on the order of a line.
     answers, margin, _, best = figures(lambda line, s: line[s] > line[s - 3])
     assert 30 < answers < 60 and 10 < margin < 60 and abs(best - answers) < 1

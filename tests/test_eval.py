@@ -212,13 +212,13 @@ def test_recall_by_distance():
 
     rows = ask(Finder(codec))
     near, far = (sum(low < d <= high for d in back) for low, high in ((0, 32), (64, 128)))
-    assert rows[f"{near:,} answers up to 32 characters back"] == 100.0
+    assert rows[f"1 to 32 back, {near:,} answers"] == 100.0
     unseen = [r for d, r in zip(back, right) if 64 < d <= 128] # never in a window: right where it is a 0
-    assert rows[f"{far:,} answers up to 128 characters back"] == pytest.approx(100 * statistics.mean(unseen))
+    assert rows[f"65 to 128 back, {far:,} answers"] == pytest.approx(100 * statistics.mean(unseen))
     rows = ask(Finder(codec, memory=True))
     beyond = sum(d > 64 for d in back)
     assert rows[f"recall of {beyond:,}, with memory"] == 100.0 and rows["each window by itself"] < 25
-    assert rows[f"{far:,} answers up to 128 characters back"] == 100.0
+    assert rows[f"65 to 128 back, {far:,} answers"] == 100.0
 
 
 @pytest.mark.deep
