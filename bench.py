@@ -1103,24 +1103,19 @@ def ending_ids(codec: data.Tokenizer, context: str, ending: str) -> tuple[np.nda
     its last spaces, is the ending's. Before an empty context stands what separates documents.
     """
     ids, before = codec.encode(f"{context} {ending}"), context.rstrip()
-    if before:
+    if before and len(ids) > 1:
         return ids, len(ids) - len(codec.encode(before))
     return np.append(codec.encode("\n") if codec.eot is None else codec.eot, ids), len(ids)
 
 
 def log_likelihoods(model: GPT, texts: list[tuple], context: int) -> np.ndarray:
     """(ids, n) of each text -> (texts,): the log-probability of its last n ids after the others."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i][0])) # a batch is of equal lengths
+    windows = strided([texts[i][0][-context - 1 :] for i in order], context, context) # one for each text
+    losses = [F.cross_entropy(model(x, y)[0].mT, y, reduction="none") for x, y in windows] # (B, T) each
     found = np.zeros(len(texts))
-    longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i][0])) # little padding
-    for some in (longest_first[i : i + batch_size] for i in range(0, len(texts), batch_size)):
-        kept = [torch.from_numpy(texts[i][0][-context - 1 :].astype(np.int64)) for i in some] # the last ids
-        ids = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True) # (B, T + 1); no token sees the padding
-        ends = torch.tensor([[len(text)] for text in kept]) # (B, 1)
-        begins, at = ends - torch.tensor([[texts[i][1]] for i in some]), torch.arange(1, ids.size(1))
-        y = ids[:, 1:].masked_fill((at < begins) | (at >= ends), -1).to(device) # (B, T)
-        logits = model(ids[:, :-1].to(device), y)[0] # (B, T, V)
-        losses = F.cross_entropy(logits.mT, y, ignore_index=-1, reduction="none") # (B, T)
-        found[some] = -losses.double().sum(1).cpu()
+    for i, loss in zip(order, itertools.chain.from_iterable(losses), strict=True): # (T,)
+        found[i] = -loss.double().flip(0)[: texts[i][1]].sum()
     return found
 
 
