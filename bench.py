@@ -1,6 +1,6 @@
 """Every figure of speed, size and memory in bench_results/README.md, as named suites.
 
-  python bench.py                       all but those that need a run, and c: 5 minutes on 2 cores;
+  python bench.py                       all but those that need a run: 5 minutes on 2 cores;
                                         with a CUDA GPU the suites for one, in bf16 and fp32
   python bench.py train --rounds=21     one suite
   python bench.py eval out/a [TEXT...]  loss, perplexity and bits per byte of a run on its validation split or
@@ -39,10 +39,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -306,18 +305,6 @@ def kv_cache() -> Iterator[dict]:
     yield from sizes({name: c.nbytes() / c.capacity for name, c in caches.items()}, unit="bytes/token")
 
 
-def extras() -> Iterator[dict]:
-    """A step and decoding with thought tokens, memory, future peek, drafts or uncertainty, against none."""
-    print(f"extras: 4 layers of 128, diff_mla, batch {batch_size} x {block_size}, fp32, eager")
-    knobs = {"thought_tokens": 4, "memory_slots": 16, "future_peek": 8, "n_ahead": 7, "uncertainty": True}
-    model = partial(build, **SMALL, attention="diff_mla", block_size=block_size)
-    models = {"none": model(), **{f"{knob}={value}": model(**{knob: value}) for knob, value in knobs.items()}}
-    idx = torch.randint(65, (batch_size, block_size), device=device)
-    yield from compare({name: stepping(m, idx, optimizer_of(m)) for name, m in models.items()}, "{}, step")
-    writers = {name: writing(m.eval(), idx[:1, : block_size // 2], 16) for name, m in models.items()}
-    yield from compare(writers, "{}, decoding", amount=16, unit="tokens/s")
-
-
 def optimizers() -> Iterator[dict]:
     """Bytes of the state, peak memory of training, time of an update against AdamW."""
     for shape, config in (("ours", CHAR), ("Llama-shaped", LLAMA)):
@@ -541,39 +528,6 @@ def cross_entropy() -> Iterator[dict]:
         yield from compare({name: head_and_loss(name, *shape) for name in losses()}, f"{size}, {{}}", warm=1)
         peaks = {name: in_new_process(peak_of_loss, name, *shape) for name in losses()}
         yield from sizes(peaks, f"{size}, {{}}, memory")
-
-
-def saved_by_c() -> Iterator[dict]:
-    """What C saves of a step, or of decoding, on a CPU: one operation at a time runs as plain PyTorch."""
-    if "cuda" in device:
-        print("c: nothing runs as C on a GPU; give --device=cpu")
-        return
-    print(f"c: steps of batch {batch_size} x 128; 16 tokens at 10.65M and a context of 128; fp32, eager")
-    in_pytorch = {"rmsnorm": {"rmsnorm": kernels.rmsnorm_reference}, "few_rows": {"project": F.linear},
-                  "mhc_coefficients": {"mhc_coefficients": kernels.mhc_coefficients_reference},
-                  "streams": {"read_streams": kernels.read_streams_reference,
-                              "write_streams": kernels.write_streams_reference}} # names in model.py
-    idx = torch.randint(65, (batch_size, 128), device=device)
-    # {row: (function, operations, its optimizer)}
-    works = {"decoding": (writing(build(**CHAR).eval(), idx[:1], 16), ["rmsnorm", "few_rows"], None)}
-    for name, config, optimizer, operations in (
-            ("main step", "adamw", "adamw", ["rmsnorm"]),
-            ("main step, fadam", "adamw", "fadam", ["update"]),
-            ("main step, adam_mini", "adamw", "adam_mini", ["update"]),
-            ("mhc step", "mhc", "adamw", ["rmsnorm", "mhc_coefficients", "streams"])):
-        settings = runpy.run_path(os.path.join(HERE, "config", f"train_shakespeare_{config}.py"))
-        fields = GPTConfig.__dataclass_fields__.keys() & settings.keys()
-        model = build(vocab_size=65, **{field: settings[field] for field in fields})
-        opt = optimizer_of(model, optimizer)
-        works[name] = stepping(model, idx, opt), operations, opt
-    for name, (work, operations, opt) in works.items():
-        def without(operation):
-            owner = opt if operation == "update" else "model" # model.py calls kernels by names of its own
-            with mock.patch.multiple(owner, **in_pytorch.get(operation, {"form": "loop"})): # loop: PyTorch
-                work()
-
-        arms = {f"{name}, {operation} in PyTorch": partial(without, operation) for operation in operations}
-        yield from compare({name: work, **arms})
 
 
 # --- suites for a GPU: bf16 under autocast, times of the device, each share of a bound that was measured ---
@@ -856,61 +810,6 @@ def drawn(curves: dict[str, list]) -> str:
     head = ('<svg xmlns="http://www.w3.org/2000/svg" width="720" height="420" viewBox="0 0 720 420" '
             'font-family="sans-serif" font-size="13">')
     return "\n".join([head, f'<clipPath id="in">{box}</clipPath>', *parts, "</svg>", ""])
-
-
-def depth() -> Iterator[dict]:
-    """The time that a run with depths saves in a step and in decoding, beside the operations it saves."""
-    path, model, corpus = trained(command := "config/train_shakespeare_depths.py")
-    c, L = model.config, model.block_size
-    if not c.depths:
-        raise UserError(f"{path} has no depths\ntrain one that has: python train.py {command}")
-    x, y = (t.to(device) for t in corpus.val.batch(0, batch_size, L, 0)) # (B, L) each
-    # Without depths: all layers, and about as many layers as a token takes on average.
-    models = {f"{n} layers": build(**{**asdict(c), "depths": (), "mean_depth": 0.0, "n_layer": n})
-              for n in (c.n_layer, round(c.target_depth))}
-    models["depths"] = model.train()
-    print(f"depth: {path}, {c.n_layer} layers of {c.n_embd}, depths={c.depths}; batch {batch_size} x {L}")
-    shares = layers_taken(model, partial(model, x), x.numel())
-    arms = {name: stepping(m, x, loss=partial(loss_of, y=y)) for name, m in models.items()}
-    yield from time_and_operations(model, arms, "forward + backward", shares, L)
-    half, new = L // 2, min(32, L // 2)
-    text = x[:1, half + 1 : half + new + 1] # what follows in the data: greedy text would loop
-    arms = {name: writing(m.eval(), x[:1, : half + 1], new, text=text) for name, m in models.items()}
-    arms["depths"]() # reads the first half, which is not to be counted
-    shares = layers_taken(model, arms["depths"], new)
-    yield from time_and_operations(model, arms, f"{new} tokens", shares, half + new // 2)
-
-
-def layers_taken(model: GPT, run: Callable, tokens: int) -> list[float]:
-    """For each layer, the share of the `tokens` of run() that it computes, without padding."""
-    counts = [0] * model.config.n_layer # tokens
-
-    def count(block, args, i):
-        real = args[1].real # (B, T'): which places hold a token; None: all of them
-        counts[i] += args[0].size(0) * args[0].size(1) if real is None else int(real.sum())
-
-    hooks = [block.register_forward_pre_hook(partial(count, i=i)) for i, block in enumerate(model.blocks)]
-    with torch.no_grad():
-        run()
-    for hook in hooks:
-        hook.remove()
-    return [n / tokens for n in counts]
-
-
-def time_and_operations(model: GPT, arms: dict, what: str, shares: list[float], T: int) -> Iterator[dict]:
-    """Rows of the arms, of which the last is the model; then what its depths save, at T tokens of context."""
-    for last in compare(arms, "{}, " + what):
-        yield last
-    c, saved = model.config, 100 * (1 - last["ratio"])
-    # Multiplications of a layer per token, without attention and with. Fewer tokens are also fewer keys.
-    fixed, full = (forward_flops(model.blocks, context) / c.n_layer for context in (0, T))
-    layers, head = sum(f * (fixed + f * (full - fixed)) for f in shares), 2 * c.n_embd * c.vocab_size
-    operations = 100 * (1 - (layers + head) / (c.n_layer * full + head))
-    yield row("mean depth of these tokens", sum(shares), "layers")
-    yield row("operations saved", operations, "%")
-    yield row("time saved", saved, "%")
-    if operations > 0: # it is 0 where every token takes all layers
-        yield row("time saved / operations saved", 100 * saved / operations, "%")
 
 
 @torch.no_grad()
@@ -1578,9 +1477,8 @@ def table(*files: str) -> Iterator[dict]:
 # --- the command line ---
 
 SUITES = {"train": train, "decode": decode, "kv_cache": kv_cache, "optimizers": optimizers,
-          "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy, "extras": extras}
-BY_NAME = {"c": saved_by_c, "depth": depth, "cache": cache, "speculative": speculative, "protocol": protocol,
-           "uncertainty": uncertainty}
+          "kernels": kernel_times, "residual": residual, "cross_entropy": cross_entropy}
+BY_NAME = {"cache": cache, "speculative": speculative, "protocol": protocol, "uncertainty": uncertainty}
 TAKE_WORDS = {"eval": evaluate, "compare": compare_runs, "ablate": ablate, "table": table}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
 FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,
@@ -1608,7 +1506,7 @@ if __name__ == "__main__":
     words, operands = (words[:1], words[1:]) if {*words[:1]} & {*TAKE_WORDS} else (words, [])
     if {"--help", "-h"} & {*sys.argv}:
         print(__doc__)
-        for _when, _some in (("run without a name", SUITES), ("by name; all but c need runs", BY_NAME),
+        for _when, _some in (("run without a name", SUITES), ("by name; they need runs", BY_NAME),
                              ("with words after it", TAKE_WORDS), ("on a GPU, or with --dry", FOR_GPU)):
             print(f"Suites, {_when}:")
             print("\n".join(f"  {k:<10} {f.__doc__[0].lower()}{f.__doc__[1:]}" for k, f in _some.items()))

@@ -70,7 +70,7 @@ SYNONYMS = {
 
 # Setting that is a path -> what stands before a path in it: nothing, a comma of a list, FILE:
 # A true/false setting among them takes a path as well: --resume, --resume=false, --resume=out/x/ckpt.pt
-PATHS = {**dict.fromkeys("out_dir data_dir dataset offline_dataset tokenizer nanogpt resume".split(), "^"),
+PATHS = {**dict.fromkeys("out_dir data_dir dataset offline_dataset tokenizer resume".split(), "^"),
          "update_hooks": "^|, *", "forward_hooks": "^|, *", "start": "^FILE:"}
 
 

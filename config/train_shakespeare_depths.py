@@ -1,6 +1,6 @@
 # train_shakespeare_adamw.py with 6 layers, of which a token takes 3 on average: its own state decides when it is done.
 # python train.py config/train_shakespeare_depths.py
-# bench_results/README.md has its loss beside 3 layers for all tokens, python bench.py depth the time saved.
+# bench_results/README.md has its loss beside 3 layers for all tokens and the time saved.
 
 out_dir = "out/shakespeare_depths"
 dataset = "shakespeare"

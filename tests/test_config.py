@@ -289,7 +289,6 @@ def test_typed_is_what_the_command_line_gave():
     ("dataset", "~/book.txt", "/home/ada/book.txt"),
     ("offline_dataset", "~/book.txt", "/home/ada/book.txt"),
     ("tokenizer", "~/t.json", "/home/ada/t.json"),
-    ("nanogpt", "~/nanoGPT", "/home/ada/nanoGPT"),
     ("update_hooks", "~/a.py:f,identity, ~/b.py:g=2", "/home/ada/a.py:f,identity, /home/ada/b.py:g=2"),
     ("forward_hooks", "~/a.py:f", "/home/ada/a.py:f"),
     ("start", "FILE:~/p.txt", "FILE:/home/ada/p.txt"),

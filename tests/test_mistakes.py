@@ -122,7 +122,7 @@ SLIPS = {
     "drafts of nobody": ("sample.py --out_dir={d}/run --speculative --draft=early", "auto, ahead, ngram"),
     "drafts that nobody asked for": ("sample.py --out_dir={d}/run --draft=ngram", "--speculative"),
     "more windows than text": ("train.py --memory_slots=2 --windows=900", "lower --windows"),
-    "depth without a run": ("bench.py depth --out_dir={d}/nowhere", "config/train_shakespeare_depths.py"),
+    "cache without a run": ("bench.py cache --out_dir={d}/nowhere", "config/train_shakespeare_diffmla.py"),
     "recall of another text": ("bench.py eval {d}/run recall", "config/train_recall.py"),
     "needles in no haystack": ("bench.py eval {d}/run needles", "config/train_needles.py"),
     "model without heads": ("model.py --n_head=0", "at least 1"),
