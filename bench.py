@@ -788,24 +788,13 @@ def drawn(curves: dict[str, list]) -> str:
     for number, words in ticks(low, high):
         _, b = place(0, number)
         parts += [line([(left, b), (right, b)], grey), text(49, b + 4, words, anchor="end")]
-    colours *= len(curves)
-    for i, (colour, (name, points)) in enumerate(zip(colours, curves.items())):
-        y, thick = top + 14 + 18 * i, ' stroke-width="2"'
+    for i, (name, points) in enumerate(curves.items()):
+        y, thick, colour = top + 14 + 18 * i, ' stroke-width="2"', colours[i % len(colours)]
+        (a, b), loss = place(*points[-1]), points[-1][1]
         parts += [line(itertools.starmap(place, points), colour, f'{thick} clip-path="url(#in)"'),
+                  f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>',
                   line([(right - 24, y - 4), (right, y - 4)], colour, thick), # the legend
-                  text(right - 30, y, html.escape(name), colour, "end")]
-    taken = [] # centres of the final losses
-    for (end, loss), colour in sorted(zip(ends, colours), key=lambda pair: pair[0][1]):
-        a, b = place(end, loss)
-        # The final loss stands right of the end of its line; where another line passes near, above or below.
-        past = [np.interp(end, *zip(*other)) for other in curves.values() if other[-1][0] > end]
-        gap = min((place(end, other)[1] - b for other in past), key=abs, default=99) # below 0: above it
-        c, d = (a + 26, b) if abs(gap) > 25 else (a, b + (13 if gap < 0 else -13))
-        while any(abs(c - e) < 44 and abs(d - f) < 14 for e, f in taken):
-            d -= 1
-        taken.append((c, d))
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>',
-                  text(c, d + 4, f"{loss:.3f}", colour)]
+                  text(right - 30, y, f"{html.escape(name)}, {loss:.3f}", colour, "end")]
     box = f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>'
     head = ('<svg xmlns="http://www.w3.org/2000/svg" width="720" height="420" viewBox="0 0 720 420" '
             'font-family="sans-serif" font-size="13">')

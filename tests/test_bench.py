@@ -353,14 +353,11 @@ def test_a_picture_is_the_same_bytes_and_shows_every_run(monkeypatch):
     assert picture == bench.drawn(curves()) and picture != bench.drawn(curves(2))
     root = ET.fromstring(picture)
     words = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"run <0>", "run <1>", "run <2>", "steps", "1.501", "1.511", "1.521", "2.0", "80"} <= {*words}
+    assert {"run <0>, 1.501", "run <1>, 1.511", "run <2>, 1.521", "steps", "2.0", "80"} <= {*words}
     assert not [e for e in root if e.tag.endswith("rect")] # no ground: it stands on white and on black
     lines = [e for e in root if e.get("clip-path")]
     assert len(lines) == 3 and len({e.get("stroke") for e in lines}) == 3
     ends = [tuple(map(float, e.get("points").split()[-1].split(","))) for e in lines]
-    at = {e.text: (float(e.get("x")), float(e.get("y"))) for e in root if e.tag.endswith("text")}
-    heights = sorted(at[loss][1] for loss in ("1.501", "1.511", "1.521"))
-    assert min(b - a for a, b in zip(heights, heights[1:])) >= 14 # final losses do not overlap
     assert ends[0][1] > ends[1][1] > ends[2][1] and all(56 <= a <= 706 and 12 <= b <= 372 for a, b in ends)
 
 
