@@ -86,6 +86,7 @@ class GPTConfig:
     n_ahead: int = 0 # tokens that a small cell learns to draft, for speculative decoding: 0 = off, 7 is usual
     uncertainty: bool = False # a small head learns how probable it is that the likeliest next token is wrong
     conv: int = 0 # tokens that a short causal convolution sees before attention and MLP: 0 = off, 4 is usual
+    norm_eps: float = 0.0 # added to the mean square in norms of width C: 0 = 1e-6, with layernorm 1e-5
 
     def __post_init__(self):
         if type(self.depths) is list: # JSON makes lists of tuples
@@ -122,8 +123,8 @@ class Block(nn.Module):
         super().__init__()
         residual, (heads, maps) = RESIDUAL[c.residual], ATTENTION[c.attention]
         self.residual1, self.residual2 = residual(c, 2 * layer), residual(c, 2 * layer + 1)
-        self.norm1, self.attention = NORM[c.norm](c.n_embd, c.bias), heads(c, layer, maps(c, layer))
-        self.norm2, self.mlp = NORM[c.norm](c.n_embd, c.bias), GLU[c.glu](c)
+        self.norm1, self.attention = norm(c), heads(c, layer, maps(c, layer))
+        self.norm2, self.mlp = norm(c), GLU[c.glu](c)
         self.conv1, self.conv2 = (ShortConv(c) if c.conv else NoConv() for _ in range(2))
         self.dropout = nn.Dropout(c.dropout)
 
@@ -176,7 +177,7 @@ class GPT(nn.Module):
         # Without depths one stage holds all layers. With depths each stage but the last ends with a router.
         bottom = [*self.blocks[: c.middle], *self.between, *self.blocks[c.middle : c.stage_depths[0]]]
         self.stages = [bottom, *(list(self.blocks[a:b]) for a, b in itertools.pairwise(c.stage_depths))]
-        self.norm = NORM[c.norm](c.n_embd, c.bias)
+        self.norm = norm(c)
         self.head = Linear(c.n_embd, c.vocab_size, False, outer_std(c), role="head")
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -659,8 +660,8 @@ class LayerNorm(nn.LayerNorm):
     """y = (x - mean) / std * w (+ b). Ba et al. 2016, arXiv:1607.06450."""
     role = "vector"
 
-    def __init__(self, width, bias=False):
-        super().__init__(width, eps=1e-5, bias=bias)
+    def __init__(self, width, bias=False, eps=0.0):
+        super().__init__(width, eps=eps or 1e-5, bias=bias)
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.type_as(x)
@@ -671,8 +672,8 @@ class RMSNorm(nn.RMSNorm):
     """y = x / rms(x) * w, rms(x) = sqrt(mean(x^2) + eps). Zhang & Sennrich 2019, arXiv:1910.07467."""
     role = "vector"
 
-    def __init__(self, width, bias=False): # it has no bias, but shares LayerNorm's signature
-        super().__init__(width, eps=1e-6)
+    def __init__(self, width, bias=False, eps=0.0): # it has no bias, but shares LayerNorm's signature
+        super().__init__(width, eps=eps or 1e-6)
 
     def forward(self, x):
         return rmsnorm(x, self.weight.type_as(x), self.eps)
@@ -693,6 +694,11 @@ class HeadNorm(nn.Module):
 
 
 NORM = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+def norm(c, bias=None):
+    """The norm of a sublayer's input, of a stream, or of the head's input."""
+    return NORM[c.norm](c.n_embd, c.bias if bias is None else bias, c.norm_eps)
 
 
 # --- short convolution: (B, T, C) -> (B, T, C) --------------------------------------------------------------
@@ -895,6 +901,7 @@ class DiffV1(OneMap):
     def __init__(self, c, layer):
         super().__init__(c, layer)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer) # layer counts from 0; the paper's l - 1
+        self.eps = c.norm_eps or 1e-5 # the paper's
         self.vectors = nn.Parameter(0.1 * torch.randn(4, c.head_width)) # q1, k1, q2, k2
 
     @staticmethod
@@ -916,7 +923,7 @@ class DiffV1(OneMap):
         return (first - lam * second).type_as(o)
 
     def finish(self, o):
-        return F.rms_norm(o, o.shape[-1:], eps=1e-5) * (1 - self.lambda_init)
+        return F.rms_norm(o, o.shape[-1:], eps=self.eps) * (1 - self.lambda_init)
 
 
 def naive_diff_v2(q, k, v, lam):
@@ -1185,7 +1192,7 @@ class Hyper(Streams):
     def __init__(self, c, sublayer):
         super().__init__()
         self.N, self.C = N, C = c.streams, c.n_embd
-        self.norm = NORM[c.norm](C)
+        self.norm = norm(c, bias=False)
         self.dynamic = Linear(C, N + 2, False, std=0.0, role="gate") # to pre, to post, to the N outputs
         self.pre, self.post = nn.Parameter(torch.eye(N)[sublayer % N]), nn.Parameter(torch.ones(N))
         self.res = nn.Parameter(torch.eye(N))
@@ -1297,7 +1304,7 @@ class Between(nn.Module):
     """One more sublayer, between two blocks: h + body(norm(h)), on whatever streams there are."""
     def __init__(self, c, body, sublayer):
         super().__init__()
-        self.residual, self.norm = RESIDUAL[c.residual](c, sublayer), NORM[c.norm](c.n_embd, c.bias)
+        self.residual, self.norm = RESIDUAL[c.residual](c, sublayer), norm(c)
         self.body = body
         self.dropout = nn.Dropout(c.dropout)
 
@@ -1469,7 +1476,7 @@ class Router(nn.Module):
         super().__init__()
         self.reduce, (below, above) = RESIDUAL[c.residual].reduce, c.stage_depths[stage : stage + 2]
         self.layers, self.first, self.target = above - below, c.stage_depths[0], c.target_depth
-        self.norm, self.gate = NORM[c.norm](c.n_embd, c.bias), linear(c, c.n_embd, 1, True, role="gate")
+        self.norm, self.gate = norm(c), linear(c, c.n_embd, 1, True, role="gate")
 
     @staticmethod
     def complaints(c):

@@ -65,6 +65,7 @@ CHOICES = {
     "n_ahead": (0, 3),
     "uncertainty": (False, True),
     "conv": (0, 4),
+    "norm_eps": (0.0, 1e-3),
 }
 DANGEROUS = [ # what has gone wrong together
     dict(depths=(1, 2), memory_slots=3, document_token=7, thought_tokens=2),
@@ -810,6 +811,7 @@ REFUSED = [ # a config, and a part of what it hears
     (dict(n_kv_head=-1), "n_kv_head=-1 must not be negative"),
     (dict(logit_softcap=-1.0), "logit_softcap=-1.0 must not be negative"),
     (dict(init_std=-0.1), "init_std=-0.1 must not be negative"),
+    (dict(norm_eps=-1e-6), "norm_eps=-1e-06 must not be negative"),
     (dict(dropout=1.0), "dropout=1.0 must be in [0, 1)"),
     (dict(rope_base=1.0), "rope_base=1.0 must be above 1"),
     (dict(n_embd=33), "n_embd=33 is not divisible by n_head=4"),
