@@ -457,13 +457,14 @@ def crrelu(x, eps):
 
 
 ACTIVATIONS = {
+    "gelu_tanh": lambda x, eps: F.gelu(x, approximate="tanh"), # as GPT-2 has it; up to 5e-4 from gelu
     "gelu": lambda x, eps: F.gelu(x), # Hendrycks & Gimpel 2016, arXiv:1606.08415, with erf
     "relu2": relu2, # So et al. 2021, arXiv:2109.08668
     "silu": lambda x, eps: F.silu(x), # Elfwing et al. 2017, arXiv:1702.03118
     "telu": telu, # x tanh(e^x). Fernandez & Mali 2024, arXiv:2412.20269
     "crrelu": crrelu, # relu(x) + eps x e^(-x^2 / 2), eps learned. Sun et al. 2024, arXiv:2405.12954
 }
-IN_TRITON = ("gelu", "relu2", "silu", "telu", "crrelu") # the names that `act` knows
+IN_TRITON = ("gelu", "gelu_tanh", "relu2", "silu", "telu", "crrelu") # the names that `act` knows
 
 
 def activate(x: torch.Tensor, name: str, eps: torch.Tensor | None = None) -> torch.Tensor:
@@ -526,6 +527,11 @@ def act(x, eps, NAME: tl.constexpr):
     if NAME == "gelu":
         phi = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) # the normal distribution function
         y, slope = x * phi, phi + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif NAME == "gelu_tanh": # (1 + tanh(z / 2)) / 2 = sigmoid(z), without its cancellation
+        c = tl.where(x > 20, 20.0, tl.where(x < -20, -20.0, x)) # beyond, s is 1 or 0 and x^3 may be inf
+        z = 1.5957691216057308 * (c + 0.044715 * c * c * c)
+        s, rest = 1 / (1 + tl.exp(-z)), 1 / (1 + tl.exp(z)) # rest: 1 - s
+        y, slope = x * s, s + s * rest * c * (1.5957691216057308 + 0.21406445 * c * c)
     elif NAME == "relu2":
         r = tl.where(x < 0, 0.0, x) # NaN stays NaN
         y, slope = r * r, 2 * r

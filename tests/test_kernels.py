@@ -789,6 +789,7 @@ def test_formulas():
     x, eps = torch.linspace(-6, 6, 1001, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
     bump = x * torch.exp(-x**2 / 2)
     for name, want in (("gelu", x * (1 + torch.erf(x / 2**0.5)) / 2),
+                       ("gelu_tanh", x / 2 * (1 + torch.tanh((2 / math.pi)**0.5 * (x + 0.044715 * x**3)))),
                        ("relu2", torch.where(x > 0, x**2, 0 * x)),
                        ("silu", x / (1 + torch.exp(-x))),
                        ("telu", x * torch.tanh(torch.exp(x))),
