@@ -104,6 +104,19 @@ class Tokenizer:
         """What tokenizer_from_dict needs to make this tokenizer again, ready for JSON."""
         return {"name": self.name}
 
+    def to_hf(self) -> str:
+        """The text of a tokenizer.json, by which Hugging Face's `tokenizers` gives a text the same ids."""
+        raise NotImplementedError
+
+    def for_prepare(self, path: Path, write: bool = True) -> str:
+        """What prepare takes for this tokenizer: its name, or path, to which it is written."""
+        kind = TOKENIZERS.get(self.name)
+        if kind not in (None, CharTokenizer) and kind().to_dict() == self.to_dict():
+            return self.name
+        if write:
+            path.write_text(json.dumps(self.to_dict()), encoding="utf-8")
+        return str(path)
+
     def unknown(self, text: str) -> list[str]:
         """The distinct characters of text that have no id."""
         return []
@@ -159,6 +172,9 @@ class CharTokenizer(Tokenizer):
         id_to_char = {str(i): char for char, i in self.char_to_id.items()}
         return {"name": self.name, "char_to_id": self.char_to_id, "id_to_char": id_to_char}
 
+    def to_hf(self):
+        return bpe_json(self.char_to_id, unk_token="<UNK>" if self.unk >= 0 else None)
+
     def look_up(self, text):
         """(code points, ids) of text, both (len(text),)."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4") # UTF-32 is the code points
@@ -210,6 +226,12 @@ class ByteTokenizer(Tokenizer):
     def bytes_of(self, ids):
         return len(ids) # ids may end inside a character
 
+    def to_hf(self): # which shows a byte as a visible character: itself, or one from 256 on
+        visible = {*range(33, 127), *range(161, 256)} - {173}
+        hidden = [b for b in range(256) if b not in visible]
+        letter = {b: chr(256 + hidden.index(b) if b in hidden else b) for b in range(256)}
+        return bpe_json({letter[b]: b for b in letter}, words=False)
+
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte pairs, by tiktoken. The first encode or decode fetches its files."""
@@ -219,14 +241,21 @@ class GPT2Tokenizer(Tokenizer):
         "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 
+    def paths(self):
+        """Where vocab.bpe and encoder.json lie. tiktoken's own download would have no timeout."""
+        files = self.files.items()
+        return [fetch(self.address + file, file, sha256, self.data_dir) for file, sha256 in files]
+
+    def to_hf(self):
+        bpe, vocab = (path.read_text(encoding="utf-8") for path in self.paths())
+        merges = [tuple(pair.split(" ")) for pair in bpe.split("\n")[1:-1]] # the first line is a version
+        return bpe_json(json.loads(vocab), merges, ["<|endoftext|>"], words=True)
+
     @cached_property
     def codec(self):
         tiktoken, public = package("tiktoken"), package("tiktoken_ext.openai_public")
-        # Its get_encoding would download both files without a timeout.
-        paths = [str(fetch(self.address + file, file, sha256, self.data_dir))
-                 for file, sha256 in self.files.items()]
-        os.environ["TIKTOKEN_CACHE_DIR"] = "" # no copies of them elsewhere
-        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*paths)
+        os.environ["TIKTOKEN_CACHE_DIR"] = "" # no copies of the files elsewhere
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*map(str, self.paths()))
         return tiktoken.Encoding("gpt2", pat_str=public.r50k_pat_str, mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": self.eot})
 
@@ -263,6 +292,16 @@ class HFTokenizer(Tokenizer):
     def to_dict(self):
         return {"name": self.name, "json": self.text}
 
+    def to_hf(self):
+        return self.text
+
+    def is_gpt2(self) -> bool:
+        """Whether this is GPT-2's: its merges make the file that GPT2Tokenizer fetches."""
+        merges = json.loads(self.text)["model"].get("merges") or []
+        lines = ["#version: 0.2", *(pair if isinstance(pair, str) else " ".join(pair) for pair in merges), ""]
+        same = hashlib.sha256("\n".join(lines).encode()).hexdigest() == GPT2Tokenizer.files["vocab.bpe"]
+        return same and (self.vocab_size, self.eot) == (GPT2Tokenizer.vocab_size, GPT2Tokenizer.eot)
+
     @cached_property
     def codec(self):
         tokenizers = package("tokenizers")
@@ -296,6 +335,19 @@ class HFTokenizer(Tokenizer):
 
     def decode(self, ids):
         return self.codec.decode(self.checked(ids).tolist(), skip_special_tokens=False)
+
+
+def bpe_json(vocab, merges=(), special=(), words=None, unk_token=None):
+    """The text of a tokenizer.json. words: whether a byte, not a character, is the smallest piece, and merges
+    stay inside words; None: a character.
+    """
+    hf = package("tokenizers", "a tokenizer.json")
+    made = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=[*merges], unk_token=unk_token))
+    made.decoder = hf.decoders.Fuse() if words is None else hf.decoders.ByteLevel()
+    if words is not None:
+        made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    made.add_special_tokens([*special])
+    return made.to_str()
 
 
 TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, AsciiTokenizer, GPT2Tokenizer, ByteTokenizer)}
@@ -528,9 +580,9 @@ def receive(url, part, deadline, most):
                 return failure(error)
 
 
-def hub_file(repo, revision, path, data_dir) -> Path:
-    """The path of a file of a dataset on Hugging Face's hub: downloaded, and with the sha256 given there."""
-    url, found = f"{endpoint()}/datasets/{repo}/resolve/{revision}/{path}", []
+def hub_file(repo, revision, path, data_dir, kind="datasets/") -> Path:
+    """The path of a file on Hugging Face's hub: downloaded, with the sha256 given there. kind "": a model."""
+    url, found = f"{endpoint()}/{kind}{repo}/resolve/{revision}/{path}", []
     # One flat name. C4's .json are .jsonl. A .bin among the datasets would make their folder look like one.
     filename = f"{repo.split('/')[1]}-{path}".replace("/", "-").replace(".json.", ".jsonl.")
     filename = filename.replace(".bin", ".tokens")

@@ -5,6 +5,8 @@ blocks, and a block holds one choice of each slot. After that each slot has a se
 the rules, checkpoints and sizes. All choices are made in __init__; no forward reads the config.
 
   python model.py --attention=diff_mla   prints that model as data flows through it: shapes, parameters, FLOPs
+  python model.py export out/run --format=hf --to=FOLDER          for transformers, and what reads its files
+  python model.py export out/run --format=weights --to=FILE.pt    a checkpoint without the optimizer's state
 
 B batch   T new tokens   S tokens attended to, cached and new   C channels (n_embd)   V vocabulary
 H heads (n_head)   K key/value heads (n_kv_head)   D head width (head_dim)   R latent rank (kv_rank)
@@ -20,20 +22,25 @@ import copy
 import difflib
 import hashlib
 import itertools
+import json
 import math
 import os
+import re
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import data
 from kernels import (ACTIVATIONS, activate, gated_pair, linear_cross_entropy, mhc_coefficients, mhc_gates,
                      pad_vocabulary, product_dtype, project, read_streams, rmsnorm, rope_table, rotate,
                      short_conv, widen, write_streams)
@@ -162,6 +169,7 @@ class GPT(nn.Module):
         c = self.config = config
         self.block_size, self.n_stream, self.n_thought = c.block_size, c.streams, c.thought_tokens
         self.cache_dtype = "auto" # of new_cache, where its caller names none
+        self.tokenizer = None # a data.Tokenizer, where the weights came with one
         extras = [make for knob, make in EXTRAS.items() if getattr(c, knob)]
         self.embed = Embedding(c.vocab_size, c.n_embd, outer_std(c))
         self.position = POSITION[c.position](c)
@@ -334,8 +342,36 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str, device: str = "cpu") -> "GPT":
-        """The model of train.py's checkpoint, in eval mode. FileNotFoundError; ValueError if unusable."""
-        return cls.from_state(load_checkpoint(path), path).to(device).eval()
+        """The model of a file or run (load_run), in eval mode. FileNotFoundError; ValueError if unusable."""
+        state, path = load_run(path)
+        return cls.from_state(state, path).to(device).eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str, data_dir: str = "data", device: str = "cpu") -> "GPT":
+        """The model of other programs' weights, in eval mode, with its tokenizer or None. source: a name in
+        GPT2, a folder with config.json, nanoGPT's ckpt.pt, or what from_checkpoint takes. ValueError if there
+        is none, or if it has what our architecture lacks.
+        """
+        path, matrices = os.path.expanduser(source), _TRANSPOSED
+        if source in GPT2:
+            *sizes, revision = GPT2[source]
+            sizes = dict(zip(("n_layer", "n_head", "n_embd"), sizes), vocab_size=50257, n_positions=1024)
+            chosen, repo = our_fields({"model_type": "gpt2", **sizes}, source), f"openai-community/{source}"
+            theirs = weights_in(data.hub_file(repo, revision, "model.safetensors", data_dir, kind=""))
+        elif os.path.isfile(os.path.join(path, "config.json")):
+            chosen = our_fields(read_json(Path(path, "config.json")), path)
+            theirs = weights_in(Path(path))
+        elif os.path.isfile(path) and "model_args" in (state := unpickled(path)):
+            usual = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
+            chosen, theirs, matrices = {**usual, **state["model_args"]}, state["model"], _AS_IS # nanoGPT's
+        elif os.path.exists(path):
+            return cls.from_checkpoint(path, device)
+        else:
+            raise ValueError(f"no weights {source!r}: give a folder, a .pt file, or one of {', '.join(GPT2)}")
+        model = cls(GPTConfig(**saved_fields(chosen, path)))
+        copy_weights(weights_of(model, matrices), theirs, path)
+        model.tokenizer = tokenizer_of(path, chosen["vocab_size"], data_dir)
+        return model.to(device).eval()
 
     @classmethod
     def from_state(cls, state: dict, path: str) -> "GPT":
@@ -346,6 +382,9 @@ class GPT(nn.Module):
             raise ValueError(f"{path} holds no model of train.py; give its ckpt.pt or best.pt") from None
         model = cls(GPTConfig(**saved_fields(chosen, path)))
         model.load(weights, path)
+        if state.get("tokenizer"): # of a run on ids without text there is none
+            data_dir = state["config"].get("train", {}).get("data_dir", "data")
+            model.tokenizer = data.tokenizer_from_dict(state["tokenizer"], data_dir)
         return model
 
     def load(self, weights: dict, path: str) -> None:
@@ -356,6 +395,23 @@ class GPT(nn.Module):
             problem = str(error).splitlines()[:2][-1].strip()[:200] # torch's first line says nothing
             raise ValueError(f"{path} is of another version of model.py: {problem}\n"
                              "use the commit that its run.json names, or train again") from None
+
+
+    @torch.no_grad()
+    def start_from(self, other: "GPT") -> None:
+        """Copies the weights of a model that differs in MAY_CHANGE at most, and prints what changes."""
+        was, now, theirs = other.config, self.config, other.state_dict()
+        for name, ours in self.state_dict().items():
+            if name in theirs: # learned positions alone may be more or fewer
+                rows = min(len(ours), len(theirs[name]))
+                ours[:rows] = theirs[name][:rows]
+        if was.block_size != now.block_size:
+            tail = "are cut" if now.block_size < was.block_size else "start at random"
+            tail = f": the learned positions beyond {tail}" if now.position == "learned" else ""
+            print(f"block_size {was.block_size} becomes {now.block_size}{tail}")
+        for knob in ("n_ahead", "uncertainty"):
+            if bool(getattr(was, knob)) != bool(getattr(now, knob)):
+                print(f"{knob} {'starts at random' if getattr(now, knob) else 'is dropped'}")
 
 
 def forward_flops(module: nn.Module, T: int) -> int:
@@ -770,7 +826,7 @@ class Rope(nn.Module):
     Pair i of a query or key at position m is rotated by the angle m base^(-2i/P), so that a score depends on
     the distance of two positions alone. A pair is (2i, 2i+1) as in the paper: its rotation is one complex
     product, which takes fewer passes over memory than Llama's pairs (i, i + P/2). The two differ by a
-    permutation of weight rows alone (tests/test_parity.py).
+    permutation of weight rows alone (halves).
     """
     rotates, knobs = True, ("rope_base",)
 
@@ -1722,13 +1778,18 @@ def complaints(c):
         yield from getattr(part, "complaints", lambda c: ())(c)
 
 
+def unchecked(chosen: dict) -> GPTConfig:
+    c = object.__new__(GPTConfig) # without its checks
+    c.__dict__.update({f.name: f.default for f in fields(GPTConfig)} | chosen)
+    return c
+
+
 def without_orphans(chosen: dict, typed: set) -> dict:
     """chosen, {field: value}, without the knobs of a config file whose owner the command line switched off:
     `--attention=mha` after a file with a kv_rank should train, not be refused for a knob that nobody typed.
     typed: the names that the command line gave. What is dropped is printed.
     """
-    c = object.__new__(GPTConfig) # without its checks
-    c.__dict__.update({f.name: f.default for f in fields(GPTConfig)} | chosen)
+    c = unchecked(chosen)
     if any(getattr(c, slot) not in table for slot, table in SLOTS.items()):
         return chosen # GPTConfig will refuse it
     orphans = [knob for knob, (slot, _) in idle_knobs(c).items() if knob not in typed and slot in typed]
@@ -1826,16 +1887,313 @@ def load_checkpoint(path: str) -> dict:
         blob = f.read()
     if blob[-_SEAL:-64] != b"sha256:":
         raise ValueError(f"{path} is cut short, or was not written by train.py; give its ckpt.pt or best.pt")
-    if torch.__version__ < (2, 10): # CVE-2026-24747: weights_only=True let code through
-        raise ValueError(f"torch {torch.__version__} may run code of a file: pip install -r requirements.txt")
     if hashlib.sha256(blob[:-_SEAL]).hexdigest().encode() != blob[-64:]:
         raise ValueError(f"{path} is damaged: its bytes do not match their sha256; use another checkpoint")
+    return unpickled(path)
+
+
+def unpickled(path: str) -> dict:
+    """What torch.load reads of a file that holds tensors and numbers alone, on the CPU. Else ValueError."""
+    if torch.__version__ < (2, 10): # CVE-2026-24747: weights_only=True let code through
+        raise ValueError(f"torch {torch.__version__} may run code of a file: pip install -r requirements.txt")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error: # torch.load raises many kinds for a pickle of more than tensors
         problem = str(error).splitlines()[0][:120]
         raise ValueError(f"{path} holds more than weights and numbers, or less: {problem}\n"
                          "it is not what train.py writes and may run code; use another checkpoint") from None
+
+
+def load_run(path: str) -> tuple[dict, str]:
+    """What load_checkpoint reads, and from where. path: a file, or the folder of a run, of which best.pt is
+    read, or the newest checkpoint that is whole. Damaged ones are named.
+    """
+    if not os.path.isdir(path):
+        return load_checkpoint(path), path
+    kept = sorted(Path(path).glob("step_*.pt"), reverse=True)
+    names = [Path(path, name) for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt")] + kept
+    if not (names := [str(name) for name in names if name.exists()]):
+        raise FileNotFoundError(f"there is no checkpoint in {path}: give the folder of a run, or train first")
+    for name in names:
+        try:
+            return load_checkpoint(name), name
+        except ValueError as error:
+            print(f"WARNING: {error}", file=sys.stderr)
+    raise ValueError(f"no checkpoint in {path} is whole: train again")
+
+
+# --- weights of other programs ------------------------------------------------------------------------------
+# One table for both directions: weights_of(model) is {their name: (a view of ours, (there, back))}. Export
+# stores there(view), import copies back(theirs) into the view. FAMILIES does the same for config.json.
+
+MAY_CHANGE = ("block_size", "dropout", "gradient_checkpointing", "n_ahead", "uncertainty") # of given weights
+# OpenAI's sizes: layers, heads, width, revision of openai-community/NAME on Hugging Face's hub. It could not
+# be asked here: what was tried is the way through DATA_MIRROR.
+GPT2 = {"gpt2": (12, 12, 768, "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+        "gpt2-medium": (24, 16, 1024, "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"),
+        "gpt2-large": (36, 20, 1280, "32b71b12589c2f8d625668d2335a01cac3249519"),
+        "gpt2-xl": (48, 25, 1600, "15ea56dee5df4983c59b2538573817e1667135e2")}
+
+_AS_IS = (lambda w: w,) * 2
+_TRANSPOSED = (lambda w: w.T if w.dim() == 2 else w,) * 2 # GPT-2's Conv1D has (n_in, n_out)
+
+
+def halves(heads):
+    """Rows of queries or keys: we rotate neighbours (2i, 2i+1) of a head, Llama rotates (i, i + D/2)."""
+    return (lambda w: w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2),
+            lambda w: w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2))
+
+
+def weights_of(model, matrices=_TRANSPOSED):
+    """The table of a model. matrices=_AS_IS: as nanoGPT names and stores them."""
+    c = model.config
+    table = gpt2_weights(model, matrices) if c.position == "learned" else llama_weights(model)
+    return table if c.tie_embeddings else {**table, "lm_head.weight": (model.head.weight, _AS_IS)}
+
+
+def gpt2_weights(model, matrices):
+    """transformers' GPT-2 has every bias: those that we lack are 0 there. nanoGPT may lack them too."""
+    parts, found = {"wte": model.embed, "wpe": model.position.table, "ln_f": model.norm}, {}
+    for i, block in enumerate(model.blocks):
+        a, mlp, p = block.attention, block.mlp, f"h.{i}."
+        parts |= {p + "ln_1": block.norm1, p + "attn.c_attn": a.qkv, p + "attn.c_proj": a.out,
+                  p + "ln_2": block.norm2, p + "mlp.c_fc": mlp.up, p + "mlp.c_proj": mlp.down}
+    for name, m in parts.items():
+        found[f"transformer.{name}.weight"] = m.weight, matrices if isinstance(m, Linear) else _AS_IS
+        bias = getattr(m, "bias", None)
+        if bias is None and matrices is _TRANSPOSED and not isinstance(m, Embedding):
+            bias = torch.zeros(len(m.weight))
+        found |= {} if bias is None else {f"transformer.{name}.bias": (bias, _AS_IS)}
+    return found
+
+
+def llama_weights(model):
+    """transformers' Llama. DiffLlama and DeepSeek-V3 have its names, and another attention."""
+    found = {"embed_tokens": model.embed.weight, "norm": model.norm.weight}
+    for i, block in enumerate(model.blocks):
+        a, p = block.attention, f"layers.{i}."
+        gate, up = block.mlp.gate_up.weight.chunk(2)
+        found |= {p + "input_layernorm": block.norm1.weight, p + "mlp.gate_proj": gate, p + "mlp.up_proj": up,
+                  p + "mlp.down_proj": block.mlp.down.weight,
+                  p + "post_attention_layernorm": block.norm2.weight}
+        of_attention = latent_weights(a) if isinstance(a, LatentHeads) else dense_weights(a)
+        found |= {f"{p}self_attn.{name}": w for name, w in of_attention.items()}
+    rows = {name: w if type(w) is tuple else (w, _AS_IS) for name, w in found.items()}
+    return {f"model.{name}" + ".weight" * ("lambda" not in name): row for name, row in rows.items()}
+
+
+def dense_weights(a):
+    q, k, v = a.qkv.weight.split([a.Q * a.D, a.K * a.D, a.K * a.D])
+    found = {"q_proj": (q, halves(a.Q)), "k_proj": (k, halves(a.K)), "v_proj": v, "o_proj": a.out.weight}
+    if isinstance(a.maps, DiffV1):
+        found |= zip(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"), a.maps.vectors)
+    return found
+
+
+def latent_weights(a): # the pairs that rotate are neighbours in DeepSeek-V3 too
+    parts = {"kv_a_proj_with_mqa": a.kv_down, "kv_a_layernorm": a.kv_norm, "kv_b_proj": a.kv_up,
+             "o_proj": a.out}
+    low_rank = {"q_a_proj": a.q_down, "q_a_layernorm": a.q_latent_norm, "q_b_proj": a.q_up}
+    parts |= low_rank if isinstance(a.q_down, Linear) else {"q_proj": a.q_up}
+    return {name: part.weight for name, part in parts.items()}
+
+
+_LLAMA = {"vocab_size": "vocab_size", "hidden_size": "n_embd", "intermediate_size": "mlp_hidden",
+          "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "rope_theta": "rope_base",
+          "max_position_embeddings": "block_size", "rms_norm_eps": "norm_eps", "hidden_act": "activation",
+          "tie_word_embeddings": "tie_embeddings"}
+_DENSE = {**_LLAMA, "num_key_value_heads": "n_kv_head", "head_dim": "head_dim"}
+_LATENT = {**_LLAMA, "kv_lora_rank": "kv_rank", "q_lora_rank": "q_rank", "qk_rope_head_dim": "rope_dim",
+           "v_head_dim": "head_dim"}
+_GPT2 = {"vocab_size": "vocab_size", "n_embd": "n_embd", "n_inner": "mlp_hidden", "n_layer": "n_layer",
+         "n_head": "n_head", "n_positions": "block_size", "layer_norm_epsilon": "norm_eps",
+         "activation_function": "activation", "tie_word_embeddings": "tie_embeddings"}
+_SWIGLU = {"activation": "silu", "glu": True, "tie_embeddings": False}
+_PLAIN = {"rope_type": "default", "partial_rotary_factor": 1.0, "attention_bias": False, "mlp_bias": False}
+# {model_type: (class in transformers, {their field: ours}, our fields that all of them have or that count
+# where theirs are missing, their fields of which we have this value alone)}
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", _DENSE, _SWIGLU, _PLAIN),
+    "mistral": ("MistralForCausalLM", _DENSE, _SWIGLU, {**_PLAIN, "sliding_window": None}),
+    "diffllama": ("DiffLlamaForCausalLM", _DENSE,
+                  {**_SWIGLU, "attention": "diff", "diff_form": "v1", "norm_eps": 1e-5}, _PLAIN),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _LATENT, {**_SWIGLU, "attention": "mla"},
+                    {**_PLAIN, "rope_interleave": True}),
+    "gpt2": ("GPT2LMHeadModel", _GPT2,
+             {"norm": "layernorm", "position": "learned", "bias": True, "activation": "gelu_tanh"},
+             {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+              "add_cross_attention": False}),
+}
+_ACTIVATION = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu2": "relu2"} # ours: theirs
+
+
+def our_fields(found, path):
+    """The fields of GPTConfig for what config.json holds. ValueError names what our architecture lacks."""
+    kind, rope = found.get("model_type"), found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if kind not in FAMILIES:
+        raise ValueError(f"{path}: model_type={kind!r} is none of those we have: {', '.join(FAMILIES)}")
+    _, names, ours, needed = FAMILIES[kind]
+    found = {**found, "rope_type": rope.get("type", "default"), **rope} # older files have type
+    if lacking := [f"{k}={found[k]}" for k, v in needed.items() if found.get(k, v) != v]:
+        raise ValueError(f"{path}: our {kind} has no {', '.join(lacking)}")
+    chosen = {field: found[name] for name, field in names.items() if found.get(name) is not None}
+    again = {theirs: our for our, theirs in _ACTIVATION.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
+    act = chosen.get("activation", ours["activation"])
+    return {**ours, **chosen, "activation": again.get(act, act)} # GPTConfig refuses what it does not know
+
+
+def spelled_out(c):
+    """The fields of c with usual values in the place of 0. None: no model of transformers has it."""
+    eps = c.norm_eps or (None if "diff" == c.attention and c.diff_form == "v1" else NORM[c.norm](1).eps)
+    found = {**vars(c), "n_kv_head": c.kv_heads, "head_dim": c.head_width, "mlp_hidden": c.hidden,
+             "activation": _ACTIVATION.get(c.activation), "norm_eps": eps}
+    return found | ({"kv_rank": c.latent_rank, "rope_dim": c.rotary_width} if "mla" in c.attention else {})
+
+
+def their_config(c, kind):
+    """The config.json of c, as far as the family can tell."""
+    architecture, names, _, needed = FAMILIES[kind]
+    here = spelled_out(c)
+    found = {"model_type": kind, "architectures": [architecture], "torch_dtype": "float32", **needed,
+             **{name: here[field] for name, field in names.items()}}
+    if kind == "gpt2":
+        return found | {"n_ctx": c.block_size} # as in OpenAI's files; llama.cpp's converter reads it
+    rope = {k: found.pop(k) for k in ("rope_type", "partial_rotary_factor")}
+    found["rope_parameters"] = {**rope, "rope_theta": c.rope_base}
+    if kind == "deepseek_v3": # all layers are dense
+        found |= {"qk_nope_head_dim": c.head_width - here["rope_dim"], "num_key_value_heads": c.n_head,
+                  "q_lora_rank": c.q_rank or None, "first_k_dense_replace": c.n_layer,
+                  "num_nextn_predict_layers": 0}
+    return found
+
+
+def family_of(c):
+    """The model_type of c. ValueError names the fields of c that are lost on the way there and back."""
+    def lost(kind):
+        here, there = spelled_out(c), spelled_out(unchecked(our_fields(their_config(c, kind), "")))
+        free = {*MAY_CHANGE, "init_std", "zero_init", "bias" if kind == "gpt2" else ""} # no bias: zeros there
+        return sorted(k for k in here.keys() - free if here[k] is None or here[k] != there[k])
+
+    kind = min(FAMILIES, key=lambda kind: len(lost(kind)))
+    if names := lost(kind):
+        hint = "\nDiffLlama has one epsilon: train with --norm_eps=1e-5" * ("norm_eps" in names)
+        raise ValueError(f"transformers has no such model: its nearest, {FAMILIES[kind][0]}, lacks "
+                         + ", ".join(f"{k}={vars(c)[k]}" for k in names) + hint)
+    return kind
+
+
+@torch.no_grad()
+def copy_weights(table, theirs, path):
+    """Copies tensors of another program into the views of a table. ValueError if names or shapes differ."""
+    def bare(named): # torch.compile puts _orig_mod. in front; the trunk saved alone lacks its own name
+        return {re.sub(r"^(_orig_mod\.)?(transformer\.|model\.)?", "", k): v for k, v in named.items()}
+
+    theirs, table = bare(theirs), bare(table)
+    constants = r"\.attn\.(masked_)?bias|inv_freq" + "|^lm_head.weight" * ("lm_head.weight" not in table)
+    if strange := sorted(k for k in theirs.keys() ^ table.keys() if not re.search(f"({constants})$", k)):
+        raise ValueError(f"{path} has other weights than its settings say: {data.listed(strange, 3)}")
+    for name, (view, (there, back)) in table.items():
+        if theirs[name].shape != there(view).shape:
+            raise ValueError(f"{path}: {name} is {tuple(theirs[name].shape)}, not {tuple(there(view).shape)}")
+        view.copy_(back(theirs[name]))
+
+
+def read_json(path):
+    with suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(path.read_bytes()), dict):
+            return found
+    raise ValueError(f"{path} is damaged: it holds no JSON object")
+
+
+def weights_in(path):
+    """{name: tensor} of a .safetensors file, or of a folder: model.safetensors, its shards, or a pickle."""
+    files, index = [path], path / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index).get("weight_map", {}).values()
+        files = [path / os.path.basename(name) for name in names]
+    elif path.is_dir():
+        files = [path / "model.safetensors"]
+        if not files[0].exists():
+            return unpickled(path / "pytorch_model.bin")
+    package, found = data.package("safetensors.torch", "a .safetensors file"), {}
+    for file in sorted({*files}):
+        try:
+            found |= package.load_file(file)
+        except Exception as error: # the package raises many kinds
+            raise ValueError(f"cannot read {file}: {error}") from error
+    return found
+
+
+def tokenizer_of(folder, vocab_size, data_dir):
+    """That of tokenizer.json; our gpt2 where it is GPT-2's, or is missing and the vocabulary is GPT-2's."""
+    gpt2, path = data.GPT2Tokenizer(None, data_dir), os.path.join(folder, "tokenizer.json")
+    if folder in GPT2:
+        return gpt2
+    if os.path.isfile(path):
+        codec = data.make_tokenizer(path, "", data_dir)
+        return gpt2 if codec.name == "hf" and codec.is_gpt2() else codec
+    known = gpt2.vocab_size <= vocab_size <= 50304 # up to a multiple of 64, as nanoGPT has it
+    print(f"{folder} has no tokenizer" + ": by its vocab_size, assumed gpt2" * known)
+    return gpt2 if known else None
+
+
+def export_hf(model: GPT, to: str) -> str:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer of transformers load; returns the class of
+    the model. ValueError if transformers has none.
+    """
+    c, codec, kind = model.config, model.tokenizer, family_of(model.config)
+    end = codec.eot if codec else None
+    ends = {"bos_token_id": end, "eos_token_id": end} # else their own defaults would end a text
+    files = {"config.json": {**their_config(c, kind), **ends}, "generation_config.json": ends}
+    if codec:
+        words = {} if end is None else dict.fromkeys(("bos_token", "eos_token"), codec.decode([end]))
+        files["tokenizer.json"] = json.loads(codec.to_hf())
+        files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **words,
+                                          "model_max_length": c.block_size}
+    weights = {name: there(w.detach()).contiguous() for name, (w, (there, _)) in weights_of(model).items()}
+    save = data.package("safetensors.torch", "--format=hf").save_file
+    os.makedirs(to, exist_ok=True)
+    save(weights, os.path.join(to, "model.safetensors"), _WRITTEN)
+    for name, value in files.items():
+        Path(to, name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    return FAMILIES[kind][0]
+
+
+_WRITTEN = {"format": "pt", "writer": "nanoSLM"} # in model.safetensors; transformers asks for the first
+
+
+def may_replace(to, form):
+    """Whether nothing lies at a path, or an empty folder, or an earlier export."""
+    if form == "weights" or not os.path.isdir(to):
+        return not os.path.exists(to) or form == "weights" and "optimizer" not in load_checkpoint(to)
+    with suppress(Exception): # there is no such file, or one of another kind
+        file = data.package("safetensors").safe_open(os.path.join(to, "model.safetensors"), "pt")
+        return file.metadata() == _WRITTEN
+    return not os.listdir(to)
+
+
+def export_run(argv):
+    """What python model.py export does."""
+    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), argv))
+    chosen = {"format": "hf", "to": "", "__file__": __file__}
+    configurator.configure(chosen, argv=argv[len(words) :])
+    form, to = chosen["format"], os.path.expanduser(chosen["to"])
+    if len(words) != 1 or not to or form not in ("hf", "weights"):
+        raise ValueError("usage: python model.py export RUN --format=hf --to=FOLDER\n"
+                         "       python model.py export RUN --format=weights --to=FILE.pt")
+    state, path = load_run(words[0])
+    model = GPT.from_state(state, path)
+    if not may_replace(to, form):
+        raise ValueError(f"{to} is there and is no earlier export: choose another --to")
+    if form == "weights":
+        kept = {name: state[name] for name in ("model", "config", "tokenizer", "step")}
+        os.makedirs(os.path.dirname(to) or ".", exist_ok=True)
+        save_checkpoint(to, kept, keep_previous=False)
+        return print(f"{to}: {os.path.getsize(to):,} bytes, for sample.py --out_dir and train.py --init_from")
+    made = export_hf(model, to)
+    if outside := [knob for knob in ("n_ahead", "uncertainty") if getattr(model.config, knob)]:
+        print(f"left out, since transformers has no place for it: {', '.join(outside)}")
+    print(f"{to}: AutoModelForCausalLM.from_pretrained({to!r}) is a {made}")
 
 
 # --- presets ------------------------------------------------------------------------------------------------
@@ -1920,6 +2278,10 @@ model_size = "" # setting of this door and of train.py: a name in PRESETS; empty
 if __name__ == "__main__":
     from configurator import configure, user_errors
 
+    if sys.argv[1:2] == ["export"]:
+        with user_errors():
+            export_run(sys.argv[2:])
+        sys.exit()
     out_dir = "" # folder of a run, whose model is described; in a config file it has no effect
     given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(__file__), "train.py"))
     with user_errors():

@@ -672,7 +672,7 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path, monkeypatch):
         load_checkpoint(tmp_path / "bomb.pt")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ValueError, match="is a folder; give a file in it"):
-        GPT.from_checkpoint(tmp_path)
+        load_checkpoint(tmp_path)
     save_checkpoint(tmp_path / "none.pt", {"model": {}})
     with pytest.raises(ValueError, match="holds no model"):
         GPT.from_checkpoint(tmp_path / "none.pt")
