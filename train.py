@@ -48,14 +48,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 import data
 from configurator import UserError, configure, git_commit, out_of_memory, report, user_errors
 from kernels import choose_device, cpu_has_bf16, path_for, use_kernel
-from model import (GPT, GPTConfig, link_checkpoint, load_checkpoint, preset, save_checkpoint, saved_fields,
-                   step_of, without_orphans)
+from model import (GPT, MAY_CHANGE, GPTConfig, link_checkpoint, load_checkpoint, preset, save_checkpoint,
+                   saved_fields, step_of, without_orphans)
 from optim import (LATE, Sparse, build_optimizer, declarations, find_hooks, run_update_hooks, share_of,
                    step_where_finite, watch, whole)
 
 # --- run ---
 out_dir = "out" # everything the run writes goes here
 resume = False # go on from the newest whole checkpoint in out_dir, or from a chosen one: --resume=FILE.pt
+init_from = "" # start from these weights: gpt2 | gpt2-medium | ... | FOLDER | FILE.pt; empty: at random
 seed = 1337 # initial weights, dropout and the order of the data
 model_size = "" # nano | micro | tiny | small | medium | large | xl | xxl (model.py, PRESETS); empty: none
 # --- data ---
@@ -170,10 +171,11 @@ typed = given.typed # the names in it that the command line gave
 SPARSE = ("sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps")
 # setting: the setting that it needs, and a value of that. A stream takes each window once an epoch anyway
 NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16),
-         "sampling": ("stream", False)}
+         "sampling": ("stream", False), "model_size": ("init_from", "")}
 # a resumed run cannot change these, nor the model
-FIXED = {"seed", "model_size", "stream", "sampling", "batch_size", "windows", "gradient_accumulation_steps",
-         "optimizer", "dtype", "weight_decay", "beta1", "beta2", "kernel", "update_hooks", "sparse", *SPARSE}
+FIXED = {"seed", "init_from", "model_size", "stream", "sampling", "batch_size", "windows",
+         "gradient_accumulation_steps", "optimizer", "dtype", "weight_decay", "beta1", "beta2", "kernel",
+         "update_hooks", "sparse", *SPARSE}
 LOCAL = {"out_dir", "resume", "device", "fsdp"} # a resumed run takes these from its own command line
 MAX_SKIPPED = 5 # steps skipped in a row that are tolerated; 4 times as many in fp16
 
@@ -199,6 +201,8 @@ def chosen_checkpoint() -> dict:
     with user_errors():
         state = load_checkpoint(source)
     check_saved(state, source)
+    if "optimizer" not in state:
+        raise UserError(f"{source} holds weights alone, and no run to resume\nuse --init_from={source}")
     print(f"RESUMING from {source}, step {state['step']}")
     return state
 
@@ -271,6 +275,9 @@ def adopt(config: dict) -> None:
     config["model"]["depths"] = tuple(config["model"].get("depths", ())) # run.json has a list
     usual = {f.name: f.default for f in fields(GPTConfig)} # for fields that the earlier run did not know yet
     was = {**DEFAULTS, **usual, **config["train"], **config["model"]}
+    if was["init_from"]: # its weights and tokenizer were taken, whatever a config file says
+        for k in given.keys() & {*usual, "tokenizer"} - typed:
+            del given[k]
     # what a config file gave without effect was dropped when the run began, and is dropped again
     kept = without_orphans({k: v for k, v in given.items() if k in usual}, typed)
     idle = {k for k, (owner, value) in NEEDS.items() if bool(was[owner]) != bool(value) and k not in typed}
@@ -380,12 +387,32 @@ with user_errors():
 
 # a setting without effect is dropped if a config file gave it, and refused if the command line did
 for name, (owner, example) in NEEDS.items():
-    now = {"sparse": sparse, "stream": stream, **model_fields}.get(owner)
+    now = {"sparse": sparse, "stream": stream, "init_from": init_from, **model_fields}.get(owner)
     if bool(now) != bool(example) and given.get(name, DEFAULTS[name]) != DEFAULTS[name]:
         if name in typed:
             raise UserError(f"{name}={given[name]} has no effect: you need --{owner}={example}, or drop it")
         print(f"{name}={given[name]} of the config file is dropped: it needs {owner}={example}")
         globals()[name] = DEFAULTS[name]
+parent = None # the model with whose weights a new run starts; a checkpoint of the run has its own
+if init_from and not checkpoint:
+    with user_errors():
+        parent = GPT.from_pretrained(init_from, data_dir)
+    own = asdict(parent.config)
+    clash = {k: own[k] for k, v in model_fields.items() if k not in MAY_CHANGE and v != own[k]}
+    if told := sorted(clash.keys() & typed):
+        raise UserError(f"{init_from} has " + ", ".join(f"{k}={own[k]}" for k in told)
+                        + f"\ndrop {' '.join(f'--{k}' for k in told)}")
+    if clash and not earlier:
+        print(f"{init_from} decides: " + ", ".join(f"{k}={v}" for k, v in clash.items()))
+    model_fields = own | {k: v for k, v in model_fields.items() if k in MAY_CHANGE}
+    print(f"STARTING from {init_from}: {parent.config.attention}, {parent.num_params():,} parameters")
+if parent and parent.tokenizer: # the data must be in it
+    other, tokenizer = tokenizer, parent.tokenizer.for_prepare(folder / "tokenizer.json", write=not RANK)
+    if given.pop("tokenizer", tokenizer) != tokenizer:
+        words = f"tokenizer={other} is not that of {init_from}: drop"
+        if "tokenizer" in typed:
+            raise UserError(f"{words} --tokenizer")
+        print(f"{words}ped")
 # nobody chose this min_lr for this learning rate
 if min_lr > learning_rate > 0 and "min_lr" not in (typed if "learning_rate" in typed else given):
     print(f"min_lr={min_lr} is above learning_rate={learning_rate}: lowered to {learning_rate / 10}")
@@ -485,6 +512,11 @@ def get_data(name: str) -> data.Dataset:
     if earlier and found.sha256 != (checkpoint or began).get("data_sha256"):
         raise UserError(f"cannot resume: {found.folder} is not the data this run was trained on\n"
                         "drop --dataset, prepare the data as before, or train anew in another --out_dir")
+    if parent and parent.tokenizer and found.meta["tokenizer"] != parent.tokenizer.to_dict():
+        text = found.name if found.name in data.DATASETS else shlex.quote(found.meta["source"]["from"])
+        raise UserError(f"{found.folder} was prepared with another tokenizer than that of {init_from}: run\n"
+                        f"python data.py prepare {text} --tokenizer={tokenizer} --data_dir={data_dir}2\n"
+                        f"and add --data_dir={data_dir}2")
     was = earlier["train"] if earlier else {}
     found.check({k: v for k, v in given.items() if v != was.get(k)}, typed, resuming=bool(earlier))
     return found
@@ -524,13 +556,17 @@ with user_errors():
     config = GPTConfig(**chosen)
     sequence = windows * config.block_size # tokens
     if config.vocab_size < corpus.vocab_size:
-        raise UserError(f"vocab_size={config.vocab_size} is below {corpus.vocab_size}: drop --vocab_size")
+        way = f"use data of the vocabulary of {init_from}" if init_from else "drop --vocab_size"
+        raise UserError(f"vocab_size={config.vocab_size} is below {corpus.vocab_size}: {way}")
     if windows > 1 and max(corpus.train.rows) <= sequence:
         raise UserError(f"windows={windows} are {sequence:,} tokens, more than the text has: lower --windows")
     # refuses a text that is too short; a stream is not opened at its start where the run goes on later
     corpus.train.batch(checkpoint["step"] if checkpoint else 0, rows, sequence, seed)
     corpus.val.batch(0, 1, sequence, seed) if eval_iters > 0 else next(corpus.val.windows(sequence, 1))
     model = GPT(config)
+    if parent:
+        model.start_from(parent)
+        parent = None # frees its memory
     if fsdp: # before the model goes to the device, which may be too small for the whole
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

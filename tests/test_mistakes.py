@@ -187,7 +187,7 @@ SLIPS = {
         "train.py config/train_shakespeare_char.py", "train_shakespeare_mha.py"),
     "nanoGPT's config of GPT-2": ("train.py config/train_gpt2.py", "config/gpt2_124m_fineweb.py"),
     "nanoGPT's config of an evaluation": ("train.py config/eval_gpt2.py", "config/gpt2_124m_fineweb.py"),
-    "nanoGPT's config of a finetuning": ("train.py config/finetune_shakespeare.py", "sprint_shakespeare.py"),
+    "a config misspelt": ("train.py config/finetune_shakespear.py", "finetune_shakespeare.py"),
     "nanoGPT's web text": ("train.py --dataset=openwebtext", "tinystories, c4, fineweb"),
     "nanoGPT's characters": ("train.py --dataset=shakespeare_char", "nearest: shakespeare"),
     "a dataset of nobody": ("train.py --dataset=enwik8", "known: shakespeare, pystdlib"),

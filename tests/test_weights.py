@@ -297,6 +297,7 @@ def test_nanogpts_checkpoint(bias, tmp_path, capsys):
 
 # --- the commands ---
 
+SHORT = ["--max_iters=0", "--batch_size=2", "--eval_iters=1", "--sample_tokens=4"]
 TINY = ("--dataset=play --n_layer=2 --n_head=2 --n_embd=16 --mlp_hidden=32 --activation=silu --glu "
         "--block_size=32 --batch_size=4 --warmup_iters=2 --eval_interval=6 --log_interval=1 "
         "--sample_tokens=4").split()
@@ -357,8 +358,83 @@ def test_the_export_command(trained, tmp_path):
     before = (trained / "ckpt.pt").read_bytes()
     said("model.py", "export", trained, "--format=weights", f"--to={trained / 'ckpt.pt'}", code=2)
     assert (trained / "ckpt.pt").read_bytes() == before
+    words = said("train.py", f"--resume={file}", code=2)
+    assert "holds weights alone" in words and f"--init_from={file}" in words
     assert "usage: python model.py export" in said("model.py", "export", "--format=hf", code=2)
     assert "--n_layer=6" in said("model.py", "--help") and "export" not in said("model.py", "--help")
+
+
+def losses(out):
+    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["val_loss"] for line in lines if "val_loss" in line]
+
+
+@deep
+def test_starting_from_our_own_run(trained, corpus, tmp_path):
+    """Other text, a longer context, a new head; then what contradicts, and a character that it lacks."""
+    (tmp_path / "other.txt").write_text("the question is that thou art\n" * 200, encoding="utf-8")
+    begin = ["train.py", f"--init_from={trained}", f"--dataset={tmp_path / 'other.txt'}",
+             f"--data_dir={tmp_path}", *SHORT]
+    words = said(*begin, f"--out_dir={tmp_path / 'a'}", "--block_size=64", "--n_ahead=0", "--uncertainty")
+    assert "STARTING from" in words and "block_size 32 becomes 64\n" in words
+    assert "n_ahead is dropped" in words and "uncertainty starts at random" in words
+    parameters_equal(GPT.from_checkpoint(str(trained)), GPT.from_checkpoint(str(tmp_path / "a")))
+    here, there = data.load("other", tmp_path), data.load("play", corpus / "data")
+    assert here.tokenizer.to_dict() == there.tokenizer.to_dict()
+    other = f"--out_dir={tmp_path / 'b'}"
+    assert f"{trained} has n_layer=2\ndrop --n_layer" in said(*begin, other, "--n_layer=3", code=2)
+    assert "drop --tokenizer" in said(*begin, other, "--tokenizer=byte", code=2)
+    assert "--init_from=, or drop it" in said(*begin, other, "--model_size=nano", code=2)
+    (tmp_path / "config.py").write_text("n_layer = 3\ntokenizer = 'byte'\nmax_iters = 0", encoding="utf-8")
+    words = said(*begin, other, tmp_path / "config.py")
+    assert "decides: n_layer=2" in words and "tokenizer=byte is not that of" in words
+    assert "NOTHING TO TRAIN" in said("train.py", tmp_path / "config.py", other, "--resume")
+    data.prepare(tmp_path / "other.txt", "byte", tmp_path / "bytes")
+    words = said(*begin, other, f"--data_dir={tmp_path / 'bytes'}", "--dataset=other", code=2)
+    assert "python data.py prepare" in words and f"--data_dir={tmp_path / 'bytes'}2" in words
+    (tmp_path / "new.txt").write_text("to be ~\n" * 99, encoding="utf-8")
+    assert "lacks '~'" in said(*begin, other, f"--dataset={tmp_path / 'new.txt'}", code=2)
+    assert "no weights 'gpt3'" in said(*begin, other, "--init_from=gpt3", code=2)
+
+
+@deep
+def test_starting_from_nanogpt(corpus, tmp_path):
+    """Its learned positions are cut or get company. It names no tokenizer: the data's is taken."""
+    vocab_size = data.load("play", corpus / "data").vocab_size
+    model = nanogpt(tmp_path, vocab_size=vocab_size + 7) # padded
+    begin = ["train.py", f"--init_from={tmp_path / 'ckpt.pt'}", "--dataset=play",
+             f"--data_dir={corpus / 'data'}", *SHORT]
+    for size, words in ((16, "are cut"), (100, "start at random")):
+        assert words in said(*begin, f"--block_size={size}", f"--out_dir={tmp_path / str(size)}")
+        got, rows = GPT.from_checkpoint(str(tmp_path / str(size))), min(size, 64)
+        assert torch.equal(got.position.table.weight[:rows], model.position.table.weight[:rows])
+        assert torch.equal(got.blocks[2].mlp.up.bias, model.blocks[2].mlp.up.bias)
+    nanogpt(tmp_path, vocab_size=5)
+    assert "vocab_size=5 is below" in said(*begin, f"--out_dir={tmp_path / 'c'}", code=2)
+
+
+@deep
+def test_finetuning_lowers_the_loss_and_resumes_exactly(tmp_path, mirror):
+    """config/finetune_shakespeare.py from a small GPT-2 that transformers wrote: the run that is stopped and
+    goes on without its source ends in the bits of the whole one.
+    """
+    made_by_transformers("gpt2", tmp_path / "gpt2", vocab_size=50257, n_embd=16, n_layer=2, n_head=2)
+    text = (mirror / "tinyshakespeare.txt").read_text(encoding="utf-8")[:60_000]
+    (tmp_path / "play.txt").write_text(text, encoding="utf-8")
+    config = (ROOT / "config/finetune_shakespeare.py", f"--init_from={tmp_path / 'gpt2'}", "--block_size=32",
+              f"--dataset={tmp_path / 'play.txt'}", f"--data_dir={tmp_path}", "--learning_rate=1e-2",
+              "--eval_interval=5", "--eval_iters=4", "--sample_tokens=0", "--dropout=0.1")
+    words = said("train.py", *config, f"--out_dir={tmp_path / 'whole'}", "--max_iters=10")
+    assert "block_size 64 becomes 32: the learned positions beyond are cut" in words
+    assert "by its vocab_size, assumed gpt2" in words
+    first, *_, last = losses(tmp_path / "whole")
+    assert last < first - 0.3
+    said("train.py", *config, f"--out_dir={tmp_path / 'halves'}", "--max_iters=5")
+    os.rename(tmp_path / "gpt2", tmp_path / "gone")
+    said("train.py", "--resume", f"--out_dir={tmp_path / 'halves'}", "--max_iters=10")
+    a, b = (M.load_checkpoint(tmp_path / out / "ckpt.pt") for out in ("whole", "halves"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"] | b["model"])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
 
 
 @deep
