@@ -1428,10 +1428,12 @@ def ablate(config: str = "", *more: str) -> Iterator[dict]:
         sys.exit(f"{len(failed)} of {len(by_settings)} runs failed; log.txt in their folders says why")
 
 
-BEGIN, END = "<!-- ideas: python bench.py table -->\n", "<!-- end -->" # around README's table
+END = "<!-- end -->"
+PLACES = {"<!-- ideas: python bench.py table -->\n": True, # line before a table: whether it has every idea
+          "<!-- ideas that decide: python bench.py table -->\n": False} # or no tie that a claim does not ask for
 
 
-def ideas(kept: dict) -> str:
+def ideas(kept: dict, every: bool = True) -> str:
     """The tables that ablate kept as one in Markdown, with a row for each arm that has an idea."""
     lines = ["| idea | flag | effect on val loss | cost | verdict |", "|---|---|---|---|---|"]
     for arms in (table["arms"] for table in kept.values()):
@@ -1441,25 +1443,27 @@ def ideas(kept: dict) -> str:
             flag, verdict = arm.get("flag", arm["flags"]), arm.get("verdict", "")
             if "holds" in arm:
                 verdict += f"; the claim {arm['claim']} {'holds' if arm['holds'] else 'does not hold'}"
-            lines.append(f"| {arm['idea']} | `{flag}` | {effect} | {cost} | {verdict} |")
+            if every or verdict != "tie":
+                lines.append(f"| {arm['idea']} | `{flag}` | {effect} | {cost} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
 def table(*files: str) -> Iterator[dict]:
-    """Prints the ideas that ablate has measured as a table, or puts them between two comments in a file."""
+    """Prints the ideas that ablate has measured as a table, or puts them between two comments in files."""
     if not Path(HERE, results).exists():
         raise UserError(f"there is no {results}\n"
                         "make it first: python bench.py ablate config/train_shakespeare_diffmla.py")
     with user_errors():
-        text = ideas(json.loads(Path(HERE, results).read_text(encoding="utf-8")))
+        kept = json.loads(Path(HERE, results).read_text(encoding="utf-8"))
         for path in map(Path, files):
-            head, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+            text = path.read_text(encoding="utf-8")
+            head, begin, rest = text.partition(next((line for line in PLACES if line in text), "\0"))
             _, end, tail = rest.partition(END)
             if not end:
                 raise UserError(f"{path} has no place for the table\n"
-                                f"write two lines into it: {BEGIN.strip()} and {END}")
-            path.write_text(head + begin + text + end + tail, encoding="utf-8")
-    print("" if files else text, end="")
+                                f"write two lines into it: {[*PLACES][0].strip()} and {END}")
+            path.write_text(head + begin + ideas(kept, PLACES[begin]) + end + tail, encoding="utf-8")
+    print("" if files else ideas(kept), end="")
     yield from ()
 
 

@@ -31,7 +31,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class GPTConfig:
     q_rank: int = 0 # rank of the query projection of mla and diff_mla: 0 = direct
     rope_dim: int = 0 # rotary width P of mla and diff_mla, part of head_dim: 0 = head_dim // 2
     diff_form: str = "v2" # v1: lambda per layer, norm per head | v2: lambda per token, doubled queries
-    activation: str = "relu2" # gelu | relu2 | silu | telu | crrelu
+    activation: str = "relu2" # gelu | gelu_tanh | relu2 | silu | telu | crrelu
     glu: bool = False # gate the MLP: down(act(gate x) * up x)
     mlp_hidden: int = 0 # MLP width: 0 = 4 C; with glu 8/3 C, up to a multiple of 32
     residual: str = "plain" # plain | hyper | mhc
@@ -1396,8 +1396,8 @@ class Memory(nn.Module):
         width = self.H * self.D
         blocks = (self.D,) * (2 * self.H) + (1,) * width
         self.qkv = linear(c, c.n_embd, 3 * width, c.bias, fused=(width,) * 3, blocks=blocks)
-        # Both starts decide whether recall is learned (bench.py eval RUN recall). Sharp queries: a slot takes few
-        # tokens, not the mean of all. Spread keeps: some slots forget much with each segment, others little.
+        # Both starts decide whether recall is learned (bench.py eval RUN recall). Sharp queries: a slot takes
+        # few tokens, not the mean of all. Spread keeps: some slots forget much with each segment, some little.
         self.slots = nn.Parameter(3 * torch.randn(self.H, self.M, self.D))
         self.keep = nn.Parameter(math.log(self.G) + torch.linspace(-1, 4, self.M).repeat(self.H, 1))
         self.nothing = nn.Parameter(torch.zeros(self.H, 1, self.D))

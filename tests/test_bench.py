@@ -220,11 +220,17 @@ def test_the_table_of_ideas(bare, tmp_path, monkeypatch, capsys):
     Path("kept.json").write_text(json.dumps(KEPT), encoding="utf-8")
     list(bench.table())
     assert capsys.readouterr().out == ROWS
-    Path("README.md").write_text(f"above\n{bench.BEGIN}an old table\n{bench.END}\nbelow\n", encoding="utf-8")
-    for _ in range(2): # the second time it changes nothing
-        list(bench.table("README.md"))
-        written = Path("README.md").read_text(encoding="utf-8")
-        assert written == f"above\n{bench.BEGIN}{ROWS}{bench.END}\nbelow\n"
+    for begin in bench.PLACES:
+        Path("README.md").write_text(f"above\n{begin}an old table\n{bench.END}\nbelow\n", encoding="utf-8")
+        for _ in range(2): # the second time it changes nothing
+            list(bench.table("README.md"))
+            written = Path("README.md").read_text(encoding="utf-8")
+            assert written == f"above\n{begin}{ROWS}{bench.END}\nbelow\n"
+    tie = {"a text": {"arms": {"base": {"against": "base"}, "a": {
+        "against": "base", "idea": "none", "flags": "", "verdict": "tie"}}}}
+    assert "| none |" in bench.ideas(tie) and "| none |" not in bench.ideas(tie, every=False)
+    tie["a text"]["arms"]["a"] |= {"claim": "of less", "holds": False} # what was claimed is told
+    assert "of less does not hold" in bench.ideas(tie, every=False)
     with pytest.raises(configurator.UserError, match=re.escape(bench.END)):
         list(bench.table("small.py"))
 

@@ -43,7 +43,7 @@ CHOICES = {
     "q_rank": (0, 12),
     "rope_dim": (0, 2),
     "qk_norm": (False, True),
-    "activation": ("relu2", "gelu", "silu", "telu", "crrelu"),
+    "activation": ("relu2", "gelu", "gelu_tanh", "silu", "telu", "crrelu"),
     "glu": (False, True),
     "residual": ("plain", "mhc", "hyper"),
     "n_stream": (0, 2),

@@ -92,11 +92,14 @@ def test_commands_of_the_results(copy):
 
 
 def test_figures_stand_in_the_results():
-    """Each number with two decimals or more. The table of ideas is what its command makes of its results."""
-    head, begin, rest = TEXT.partition(bench.BEGIN)
-    table, end, tail = rest.partition(bench.END)
-    kept = json.loads((ROOT / "bench_results/ideas.json").read_text(encoding="utf-8"))
-    assert begin and end and table == bench.ideas(kept)
+    """Each number with two decimals or more. The tables of ideas are what their command makes of its results."""
+    kept, rest = json.loads((ROOT / "bench_results/ideas.json").read_text(encoding="utf-8")), []
+    for written, (begin, every) in zip((RESULTS, TEXT), bench.PLACES.items(), strict=True):
+        head, _, after = written.partition(begin)
+        table, end, tail = after.partition(bench.END)
+        assert end and table == bench.ideas(kept, every)
+        rest = head, tail
+    head, tail = rest # of README
     text = re.sub(r"```.*?```", "", head + tail, flags=re.S)
     numbers = set(re.findall(r"(?<![\w.+-])\d+\.\d{2,}(?![\d.])", text))
     arxiv = {n for n in numbers if re.fullmatch(r"\d{4}\.\d{5}", n)}
