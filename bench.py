@@ -1429,8 +1429,8 @@ def ablate(config: str = "", *more: str) -> Iterator[dict]:
 
 
 END = "<!-- end -->"
-PLACES = {"<!-- ideas: python bench.py table -->\n": True, # line before a table: whether it has every idea
-          "<!-- ideas that decide: python bench.py table -->\n": False} # or no tie that a claim does not ask for
+PLACES = {"<!-- ideas: python bench.py table -->\n": True, # the line before a table: whether it has all ideas
+          "<!-- ideas that decide: python bench.py table -->\n": False} # or no tie without a claim
 
 
 def ideas(kept: dict, every: bool = True) -> str:

@@ -1397,7 +1397,7 @@ class Memory(nn.Module):
         blocks = (self.D,) * (2 * self.H) + (1,) * width
         self.qkv = linear(c, c.n_embd, 3 * width, c.bias, fused=(width,) * 3, blocks=blocks)
         # Both starts decide whether recall is learned (bench.py eval RUN recall). Sharp queries: a slot takes
-        # few tokens, not the mean of all. Spread keeps: some slots forget much with each segment, some little.
+        # few tokens, not the mean of all. Spread keeps: each segment empties some slots much, others little.
         self.slots = nn.Parameter(3 * torch.randn(self.H, self.M, self.D))
         self.keep = nn.Parameter(math.log(self.G) + torch.linspace(-1, 4, self.M).repeat(self.H, 1))
         self.nothing = nn.Parameter(torch.zeros(self.H, 1, self.D))

@@ -11,7 +11,7 @@ import torch
 import bench
 import data
 from configurator import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, export_hf
 from processes import ROOT, run
 
 TEXT = "no one knows, né, who woke the crow; a cow sank on new snow\n" * 5
@@ -251,7 +251,6 @@ def pair(tmp_path):
     """(our Llama, transformers' of equal weights, our tokenizer, transformers', made-up words)."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    from test_parity import GLU, SHAPE, dense_qkv, llama_state, ours
 
     rng = random.Random(0)
     words = ["".join(rng.choice("aeknost") for _ in range(rng.randint(1, 6))) for _ in range(60)]
@@ -263,10 +262,10 @@ def pair(tmp_path):
     codec.train_from_iterator([" ".join(rng.choice(words) for _ in range(4000))], trainer)
     assert codec.get_vocab_size() == 53
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=codec, eos_token="<|endoftext|>")
-    model = ours(**GLU, n_head=4, n_kv_head=2).eval()
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **SHAPE, num_key_value_heads=2, rms_norm_eps=1e-6)).eval()
-    theirs.load_state_dict(dense_qkv(model, llama_state(model)))
+    model = GPT(GPTConfig(vocab_size=53, block_size=64, n_layer=4, n_embd=64, n_head=4, n_kv_head=2, glu=True,
+                          activation="silu", init_std=0.2)).eval()
+    export_hf(model, tmp_path / "theirs")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
     return model, theirs, data.HFTokenizer(codec.to_str()), fast, words
 
 
