@@ -533,14 +533,18 @@ if WORLD > 1: # now every process has read the files of the earlier run, which t
     if len({*hashes}) > 1:
         raise UserError(f"the processes found different data in {corpus.folder}\nall need the same folder")
 codec, prompt_ids = corpus.tokenizer, [] # an empty prompt: no samples
+first_id, readable = corpus.train.shards[0][:1].tolist(), codec is not None
 try:
-    if codec and sample_tokens and not RANK and not fsdp: # with fsdp no process computes alone
-        prompt_ids = [] if codec.unknown(sample_prompt) else codec.encode(sample_prompt).tolist()
-        if not prompt_ids and "sample_prompt" in given:
-            raise UserError(f"sample_prompt={sample_prompt!r} is empty, or {dataset} lacks its characters")
-        prompt_ids = prompt_ids or corpus.train.shards[0][:1].tolist() # begin as the text begins
-except data.DownloadError as error: # the tokens were made elsewhere: training needs no tokenizer
-    print(f"{error}\nNO SAMPLES WILL BE WRITTEN")
+    if codec:
+        codec.count_bytes(first_id)
+except UserError as error: # its file or package is missing; training itself needs only the tokens
+    print(f"{error}\nNO SAMPLES WILL BE WRITTEN, AND NO BITS PER BYTE")
+    readable = False
+if readable and sample_tokens and not RANK and not fsdp: # with fsdp no process computes alone
+    prompt_ids = [] if codec.unknown(sample_prompt) else codec.encode(sample_prompt).tolist()
+    if not prompt_ids and "sample_prompt" in given:
+        raise UserError(f"sample_prompt={sample_prompt!r} is empty, or {dataset} lacks its characters")
+    prompt_ids = prompt_ids or first_id # begin as the text begins
 amount = "streamed" if isinstance(corpus.train, data.Stream) else f"{len(corpus.train):,}"
 print(f"data {dataset}: {amount} training and {len(corpus.val):,} validation tokens, "
       f"vocabulary {corpus.vocab_size:,}")
@@ -1039,6 +1043,7 @@ def settle(ahead: int = 0) -> None:
 # forward costs a third of a step; or 2^17 tokens, so that the split of TinyShakespeare is always whole.
 eval_limit = max(2**17, eval_interval * tokens_per_step // 2) if eval_iters == 0 else 0 # 0: no limit
 eval_tokens = max(0, eval_iters) * batch_size * sequence or corpus.val.targets(sequence, eval_limit)
+bytes_per_token = 0.0 # of UTF-8, in the text of these tokens; the first evaluation counts them
 
 
 def own_parts(batches: Iterator) -> Iterator[tuple]:
@@ -1054,22 +1059,27 @@ def own_parts(batches: Iterator) -> Iterator[tuple]:
 
 
 @torch.no_grad()
-def evaluate() -> float | None:
-    """Cross-entropy in nats per token of always the same validation data; None if a signal asks to stop.
+def evaluate() -> dict | None:
+    """Cross-entropy of always the same validation data: val_loss in nats per token, and val_bits_per_byte
+    where the tokenizer is known. None if a signal asks to stop.
 
     Of N processes each takes every Nth batch.
     """
+    global bytes_per_token
     batches = corpus.val.windows(sequence, batch_size, eval_limit)
     if eval_iters > 0:
         batches = (corpus.val.batch(i, batch_size, sequence, seed) for i in range(eval_iters))
     model.eval()
-    total, count, start = 0.0, 0, time.monotonic()
+    total, count, size = 0.0, 0, 0.0 if readable else math.nan # nats, tokens, bytes
+    start = time.monotonic()
     spoke, on_terminal = start, sys.stdout.isatty()
     for x, y, counts in own_parts(batches):
         with autocast: # not the compiled model, which would compile again for the last, smaller batches
             _, losses = model(x.to(device), y.to(device), with_logits=False)
         total += losses["ce"].item() * y.numel() * counts
         count += y.numel() * counts
+        if readable and not bytes_per_token:
+            size += codec.count_bytes(y) * counts
         if caught and not fsdp:
             break
         now = time.monotonic()
@@ -1079,11 +1089,15 @@ def evaluate() -> float | None:
             say(words, end="\r" if on_terminal else "\n")
             spoke = now
     model.train()
-    sums = torch.tensor([total, count], dtype=torch.float64)
+    sums = torch.tensor([total, count, size], dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(sums)
-    total, count = sums.tolist()
-    return None if stop_signal() else total / count
+    total, count, size = sums.tolist()
+    if stop_signal():
+        return None
+    bytes_per_token = bytes_per_token or size / count or math.nan # NaN: a process cannot read its tokens
+    measured = {"val_loss": total / count, "val_bits_per_byte": total / count / math.log(2) / bytes_per_token}
+    return {k: v for k, v in measured.items() if k == "val_loss" or bytes_per_token > 0}
 
 
 def sample_text() -> str:
@@ -1171,12 +1185,14 @@ while True:
     if (step % eval_interval == 0 or step >= max_iters) and step != run["evaluated"] and not stop:
         settle()
         paused = time.monotonic()
-        val_loss = fitting(evaluate)
-        if val_loss is None: # a signal: the resumed run will evaluate this step
+        measured = fitting(evaluate)
+        if measured is None: # a signal: the resumed run will evaluate this step
             continue
+        val_loss, bits = measured["val_loss"], measured.get("val_bits_per_byte")
         sample = {"sample_text": sample_text()} if prompt_ids and math.isfinite(val_loss) else {}
-        log(paused - clock, val_loss=val_loss, **sample)
-        say(f"step {step}: val loss {val_loss:.4f}" + "".join(f"   {text!r}" for text in sample.values()))
+        log(paused - clock, **measured, **sample)
+        say(f"step {step}: val loss {val_loss:.4f}" + (f", {bits:.3f} bits/byte" if bits else "")
+            + "".join(f"   {text!r}" for text in sample.values()))
         clock += time.monotonic() - paused
         run["evaluated"] = step
         sparse_enough = not sparsity or sparsity.reached # a denser model is not what was asked for

@@ -1,5 +1,6 @@
 """train.py on several processes, joined by gloo on this CPU: they take the steps of one, and end together."""
 import json
+import math
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from data import load, prepare
 from model import load_checkpoint
 from optim import OPTIMIZERS
 from processes import ROOT, run, start
@@ -85,6 +87,30 @@ def test_two_processes_take_the_steps_of_one(corpus, tmp_path):
     flags = "--max_iters=2", "--optimizer=muon", "--eval_interval=2", "--eval_iters=4", "--sample_tokens=0"
     ended(sum((started(count, corpus, tmp_path / f"{count}", *flags) for count in (1, 2)), []))
     assert_alike(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.deep
+def test_bits_per_byte_are_of_the_text_whoever_evaluates_it(tmp_path):
+    """Characters of 1, 2 and 3 bytes, evaluated by 1, 2 and 3 processes, again after a resume, and in part."""
+    text = "über den Wäldern – 12 €\n" * 150
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    prepare(tmp_path / "text.txt", data_dir=tmp_path / "data")
+    held = text[-len(load("text", tmp_path / "data").val):]
+    for count in (1, 2, 3):
+        flags = [f"--dataset={tmp_path / 'text.txt'}", "--batch_size=6", "--eval_interval=2"]
+        for more in (["--max_iters=2"], ["--max_iters=4", "--resume"]):
+            train(count, tmp_path, tmp_path / f"{count}", *flags, *more)
+        losses, bits = metrics(tmp_path / f"{count}", "val_loss"), metrics(tmp_path / f"{count}", BITS)
+        assert len(bits) == 3 and bits == pytest.approx(
+            [loss * (len(held) - 1) / math.log(2) / len(held[1:].encode("utf-8")) for loss in losses])
+    train(2, tmp_path, tmp_path / "part", *flags, "--max_iters=0", "--eval_iters=3")
+    targets = torch.cat([load("text", tmp_path / "data").val.batch(i, 6, 32, 1337)[1] for i in range(3)])
+    size = len("".join(sorted(set(text))[i] for i in targets.flatten().tolist()).encode("utf-8"))
+    (loss,), (bit,) = metrics(tmp_path / "part", "val_loss"), metrics(tmp_path / "part", BITS)
+    assert bit == pytest.approx(loss * targets.numel() / math.log(2) / size)
+
+
+BITS = "val_bits_per_byte"
 
 
 @pytest.mark.deep

@@ -119,7 +119,8 @@ def test_what_a_run_leaves_behind(whole, corpus):
     assert [x["step"] for x in evaluations] == list(range(0, 61, 10))
     assert all({"step", "tokens", "time_s", "train_loss", "lr", "grad_norm", "tokens_per_s"} == set(x)
                for x in training)
-    assert all({"step", "tokens", "time_s", "val_loss", "sample_text"} == set(x) for x in evaluations)
+    assert all({"step", "tokens", "time_s", "val_loss", "val_bits_per_byte", "sample_text"} == set(x)
+               for x in evaluations)
     assert all(a["time_s"] <= b["time_s"] for a, b in zip(lines, lines[1:])) and lines[0]["tokens"] == 0
     assert lines[-1]["tokens"] == 60 * 4 * 32
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5 # it learns
@@ -143,7 +144,9 @@ def test_validation_loss_is_the_whole_split(whole, corpus):
     for i in range(0, len(ids) - 1, 32):
         x, y = ids[i : i + 32][: len(ids) - 1 - i], ids[i + 1 : i + 33]
         total += torch.nn.functional.cross_entropy(model(x[None], y[None])[0][0], y, reduction="sum").item()
-    assert metrics(out)[-1]["val_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    last = metrics(out)[-1]
+    assert last["val_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2)) # a character is a byte
 
 
 def test_learning_rate(corpus, tmp_path):
