@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -110,6 +110,7 @@ fsdp = False # each process keeps its share of weights, gradients and optimizer 
 kernel = "auto" # of kernels.py: auto (Triton on CUDA, C on a CPU, else PyTorch) | triton | torch
 
 DEFAULTS = {k: v for k, v in globals().items() if k[0] != "_" and type(v) in (bool, int, float, str)}
+STARTED = time.monotonic()
 
 # --- several processes --------------------------------------------------------------------------------------
 
@@ -135,23 +136,19 @@ def report_once(error_type: type, error: BaseException, trace: object) -> None:
     report(error_type, error, trace)
 
 
-def publish(key: str, *values: object) -> None:
-    """The first process lets the others go on: it has made folders, moved files, downloaded data."""
+def from_first(key: str, *values: object) -> list:
+    """values of the first process, in all. The others wait, however long it takes, and end where it fails."""
     if WORLD > 1 and not RANK:
         store.set(key, json.dumps(values))
-
-
-def published(key: str) -> list:
-    """What the first process published, however long that takes. If it fails instead, this one ends too."""
-    while not store.check([key]):
+    while RANK and not store.check([key]):
         if store.check(["failed"]):
             os._exit(int(store.get("failed").split()[1]))
         time.sleep(0.1)
-    return json.loads(store.get(key))
+    return json.loads(store.get(key)) if RANK else list(values)
 
 
 if WORLD > 1:
-    sys.excepthook = report_once
+    configurator.report = sys.excepthook = report_once # configure makes the first the second
     if "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE={WORLD} asks for several processes, but MASTER_ADDR is not set\n"
                         "start them with torchrun, or unset WORLD_SIZE")
@@ -160,12 +157,8 @@ if WORLD > 1:
     store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
                             rank=RANK, world_size=WORLD, timeout=TIMEOUT)
-try:
-    with redirect_stderr(open(os.devnull, "w")) if RANK else nullcontext(): # it lists what was given
-        given = configure(globals(), GPTConfig) # {setting or field of GPTConfig: value} of files and flags
-finally:
-    if WORLD > 1: # configure has set another
-        sys.excepthook = report_once
+with redirect_stderr(open(os.devnull, "w")) if RANK else nullcontext(): # it lists what was given
+    given = configure(globals(), GPTConfig) # {setting or field of GPTConfig: value} of files and flags
 
 typed = given.typed # the names in it that the command line gave
 SPARSE = ("sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps")
@@ -180,10 +173,6 @@ LOCAL = {"out_dir", "resume", "device", "fsdp"} # a resumed run takes these from
 MAX_SKIPPED = 5 # steps skipped in a row that are tolerated; 4 times as many in fp16
 
 # --- resume -------------------------------------------------------------------------------------------------
-# All of it stands here, but for get_data, which refuses data that has changed:
-#   adopt    takes over settings and model of the earlier run, where the command line does not give others
-#   restore  puts back weights, optimizer, loss scale, sparse masks, random generators, the counters in `run`
-#   rewind   makes a checkpoint that --resume=FILE.pt chose the newest of its run, or the first of a branch
 
 source = Path(resume) if type(resume) is str else None # the chosen checkpoint
 if source and "out_dir" not in typed: # that of a config file is where a new run begins
@@ -192,38 +181,24 @@ resume = bool(resume)
 origin = source.parent if source else Path(out_dir) # the folder of the earlier run
 
 
-def chosen_checkpoint() -> dict:
-    """That of --resume=FILE.pt. UserError if it is missing, damaged or of another program."""
-    if not source.exists():
-        there = sorted(str(f) for place in {source.parent, Path(out_dir)} for f in place.glob("*.pt"))
-        raise UserError(f"cannot open {source}: No such file\n"
-                        + (f"there are {', '.join(there[-6:])}" if there else "drop --resume, or correct it"))
-    with user_errors():
-        state = load_checkpoint(source)
-    check_saved(state, source)
-    if "optimizer" not in state:
-        raise UserError(f"{source} holds weights alone, and no run to resume\nuse --init_from={source}")
-    print(f"RESUMING from {source}, step {state['step']}")
-    return state
-
-
-def newest_checkpoint() -> dict | None:
-    """The newest whole checkpoint, at worst best.pt; None if there is none. UserError if all are damaged."""
-    damaged = []
-    newest = folder / "ckpt.pt", folder / "ckpt.prev.pt", *reversed(kept_checkpoints()), folder / "best.pt"
-    for path in filter(Path.exists, newest):
+def saved_state() -> dict | None:
+    """The chosen checkpoint, else the newest whole one, at worst best.pt. None if there is none at all."""
+    newest = [folder / "ckpt.pt", folder / "ckpt.prev.pt", *reversed(kept_checkpoints()), folder / "best.pt"]
+    for path in [source] if source else filter(Path.exists, newest):
         try:
             state = load_checkpoint(path)
         except ValueError as error:
-            print(f"WARNING: {error}", flush=True)
-            damaged.append(path)
+            if source:
+                raise
+            # the next save would make it ckpt.prev.pt, and overwrite a whole one
+            print(f"WARNING: {error}\n{path} was moved to {path.replace(f'{path}.damaged')}")
             continue
         check_saved(state, path)
-        for bad in damaged: # the next save would make it ckpt.prev.pt, and overwrite a whole one
-            print(f"{bad} was moved to {bad.replace(f'{bad}.damaged')}")
+        if "optimizer" not in state:
+            raise UserError(f"{path} holds weights alone, and no run to resume\nuse --init_from={path}")
         print(f"RESUMING from {path}, step {state['step']}")
         return state
-    if damaged:
+    if any(folder.glob("*.pt.damaged")):
         raise UserError(f"no checkpoint in {out_dir} is whole\n"
                         "start again without --resume (the old files are moved aside, not deleted)")
     print(f"NOTHING TO RESUME in {out_dir} yet: starting at step 0")
@@ -304,37 +279,29 @@ def adopt(config: dict) -> None:
                         "drop --dataset, or train anew in another --out_dir")
 
 
-def gathered(x: object) -> object:
-    """The whole of a shared-out tensor, in the first process's memory alone. All processes must ask."""
-    full = whole(x)
-    return full if full is x else full.cpu() if not RANK else None
-
-
 def random_states() -> dict:
     """The state of every random generator."""
     name, keys, *rest = np.random.get_state()
     keys = torch.from_numpy(keys.astype(np.int64)) # load_checkpoint accepts tensors, but no numpy arrays
-    get = {"cuda": lambda: [torch.cuda.get_rng_state(device)],
-           "mps": lambda: [torch.mps.get_rng_state()]}.get(kind, list)
-    return {"torch": torch.get_rng_state(), "device": get(), "python": random.getstate(),
+    on_device = [] if kind == "cpu" else [torch.get_device_module(kind).get_rng_state(*device_index)]
+    return {"torch": torch.get_rng_state(), "device": on_device, "python": random.getstate(),
             "numpy": [name, keys, *rest]}
 
 
 def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
-    if kind == "cuda" and states["device"]:
-        torch.cuda.set_rng_state(states["device"][0], device)
-    if kind == "mps" and states["device"]:
-        torch.mps.set_rng_state(states["device"][0])
+    if kind != "cpu" and states["device"]:
+        torch.get_device_module(kind).set_rng_state(states["device"][0], *device_index)
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))
 
 
 def snapshot() -> dict:
     """The state of the run after run["step"] steps: all that restore and sample.py need."""
-    weights, moments = model.state_dict(), opt.state_dict()
-    if fsdp:
-        weights, moments = tree_map(gathered, (weights, moments))
+    def gathered(x): # only the first process has room for the whole; all must ask for it
+        return x if (full := whole(x)) is x else None if RANK else full.cpu()
+
+    weights, moments = tree_map(gathered, (model.state_dict(), opt.state_dict()))
     return {**run, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
             "sparse": sparsity.state_dict() if sparsity else None, "recent": recent,
             "random": random_states(), "config": run_config, "tokenizer": codec.to_dict() if codec else None,
@@ -361,12 +328,13 @@ def restore(state: dict) -> None:
 # --- the run's folder and settings --------------------------------------------------------------------------
 
 folder = Path(out_dir)
-if resume and not source and not folder.is_dir():
-    raise UserError(f"nothing to resume: there is no folder {out_dir}\ndrop --resume, or correct --out_dir")
+if resume and not (source or folder).exists(): # before a misspelt path makes a folder
+    there = sorted(str(f) for place in {origin, folder} for f in place.glob("*.pt"))
+    raise UserError(f"cannot open {source or folder}: No such file\n"
+                    + (f"there are {', '.join(there[-6:])}" if there else "drop --resume, or correct it"))
 with user_errors():
     if RANK:
-        published("folder") # the first process has locked it, and has moved damaged checkpoints away
-    checkpoint = chosen_checkpoint() if source else None # before a misspelt path makes a folder
+        from_first("folder") # the first process has locked it, and has moved damaged checkpoints away
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "a", encoding="utf-8") # two runs in one folder would mix their files
     with suppress(ImportError): # Windows has no fcntl: nothing guards the folder there
@@ -376,12 +344,12 @@ with user_errors():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # until the process ends
         except BlockingIOError:
             raise UserError(f"another train.py writes to {out_dir}: wait, or change --out_dir") from None
-    checkpoint = newest_checkpoint() if resume and not source else checkpoint
+    checkpoint = saved_state() if resume else None
     began = read_run() if resume else {}
     earlier = (checkpoint or began).get("config") # run.json has it before the first checkpoint
     if earlier:
         adopt(earlier)
-    publish("folder")
+    from_first("folder")
     model_fields = {k: v for k, v in given.items() if k not in DEFAULTS} # those of GPTConfig
     model_fields = earlier["model"] if earlier else without_orphans(model_fields, typed)
 
@@ -461,6 +429,7 @@ with user_errors():
         raise UserError(f"device={device}: several processes need --device=cpu or --device=cuda")
     use_kernel(kernel)
 kind = torch.device(device).type
+device_index = [device] * (kind == "cuda") # torch.mps has no number of a device
 if dtype == "float16" and kind == "cpu":
     raise UserError("dtype=float16 needs a GPU, for its loss scaler\nuse --dtype=float32 or bfloat16")
 if dtype == "auto" and kind == "cuda":
@@ -473,8 +442,8 @@ elif dtype == "bfloat16" and kind == "cpu" and not (cpu_has_bf16() or earlier or
 if fsdp and WORLD == 1:
     raise UserError("fsdp shares out a model over processes: start them with torchrun, or drop --fsdp")
 # fsdp needs the same layers in all processes, and a choice of weights, a hook or a block needs whole tensors
-unfit = {"auto_batch": auto_batch, "sparse": sparse, "update_hooks": update_hooks,
-         "forward_hooks": forward_hooks, "depths": model_fields.get("depths"),
+unfit = {"auto_batch": auto_batch, "sparse": sparse, "depths": model_fields.get("depths"),
+         "update_hooks": update_hooks, "forward_hooks": forward_hooks,
          "compile": compile * (compile.lower() == "true"), "dtype": dtype * (dtype == "float16"),
          "optimizer": optimizer * (optimizer == "adam_mini")}
 if unfit := [f"--{k}={v}" for k, v in unfit.items() if fsdp and v]:
@@ -495,20 +464,19 @@ print(f"device {device} ({device_reason})   dtype {dtype}   "
 
 def get_data(name: str) -> data.Dataset:
     """The dataset, prepared if it is not there; offline_dataset, aloud, if it cannot be downloaded."""
-    streamed = stream and name != offline_dataset
     try:
-        if streamed:
+        if stream and name != offline_dataset:
             begin = checkpoint["stream"] if checkpoint else None
             found = data.stream(name, tokenizer, data_dir, val_fraction, begin)
         else:
             place = data.find(name, data_dir) or data.prepare(name, tokenizer, data_dir, val_fraction)
+            found = data.load(place, data_dir)
     except data.DownloadError as error:
         if name == offline_dataset or not offline_dataset:
             raise
         print(f"{error}\n\n*** {name.upper()} CANNOT BE DOWNLOADED: TRAINING ON {offline_dataset.upper()} "
               "INSTEAD. ITS LOSSES DO NOT COMPARE. ***\n")
         return get_data(offline_dataset)
-    found = found if streamed else data.load(place, data_dir)
     if earlier and found.sha256 != (checkpoint or began).get("data_sha256"):
         raise UserError(f"cannot resume: {found.folder} is not the data this run was trained on\n"
                         "drop --dataset, prepare the data as before, or train anew in another --out_dir")
@@ -517,17 +485,17 @@ def get_data(name: str) -> data.Dataset:
         raise UserError(f"{found.folder} was prepared with another tokenizer than that of {init_from}: run\n"
                         f"python data.py prepare {text} --tokenizer={tokenizer} --data_dir={data_dir}2\n"
                         f"and add --data_dir={data_dir}2")
-    was = earlier["train"] if earlier else {}
-    found.check({k: v for k, v in given.items() if v != was.get(k)}, typed, resuming=bool(earlier))
+    new = {k: v for k, v in given.items() if not earlier or v != earlier["train"].get(k)}
+    found.check(new, typed, resuming=bool(earlier))
     return found
 
 
 asked = earlier["asked"] if earlier else dataset
 if RANK:
-    dataset, data_dir = published("data")
+    dataset, data_dir = from_first("data")
 corpus = get_data(dataset)
 dataset, data_dir = corpus.name, str(corpus.folder.parent) # what a resumed run must find again
-publish("data", dataset, data_dir)
+from_first("data", dataset, data_dir)
 if WORLD > 1: # now every process has read the files of the earlier run, which the first may move aside below
     dist.all_gather_object(hashes := [""] * WORLD, corpus.sha256)
     if len({*hashes}) > 1:
@@ -606,17 +574,17 @@ def compiling_pays() -> tuple[float, float]:
 
 
 gain, cost = (0, 0) if fsdp else compiling_pays() # auto compiles where it gains twice what it costs
-compile_reason = f"auto: about {gain:.0f} s to gain, {cost} s to compile" if compile == "auto" else "as asked"
-compile_reason = "never with fsdp" if fsdp else compile_reason
+compile_reason = ("never with fsdp" if fsdp else "as asked" if compile != "auto" else
+                  f"auto: about {gain:.0f} s to gain, {cost} s to compile")
 compile = str(gain > 2 * cost).lower() if compile == "auto" else compile.lower() # a resumed run keeps it
 print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per_step:,} tokens a step, "
-      f"{max_iters:,} steps")
+      f"{max_iters:,} steps, compile {'on' if compile == 'true' else 'off'} ({compile_reason})")
 
 recent = torch.full((2, 128), math.inf, device=device) # see spike; infinity: a step that was not taken yet
 # unwritten: lines of metrics.jsonl that a full disk did not take; micro_batch: most sequences in a forward
 run = {"run_id": began.get("run_id", os.urandom(16).hex()), "step": 0, "evaluated": -1, "best": math.inf,
-       "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0, "unwritten": "",
-       "micro_batch": (checkpoint or {}).get("micro_batch", batch_size)}
+       "best_step": 0, "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0,
+       "unwritten": "", "micro_batch": (checkpoint or {}).get("micro_batch", batch_size)}
 run_config = {"train": {k: globals()[k] for k in DEFAULTS}, "model": asdict(config), "asked": asked}
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -628,22 +596,21 @@ def micro_batch() -> int:
 
 
 class Alive(TorchDispatchMode):
-    """Notes after each operation how many bytes are alive of what torch has made since this was entered."""
+    """Counts the bytes alive of what torch makes, and keeps the most at each kind of operation."""
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.known, self.trace = 0, set(), [] # addresses; (operation, bytes)
+        self.bytes, self.known, self.most = 0, set(), {} # addresses; {kind of operation: bytes}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = operation(*args, **kwargs)
+        result = operation(*args, **(kwargs or {}))
         for address, storage in self.storages(result).items():
             # what is new is neither a view of an input nor an input that has changed in place
             if address not in self.known and address not in self.storages((args, kwargs)):
                 self.known.add(address)
                 self.bytes += storage.nbytes()
                 weakref.finalize(storage, self.freed, address, storage.nbytes())
-        self.trace.append((str(operation), self.bytes))
+        self.most[operation] = max(self.bytes, self.most.get(operation, 0))
         return result
 
     def freed(self, address, count):
@@ -656,8 +623,8 @@ class Alive(TorchDispatchMode):
         return {storage.data_ptr(): storage for storage in found}
 
 
-def traced(count: int) -> tuple[list, int]:
-    """Forward and backward of `count` sequences: the trace of Alive, and the bytes kept for the backward."""
+def traced(count: int) -> tuple[dict, int]:
+    """Forward and backward of `count` sequences: Alive.most, and the bytes kept for the backward."""
     if own_rows == micro_batch(): # else gradients of the micro-batch before lie there
         opt.zero_grad()
     x, y = torch.randint(config.vocab_size, (2, count, sequence), device=device)
@@ -666,43 +633,25 @@ def traced(count: int) -> tuple[list, int]:
             _, losses = model(x, y, with_logits=False)
         loss, kept = sum(losses.values()), alive.bytes
         loss.backward()
-    return alive.trace, kept
-
-
-def extended(trace: list, longer: list, count: int) -> list:
-    """Bytes alive after each operation of a trace, had it `count` sequences more; longer has one more.
-
-    The bytes are a line in the number of sequences. Operations of which the two have different numbers, such
-    as the chunks of the loss, count as one.
-    """
-    names, others = ([name for name, _ in each] for each in (trace, longer))
-    front = len(os.path.commonprefix([names, others]))
-    back = len(os.path.commonprefix([names[front:][::-1], others[front:][::-1]]))
-    lines = []
-    for each in trace, longer:
-        alive = [count for _, count in each]
-        end = len(alive) - back
-        lines.append([*alive[:front], max(alive[front:end], default=0), *alive[end:]])
-    return [a + (b - a) * count for a, b in zip(*lines, strict=True)]
+    return alive.most, kept
 
 
 def forecast() -> str:
     """A line: the memory that training will take, besides that of torch, of its compiler and of the text.
 
-    Activations are extrapolated from 2 and 3 sequences, or measured where a micro-batch has no more. The
-    optimizer's state is that of a step with a learning rate of 0. Nothing of this is left at the end.
-    A CPU's allocator also keeps freed memory: 8 and 29% more than the forecast was measured.
+    Activations are extrapolated from 2 and 3 sequences. The optimizer's state is that of a step with a
+    learning rate of 0. A CPU's allocator also keeps freed memory: 8 and 29% more were measured.
     """
     states, size = random_states(), micro_batch()
     few, more = min(2, size), min(3, size)
     try:
-        _, (trace, kept), (longer, kept_more) = map(traced, (few, few, more)) # the first fills caches
+        _, (most, kept), (most_more, kept_more) = map(traced, (few, few, more)) # the first fills caches
         grads = [p.grad.zero_() for p in declared if p.grad is not None]
         for group in opt.param_groups: # the loop sets it in each step
             group["lr"] = 0.0
         with Alive() as alive:
             opt.step()
-        state, spare = alive.bytes, max(count for _, count in alive.trace) - alive.bytes # spare: in a step
+        state, spare = alive.bytes, max(alive.most.values()) - alive.bytes # spare: in a step
         params, gradients, masks = (sum(t.nbytes for t in tensors) for tensors in (
             [*model.parameters(), *model.buffers()], grads,
             [*sparsity.masks, *sparsity.means, *sparsity.squares] if sparsity else []))
@@ -710,7 +659,9 @@ def forecast() -> str:
         opt.zero_grad()
         opt.state.clear()
         set_random_states(states)
-    busy = max(extended(trace, longer, size - few)) + gradients * (own_rows > size)
+    # the bytes at a kind of operation are a line in the number of sequences
+    busy = max(a + (most_more[name] - a) * (size - few) for name, a in most.items() if name in most_more)
+    busy += gradients * (own_rows > size)
     total = params + state + masks + max(busy, gradients + max(spare, gradients * (WORLD > 1)))
     kept += (kept_more - kept) * (size - few)
     mb = [f"{count / 1e6:,.0f}" for count in (params, gradients, state + masks, kept, total)]
@@ -728,6 +679,7 @@ if not fsdp and max_iters * own_rows >= 100 * (7 + own_rows): # 7 sequences, an 
 if checkpoint:
     restore(checkpoint)
 resumed, checkpoint = checkpoint is not None, None # the second frees its memory
+first_step = run["step"] # of this process
 
 # --- what the run writes: checkpoints, metrics.jsonl, lines on stdout, run.json -----------------------------
 
@@ -757,9 +709,8 @@ def save(name: str, keep_previous: bool, **changed) -> bool:
 
 def keep_newest() -> None:
     """Gives ckpt.pt the name of its step too, and deletes the oldest such files beyond keep_checkpoints."""
-    name = folder / f"step_{run['step']:06}.pt"
     try:
-        link_checkpoint(folder / "ckpt.pt", name)
+        link_checkpoint(folder / "ckpt.pt", folder / f"step_{run['step']:06}.pt")
         past = [f for f in kept_checkpoints() if int(f.stem[5:]) <= run["step"]]
         for old in past[:-keep_checkpoints]:
             old.unlink()
@@ -795,10 +746,23 @@ def write_lines() -> OSError | None:
         return error
 
 
-def say(words: str, end: str = "\n") -> None:
-    """print, but with a closed pipe or a full disk behind stdout the words are lost and the run goes on."""
+on_terminal, shown = sys.stdout.isatty(), 0 # shown: characters of a line that the next words replace
+
+
+def say(words: str, passing: bool = False) -> None:
+    """print, but a closed pipe or a full disk behind stdout does not end the run.
+
+    On a terminal, passing words are cut to one line, and the next words take their place.
+    """
+    global shown
+    passing = passing and on_terminal
+    if passing:
+        words = words[:shutil.get_terminal_size().columns - 1]
+    first, newline, rest = words.partition("\n")
+    text = "\r" * bool(shown) + first.ljust(shown) + newline + rest # one write: nothing flickers
+    shown = len(words) if passing else 0
     try:
-        print(words, end=end, flush=True)
+        print(text, end="" if passing else "\n", flush=True)
     except OSError:
         with suppress(OSError): # stderr may be gone too
             print("stdout is gone; the run goes on, metrics.jsonl has all", file=sys.stderr, flush=True)
@@ -807,7 +771,7 @@ def say(words: str, end: str = "\n") -> None:
 
 def files_of_run() -> list[Path]:
     """All that a run writes to its folder, of those files that are there."""
-    names = ("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json")
+    names = "ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json"
     named = [f for name in names for f in (folder / name, folder / f"{name}.damaged") if f.exists()]
     return named + kept_checkpoints() + [*folder.glob("step_*.pt.damaged")]
 
@@ -840,23 +804,22 @@ def rewind(branch: bool) -> None:
         with suppress(FileNotFoundError): # a checkpoint may stand in a folder without its run
             shutil.copyfile(origin / "metrics.jsonl", folder / "metrics.jsonl") # cut below
     link_checkpoint(source, newest)
-    for file in newer:
-        if file != newest:
-            file.unlink()
+    for file in {*newer} - {newest}:
+        file.unlink()
     if branch and step_of(origin / "best.pt") <= run["step"]:
         link_checkpoint(origin / "best.pt", folder / "best.pt")
 
 
-versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 process = {"command": shlex.join([os.path.basename(sys.executable), *sys.argv]), "git_commit": git_commit(),
-           "versions": versions,
+           "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                        "numpy": np.__version__},
            "device": {"kind": kind, "name": device_name, "dtype": dtype, "processes": WORLD,
                       "threads": torch.get_num_threads()}}
 # the hash covers what decides the numbers: the same run in another folder has the same hash
 hashed = {**run_config, "train": {k: v for k, v in run_config["train"].items() if k not in LOCAL}}
 about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.items()},
-         "config_hash": checksum(hashed)[:16],
-         "config": run_config, "hook_list": {k: [name for name, _ in found] for k, found in hooks.items()},
+         "config_hash": checksum(hashed)[:16], "config": run_config,
+         "hook_list": {k: [name for name, _ in found] for k, found in hooks.items()},
          "dataset": dataset, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
          "resumed": began.get("resumed", []) + [{"step": run["step"], **process}] * resume} # one per resume
 if not RANK:
@@ -880,9 +843,7 @@ if not RANK:
               "its lines go on from here")
     else:
         metrics.truncate(run["metrics_bytes"]) # later lines will be written again, by the same steps
-publish("best", run["best"])
-if RANK:
-    run["best"], = published("best") # with fsdp all must decide alike whether to save best.pt
+run["best"], = from_first("best", run["best"]) # with fsdp all must decide alike whether to save best.pt
 
 # --- helpers of the loop ------------------------------------------------------------------------------------
 
@@ -911,9 +872,7 @@ def next_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x, y = corpus.train.batch(step, rows, sequence, seed, epochs=sampling == "epochs") # (rows, sequence)
     x, y = (z.chunk(WORLD)[RANK] for z in (x, y)) # (rows / WORLD, sequence)
-    if kind == "cuda":
-        x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    return tuple((z.pin_memory() if kind == "cuda" else z).to(device, non_blocking=True) for z in (x, y))
 
 
 def split(x: torch.Tensor, y: torch.Tensor) -> list:
@@ -935,9 +894,7 @@ def gradient(micro_batches: list) -> dict:
 
 def fitting(work: Callable) -> object:
     """work(), which calls the model. With auto_batch it begins again with smaller micro-batches where memory
-    runs out, as if it had not begun before: without gradients, and with the random numbers of the start.
-
-    Each process of several does this by itself, because work has not sent anything to the others yet.
+    runs out, with the same random numbers. Each process does so by itself: work has not sent anything yet.
     """
     while True:
         states = random_states() if auto_batch else None
@@ -960,9 +917,8 @@ def fitting(work: Callable) -> object:
 def mean_over_processes(losses: dict) -> dict:
     """Replaces each gradient by its mean over the processes; returns the means of the losses.
 
-    One message after the last micro-batch. DDP would send while the backward pass runs: with 10.6M parameters
-    on two processes of one CPU core a step took 0.66 s, here 0.71 s. But DDP wraps the model, searches each
-    graph for parameters without a gradient, as depths leave them, and the losses need a message anyway.
+    One message after the last micro-batch. DDP sends while the backward pass runs: 0.66 s a step instead of
+    0.71 s. But it wraps the model, and searches each graph for parameters without a gradient.
     """
     if WORLD == 1:
         return losses
@@ -973,8 +929,7 @@ def mean_over_processes(losses: dict) -> dict:
     present = torch.stack([zero if p.grad is None else one for p in trained])
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     parts = [*grads, present, torch.stack([loss.float() for loss in losses.values()])]
-    flat = torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat := torch.cat([part.flatten() for part in parts]))
     means = flat.div_(WORLD).split([part.numel() for part in parts])
     torch._foreach_copy_(parts, [mean.view_as(part) for mean, part in zip(means, parts)])
     for p, grad, share in zip(trained, grads, present):
@@ -984,22 +939,16 @@ def mean_over_processes(losses: dict) -> dict:
 
 
 def draw_from(stream: int) -> None:
-    """With several processes, the random numbers that follow are a function of (seed, step, stream).
-
-    So dropout differs between processes, hooks draw alike in all, and a resumed run draws what it would have.
-    """
+    """With several processes, the random numbers that follow are a function of (seed, step, stream)."""
     if WORLD > 1:
         torch.manual_seed(int(np.random.SeedSequence([seed, run["step"], stream]).generate_state(1)[0]))
 
 
 def spike(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """(): 1 if loss or norm is more than skip_spikes deviations above the mean of the last 128 steps.
-
-    llm.c's rule. Spikes enter the window as well, so that a lasting change is soon no spike any more.
-    """
+    """(): 1 if loss or norm is more than skip_spikes deviations above the mean of 128 steps: llm.c's rule."""
     now = torch.stack([loss.float(), norm.float()]) # (2,)
     z = (now - recent.mean(1)) / recent.std(1) # NaN, and so no spike, until 128 steps are known
-    later = torch.cat([recent[:, 1:], now[:, None]], 1)
+    later = torch.cat([recent[:, 1:], now[:, None]], 1) # with spikes: a lasting change is soon none any more
     recent.copy_(torch.where(now.isfinite().all(), later, recent))
     return (z > skip_spikes).any().float()
 
@@ -1039,54 +988,39 @@ def settle(ahead: int = 0) -> None:
             sys.exit(1 if RANK else words)
 
 
-# Tokens of an evaluation. With eval_iters=0 it takes at most a sixth of the time of training, because a
-# forward costs a third of a step; or 2^17 tokens, so that the split of TinyShakespeare is always whole.
+# With eval_iters=0 an evaluation takes at most a sixth of the time of training, because a forward takes a
+# third of a step; or 2^17 tokens, so that the split of TinyShakespeare is always whole.
 eval_limit = max(2**17, eval_interval * tokens_per_step // 2) if eval_iters == 0 else 0 # 0: no limit
 eval_tokens = max(0, eval_iters) * batch_size * sequence or corpus.val.targets(sequence, eval_limit)
 bytes_per_token = 0.0 # of UTF-8, in the text of these tokens; the first evaluation counts them
 
 
-def own_parts(batches: Iterator) -> Iterator[tuple]:
-    """Yields (x, y, True) for every Nth batch, in micro-batches.
-
-    With fsdp all processes must compute equally often: what one lacks at the end is the last batch, False.
-    """
-    while group := [*itertools.islice(batches, WORLD)]:
-        mine = RANK < len(group)
-        x, y = group[min(RANK, len(group) - 1)]
-        size = len(x) if fsdp else micro_batch()
-        yield from ((*part, mine) for part in zip(x.split(size), y.split(size)) if mine or fsdp)
-
-
 @torch.no_grad()
 def evaluate() -> dict | None:
     """Cross-entropy of always the same validation data: val_loss in nats per token, and val_bits_per_byte
-    where the tokenizer is known. None if a signal asks to stop.
-
-    Of N processes each takes every Nth batch.
+    where the tokenizer is known. None if a signal asks to stop. Of N processes each takes every Nth batch.
     """
     global bytes_per_token
-    batches = corpus.val.windows(sequence, batch_size, eval_limit)
-    if eval_iters > 0:
-        batches = (corpus.val.batch(i, batch_size, sequence, seed) for i in range(eval_iters))
+    batches = ((corpus.val.batch(i, batch_size, sequence, seed) for i in range(eval_iters)) if eval_iters > 0
+               else corpus.val.windows(sequence, batch_size, eval_limit))
     model.eval()
     total, count, size = 0.0, 0, 0.0 if readable else math.nan # nats, tokens, bytes
-    start = time.monotonic()
-    spoke, on_terminal = start, sys.stdout.isatty()
-    for x, y, counts in own_parts(batches):
-        with autocast: # not the compiled model, which would compile again for the last, smaller batches
-            _, losses = model(x.to(device), y.to(device), with_logits=False)
-        total += losses["ce"].item() * y.numel() * counts
-        count += y.numel() * counts
-        if readable and not bytes_per_token:
-            size += codec.count_bytes(y) * counts
+    start = spoke = time.monotonic()
+    while group := [*itertools.islice(batches, WORLD)]: # a batch for each process
+        counts = RANK < len(group) # else it takes the last one: with fsdp all must compute equally often
+        x, y = group[min(RANK, len(group) - 1)]
+        for x, y in zip(*(z.split(len(z) if fsdp else micro_batch()) for z in (x, y))):
+            with autocast: # not the compiled model, which would compile again for the last, smaller batches
+                _, losses = model(x.to(device), y.to(device), with_logits=False)
+            total += losses["ce"].item() * y.numel() * counts
+            count += y.numel() * counts
+            size += codec.count_bytes(y) * counts if readable and not bytes_per_token else 0
         if caught and not fsdp:
             break
         now = time.monotonic()
         left = (eval_tokens / WORLD / max(count, 1) - 1) * (now - start) # seconds
         if now - spoke > 2 < left and (on_terminal or spoke == start): # a log file gets one line
-            words = f"evaluating: {count * WORLD:,} of {eval_tokens:,} tokens, {left:.0f} s left"
-            say(words, end="\r" if on_terminal else "\n")
+            say(f"evaluating: {count * WORLD:,} of {eval_tokens:,} tokens, {left:.0f} s left", passing=True)
             spoke = now
     model.train()
     sums = torch.tensor([total, count, size], dtype=torch.float64)
@@ -1096,8 +1030,8 @@ def evaluate() -> dict | None:
     if stop_signal():
         return None
     bytes_per_token = bytes_per_token or size / count or math.nan # NaN: a process cannot read its tokens
-    measured = {"val_loss": total / count, "val_bits_per_byte": total / count / math.log(2) / bytes_per_token}
-    return {k: v for k, v in measured.items() if k == "val_loss" or bytes_per_token > 0}
+    bits = total / count / math.log(2) / bytes_per_token
+    return {"val_loss": total / count, **({"val_bits_per_byte": bits} if bytes_per_token > 0 else {})}
 
 
 def sample_text() -> str:
@@ -1106,6 +1040,21 @@ def sample_text() -> str:
     with autocast:
         ids = model.generate(torch.tensor([prompt_ids], device=device), sample_tokens, generator=generator)
     return codec.readable(ids[0].tolist())
+
+
+def verdict(better: bool, val_loss: float, val_bits_per_byte: float = 0.0) -> str:
+    """The line of an evaluation: the losses, the change since the last one, the best so far."""
+    change = "" if last_loss is None else f" ({val_loss - last_loss:+.4f})"
+    bits = f", {val_bits_per_byte:.2f} bits/byte" if val_bits_per_byte else ""
+    best = f", best {run['best']:.4f} at step {run['best_step']}" if run["best"] < math.inf else ""
+    return f"step {run['step']}: val loss {val_loss:.4f}{change}{bits}{', best' if better else best}"
+
+
+def time_left(rate: float) -> timedelta:
+    """The time until the end of the run, at `rate` steps a second and with the evaluations that are due."""
+    evaluations = math.ceil(max_iters / eval_interval) - math.ceil(run["step"] / eval_interval) + 1
+    each = eval_s or eval_tokens / (3 * rate * tokens_per_step) # a forward takes a third of a step
+    return timedelta(seconds=round((max_iters - run["step"]) / rate + evaluations * each))
 
 
 caught = [] # signals that asked to stop
@@ -1120,9 +1069,8 @@ def on_signal(number: int, frame: object) -> None:
 
 
 def stop_signal() -> int:
-    """A signal that any process has caught, or 0. All get one answer, so that they stop at one step.
-
-    All also take over the smallest micro-batch, so that the checkpoint of the first process fits each.
+    """A signal that any process has caught, or 0. All get one answer, so that they stop at one step. All take
+    over the smallest micro-batch, so that the checkpoint of the first process fits each.
     """
     number = caught[0] if caught else 0
     if WORLD > 1:
@@ -1136,6 +1084,8 @@ def stop_signal() -> int:
 
 def memory_hook(error_type: type, error: BaseException, trace: object) -> None:
     """sys.excepthook once the setup is done: where memory runs out, it names the settings that need less."""
+    if shown: # a line of the terminal that is not ended
+        say("")
     if out_of_memory(error):
         size, ways = micro_batch(), "train anew with a smaller --block_size or model"
         if size > 1 and not auto_batch:
@@ -1152,6 +1102,7 @@ report_error, sys.excepthook = sys.excepthook, memory_hook
 
 # --- the loop -----------------------------------------------------------------------------------------------
 
+last_loss, eval_s, sample = None, 0.0, "" # of the last evaluation; eval_s: its seconds
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # which nohup ignores
@@ -1160,7 +1111,6 @@ if resumed and run["step"] >= max_iters:
     say(f"NOTHING TO TRAIN: the run is at step {run['step']:,} and max_iters={max_iters:,}: raise it")
 if eval_limit and eval_tokens < (all_tokens := corpus.val.targets(sequence)):
     say(f"each evaluation takes {eval_tokens:,} of {all_tokens:,} validation tokens; all: --eval_iters=-1")
-print(f"compile {'on' if compile == 'true' else 'off'} ({compile_reason})")
 clock = time.monotonic() - run["time_s"] # time of training = time.monotonic() - clock: evaluation moves it
 model.train()
 step_model = model
@@ -1172,9 +1122,8 @@ if compile == "true":
     except Exception as error: # whatever the compiler raises, eager mode computes the same
         if out_of_memory(error):
             raise
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        step_model, problem = model, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         print(f"WARNING: torch.compile FAILED, TRAINING IN EAGER MODE: {problem}")
-        step_model = model
     opt.zero_grad()
 logged_step, logged_time = run["step"], time.monotonic() - clock # of the last line of the log
 
@@ -1188,17 +1137,21 @@ while True:
         measured = fitting(evaluate)
         if measured is None: # a signal: the resumed run will evaluate this step
             continue
-        val_loss, bits = measured["val_loss"], measured.get("val_bits_per_byte")
-        sample = {"sample_text": sample_text()} if prompt_ids and math.isfinite(val_loss) else {}
-        log(paused - clock, **measured, **sample)
-        say(f"step {step}: val loss {val_loss:.4f}" + (f", {bits:.3f} bits/byte" if bits else "")
-            + "".join(f"   {text!r}" for text in sample.values()))
-        clock += time.monotonic() - paused
-        run["evaluated"] = step
-        sparse_enough = not sparsity or sparsity.reached # a denser model is not what was asked for
-        if sparse_enough and val_loss < run["best"]:
-            if save("best.pt", keep_previous=False, best=val_loss) or fsdp: # fsdp: all decide alike
-                run["best"] = val_loss # that of the file: after a full disk the next better model is kept
+        val_loss = measured["val_loss"]
+        # a denser model is not what was asked for
+        better = val_loss < run["best"] and (not sparsity or sparsity.reached)
+        words = verdict(better, **measured)
+        if prompt_ids and math.isfinite(val_loss):
+            measured["sample_text"] = text = sample_text()
+            # repr makes control characters harmless, which could move the cursor
+            sample = "".join(f"\n    {repr(line)[1:-1]}" for line in text.strip("\n").split("\n"))
+        say(words + sample * (step < max_iters)) # the summary has the last one
+        log(paused - clock, **measured)
+        eval_s, last_loss, run["evaluated"] = time.monotonic() - paused, val_loss, step
+        clock += eval_s
+        if better and (save("best.pt", keep_previous=False, best=val_loss, best_step=step) or fsdp):
+            # that of the file: after a full disk the next better model is kept; with fsdp all decide alike
+            run.update(best=val_loss, best_step=step)
 
     # now and then, and at the end: the checkpoint
     if stop and not caught:
@@ -1249,14 +1202,19 @@ while True:
     opt.zero_grad()
     run["step"] += 1
     send(step, bad=bad, norm=norm, norm_beside=norm_beside, **losses)
-    settle(ahead=int(late))
+    log_now = run["step"] % log_interval == 0 or run["step"] == max_iters
+    settle(ahead=int(late and not log_now))
 
     # now and then: a line of the log
-    if run["step"] % log_interval == 0 or run["step"] == max_iters:
-        settle()
-        time_s = time.monotonic() - clock
-        rate = (run["step"] - logged_step) / max(time_s - logged_time, 1e-9) # steps per second
+    time_s = time.monotonic() - clock
+    rate = (run["step"] - logged_step) / max(time_s - logged_time, 1e-9) # steps per second
+    if run["step"] == first_step + 3 and (left := time_left(rate)) > timedelta(minutes=5):
+        say(f"this run takes about {left} hours, evaluations included")
+        if kind == "cpu" and not model_fields and not model_size: # a bare `python train.py`
+            say("a small one takes two minutes: python train.py config/train_shakespeare_diffmla.py")
+    if log_now or run["step"] == first_step + 1: # the first step is slower than all others
         logged_step, logged_time = run["step"], time_s
+    if log_now:
         if hooks["forward"]:
             with autocast:
                 noted.update(watch(model, hooks["forward"], *split(*batch)[0]))
@@ -1266,13 +1224,23 @@ while True:
         log(time_s, train_loss=loss, **losses, lr=lr, grad_norm=norm, tokens_per_s=round(tokens_per_s),
             **({"hooks": seen} if seen else {}))
         mfu = f"  MFU {flops_per_step * rate / peak:.1%}" if peak else ""
-        say(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  "
-            f"{tokens_per_s:,.0f} tokens/s{mfu}  {(max_iters - run['step']) / rate:,.0f} s left")
+        left, more = time_left(rate), f"  lr {lr:.2e}  grad {norm:.2f}" * (not on_terminal)
+        left = left if on_terminal else f"{left.total_seconds():,.0f} s"
+        say(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}{more}  {tokens_per_s:,.0f} tokens/s{mfu}  "
+            f"{left} left", passing=True)
 
-say(f"step {run['step']}: {run['time_s']:.1f} s of training, best val loss {run['best']:.4f}"
+found_best, place, saved = run["best"] < math.inf, shlex.quote(out_dir), "saved" if saved_ok else "NOT SAVED"
+if sample:
+    say(f"a sample:{sample}")
+say(f"step {run['step']}" + f", best val loss {run['best']:.4f} at step {run['best_step']}" * found_best
+    + (f", last {last_loss:.4f}" if last_loss is not None else "")
     + (f", {run['skipped']} batches skipped" if run["skipped"] else "")
-    + (", THE LAST LINES OF metrics.jsonl NOT WRITTEN" if run["unwritten"] else "")
-    + f", {'saved in' if saved_ok else 'NOT SAVED in'} {out_dir}")
+    + (", THE LAST LINES OF metrics.jsonl NOT WRITTEN" if run["unwritten"] else ""))
+say(f"{run['time_s']:.1f} s of training, {time.monotonic() - STARTED:.1f} s in all; "
+    f"{saved} in {out_dir}: metrics.jsonl, ckpt.pt{', best.pt' * found_best}")
+if run["step"] < max_iters:
+    say(f"to go on: {'python' if WORLD == 1 else 'torchrun ...'} train.py --out_dir={place} --resume")
+say(f"next: python sample.py --out_dir={place}")
 stop = stop_signal() # which also waits for the first process to save
 if WORLD > 1:
     dist.destroy_process_group()

@@ -91,7 +91,7 @@ def test_two_processes_take_the_steps_of_one(corpus, tmp_path):
 
 @pytest.mark.deep
 def test_bits_per_byte_are_of_the_text_whoever_evaluates_it(tmp_path):
-    """Characters of 1, 2 and 3 bytes, evaluated by 1, 2 and 3 processes, again after a resume, and in part."""
+    """Characters of 1, 2 and 3 bytes, evaluated by 1, 2 and 3 processes, after a resume, and in part."""
     text = "über den Wäldern – 12 €\n" * 150
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     prepare(tmp_path / "text.txt", data_dir=tmp_path / "data")

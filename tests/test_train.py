@@ -134,6 +134,32 @@ def test_what_a_run_leaves_behind(whole, corpus):
     assert "device cpu" in log and "dtype float32" in log and "compile off" in log and "MFU" not in log
 
 
+def test_what_a_run_says(whole):
+    """A line for each evaluation, the sample in lines of its own, again at the end, and what comes next."""
+    out, log = whole
+    values = [line for line in metrics(out) if "val_loss" in line]
+    lines = re.findall(r"^step (\d+): val loss ([\d.]+)(?: \(([+-][\d.]+)\))?, ([\d.]+) bits/byte, (.*)$",
+                       log, re.M)
+    assert [(int(step), float(loss)) for step, loss, *_ in lines] == [
+        (line["step"], round(line["val_loss"], 4)) for line in values]
+    best, best_step = math.inf, 0
+    for (_, _, change, bits, words), before, line in zip(lines, [None, *values], values):
+        loss = line["val_loss"]
+        assert bits == f"{line['val_bits_per_byte']:.2f}"
+        assert change == (f"{loss - before['val_loss']:+.4f}" if before else "")
+        assert words == ("best" if loss < best else f"best {best:.4f} at step {best_step}")
+        best, best_step = min((loss, line["step"]), (best, best_step))
+    tail = log[log.index("\na sample:"):log.index("\nnext: python sample.py") + 1].strip().splitlines()
+    shown = [f"    {line}" for line in values[-1]["sample_text"].strip("\n").split("\n")]
+    assert tail[1:1 + len(shown)] == shown and log.count("\n    ") >= len(values)
+    last = f"{values[-1]['val_loss']:.4f}"
+    assert tail[-2] == f"step 60, best val loss {best:.4f} at step {best_step}, last {last}"
+    times, _, place = tail[-1].partition("; ")
+    assert re.fullmatch(r"[\d.]+ s of training, [\d.]+ s in all", times)
+    assert place == f"saved in {out}: metrics.jsonl, ckpt.pt, best.pt"
+    assert f"\nnext: python sample.py --out_dir={out}\n" in log
+
+
 def test_validation_loss_is_the_whole_split(whole, corpus):
     """Recomputed token by token from the shard's bytes."""
     out, _ = whole
