@@ -37,6 +37,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,9 @@ checkpoint_interval = 0 # steps between checkpoints; 0 = eval_interval
 keep_checkpoints = 0 # newest checkpoints that also stay under names of their own, as in step_000500.pt
 sample_prompt = "\n" # continued at each evaluation
 sample_tokens = 100 # length of that continuation; 0 = none
+tensorboard = False # the log for TensorBoard too, in out_dir/tensorboard
+wandb = False # the log to Weights & Biases too; with WANDB_MODE=offline in the environment, into out_dir
+wandb_project = "nanoslm" # of Weights & Biases
 # --- machine ---
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | cuda:1 | mps
 dtype = "auto" # auto | float32 | bfloat16 | float16
@@ -164,7 +168,7 @@ typed = given.typed # the names in it that the command line gave
 SPARSE = ("sparse_density", "sparse_interval", "sparse_prune_rate", "sparse_boost", "sparse_boost_steps")
 # setting: the setting that it needs, and a value of that. A stream takes each window once an epoch anyway
 NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("memory_slots", 16),
-         "sampling": ("stream", False), "model_size": ("init_from", "")}
+         "sampling": ("stream", False), "model_size": ("init_from", ""), "wandb_project": ("wandb", True)}
 # a resumed run cannot change these, nor the model
 FIXED = {"seed", "init_from", "model_size", "stream", "sampling", "batch_size", "windows",
          "gradient_accumulation_steps", "optimizer", "dtype", "weight_decay", "beta1", "beta2", "kernel",
@@ -355,7 +359,8 @@ with user_errors():
 
 # a setting without effect is dropped if a config file gave it, and refused if the command line did
 for name, (owner, example) in NEEDS.items():
-    now = {"sparse": sparse, "stream": stream, "init_from": init_from, **model_fields}.get(owner)
+    owners = {"sparse": sparse, "stream": stream, "init_from": init_from, "wandb": wandb, **model_fields}
+    now = owners.get(owner)
     if bool(now) != bool(example) and given.get(name, DEFAULTS[name]) != DEFAULTS[name]:
         if name in typed:
             raise UserError(f"{name}={given[name]} has no effect: you need --{owner}={example}, or drop it")
@@ -406,6 +411,8 @@ for names, fits, words in [
         if not fits(globals()[name]):
             raise UserError(f"{name}={globals()[name]!r} must be {words}")
 
+trackers = [name for name in ("tensorboard", "wandb") if globals()[name] and not RANK
+            and data.package(name, f"--{name}")] # names a missing package before anything is done
 rows = batch_size * gradient_accumulation_steps # sequences of a step in all processes
 if rows % WORLD:
     fit = WORLD // math.gcd(WORLD, gradient_accumulation_steps) # batch_size must be a multiple of this
@@ -727,13 +734,45 @@ def log(time_s: float, **numbers) -> None:
         line["skipped"] = run["skipped"] # batches so far
     if sparsity:
         line["density"] = round(sparsity.density(), 6) # share of weights that are not held at zero
+    line.update(numbers)
+    track(line)
     # JSON has neither NaN nor infinity: they become null
-    text = json.dumps(json.loads(json.dumps({**line, **numbers}), parse_constant=lambda word: None))
+    text = json.dumps(json.loads(json.dumps(line), parse_constant=lambda word: None))
     was_full = bool(run["unwritten"])
     run["unwritten"] += text + "\n"
     error = write_lines()
     if error and not was_full:
         say(f"WARNING: {metrics.name} CANNOT BE WRITTEN ({error}). Lines wait in memory and in checkpoints.")
+
+
+@cache
+def tracker(name: str) -> Callable:
+    """What takes the numbers of a line, for TensorBoard or Weights & Biases. A resumed run goes on there."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(folder / name, purge_step=first_step + 1) # hides steps that come again
+        return lambda line: ([board.add_scalar(k, v, line["step"]) for k, v in line.items()], board.flush())
+    found = data.package(name).init( # a branch of a run, in another folder, is a run of its own
+        project=wandb_project, name=folder.name, id=checksum([run["run_id"], folder.name])[:16],
+        resume="allow", dir=out_dir, config={**run_config["train"], **run_config["model"]},
+        settings={"console": "off"})
+    found.define_metric("*", step_metric="step") # the package's own count of steps cannot go back
+    return found.log
+
+
+def track(line: dict) -> None:
+    """Gives the numbers of a line to --tensorboard and --wandb. The run goes on without one that fails."""
+    numbers = {k: v for k, v in line.items() if not isinstance(v, (str, dict))}
+    numbers |= {f"{hook}/{k}": v for hook, found in line.get("hooks", {}).items() for k, v in found.items()}
+    states = random_states() if trackers else None # what a package draws must not change the run
+    for name in [*trackers]:
+        try:
+            tracker(name)(numbers)
+        except Exception as error: # whatever a package raises
+            trackers.remove(name)
+            say(f"WARNING: {name} FAILED ({type(error).__name__}: {str(error)[:150]}) AND IS LEFT OUT")
+    if states:
+        set_random_states(states)
 
 
 def write_lines() -> OSError | None:
@@ -771,7 +810,7 @@ def say(words: str, passing: bool = False) -> None:
 
 def files_of_run() -> list[Path]:
     """All that a run writes to its folder, of those files that are there."""
-    names = "ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json"
+    names = "ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json", "tensorboard", "wandb"
     named = [f for name in names for f in (folder / name, folder / f"{name}.damaged") if f.exists()]
     return named + kept_checkpoints() + [*folder.glob("step_*.pt.damaged")]
 
@@ -843,6 +882,7 @@ if not RANK:
               "its lines go on from here")
     else:
         metrics.truncate(run["metrics_bytes"]) # later lines will be written again, by the same steps
+    track({"step": first_step}) # now, because W&B may ask for a key
 run["best"], = from_first("best", run["best"]) # with fsdp all must decide alike whether to save best.pt
 
 # --- helpers of the loop ------------------------------------------------------------------------------------

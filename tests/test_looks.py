@@ -1,6 +1,7 @@
-"""What train.py shows while it trains."""
+"""What train.py shows while it trains, and what it gives to TensorBoard and Weights & Biases."""
 import ast
 import io
+import json
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from processes import ROOT, start
-from test_train import command, ended, spoiled, train
+from test_train import command, ended, metrics, same, spoiled, state, train, unsettled, whole # noqa: F401
 
 
 def parts(*wanted, **names):
@@ -111,3 +112,91 @@ def test_a_long_run_says_how_long_it_will_take(corpus, tmp_path):
     left = [float(words.replace(",", "")) for words in re.findall(r"([\d,]+) s left$", done.stdout, re.M)]
     assert left[-1] > 0 # the last evaluation is still to come
     assert "this run takes" not in train(corpus, tmp_path / "p", "--max_iters=30", "--eval_iters=1").stdout
+
+
+# --- TensorBoard, Weights & Biases ---
+
+FAKE = '''import json, os, random
+def note(call, /, *a, **k):
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(json.dumps([call, a, k], default=str) + "\\n")
+    random.random()
+    if os.environ.get("FAILS") == call: raise RuntimeError("no network\\nat all")
+class Run:
+    def define_metric(self, *a, **k): note("define_metric", *a, **k)
+    def log(self, *a, **k): note("log", *a, **k)
+def init(**k):
+    note("init", **k)
+    return Run()
+'''
+
+
+@pytest.mark.deep
+def test_wandb_gets_the_numbers_of_the_log_and_may_fail(whole, corpus, tmp_path):
+    """By a package that writes down its calls. What it draws from Python's random numbers changes no bit."""
+    (tmp_path / "wandb.py").write_text(FAKE, encoding="utf-8")
+    out, env = tmp_path / "mine", {"PYTHONPATH": str(tmp_path), "CALLS": str(tmp_path / "calls")}
+    for more in (["--max_iters=30"], ["--max_iters=60", "--resume"]):
+        train(corpus, out, "--wandb", "--wandb_project=p", "--lr_decay_iters=60", *more, env=env)
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    begun = [named for name, _, named in calls if name == "init"]
+    assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"] and begun[0]["resume"] == "allow"
+    assert (begun[0]["name"], begun[0]["project"], begun[0]["dir"]) == ("mine", "p", str(out))
+    assert begun[0]["config"]["n_embd"] == 32 and begun[0]["config"]["max_iters"] == 30
+    logged = [a[0] for name, a, _ in calls if name == "log" and len(a[0]) > 1]
+    lines = [{k: v for k, v in line.items() if k != "sample_text"} for line in metrics(out)]
+    assert [line for line in lines if line["step"] != 30] == [line for line in logged if line["step"] != 30]
+    assert all(line in logged for line in lines)
+    assert same({k: v for k, v in state(whole[0]).items() if k != "config"},
+                {k: v for k, v in state(out).items() if k != "config"})
+    for fails in ("init", "log"):
+        done = train(corpus, tmp_path / fails, "--wandb", "--max_iters=10", env={**env, "FAILS": fails})
+        assert done.stdout.count("WARNING: wandb FAILED (RuntimeError: no network") == 1
+        assert len(metrics(tmp_path / fails)) == 4
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_is_named_before_anything_happens(name, corpus, tmp_path):
+    done = spoiled(f"sys.modules[{name!r}] = None", corpus, tmp_path / "o", f"--{name}")
+    assert done.returncode == 2 and f"pip install {name}" in unsettled(done.stderr)[0]
+    assert not (tmp_path / "o/run.json").exists()
+
+
+@pytest.mark.deep
+def test_tensorboard_shows_the_log(corpus, tmp_path):
+    """After a resume at an earlier step, each step once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    out = tmp_path / "o"
+    train(corpus, out, "--max_iters=20", "--tensorboard")
+    train(corpus, out, f"--resume={out / 'ckpt.prev.pt'}", "--max_iters=20", "--tensorboard")
+    found = EventAccumulator(str(out / "tensorboard"))
+    found.Reload()
+    for name in ("val_loss", "train_loss", "val_bits_per_byte", "lr", "grad_norm"):
+        wanted = {line["step"]: pytest.approx(line[name], rel=1e-6) for line in metrics(out) if name in line}
+        assert [(event.step, event.value) for event in found.Scalars(name)] == [*wanted.items()], name
+    train(corpus, out, "--max_iters=1", "--tensorboard")
+    assert (out / "previous_2/tensorboard").is_dir() # with the run that it is of
+
+
+@pytest.mark.deep
+def test_wandb_itself_takes_the_log_without_a_network(corpus, tmp_path):
+    """Read from its file: blocks of 32 kB, each with records behind 7 bytes (sum, length, kind)."""
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+    train(corpus, tmp_path / "o", "--max_iters=10", "--wandb", env={"WANDB_MODE": "offline"})
+    (file,) = (tmp_path / "o/wandb").glob("offline-run-*/run-*.wandb")
+    raw, at, whole_record, rows = file.read_bytes(), 7, b"", [] # the file has 7 bytes of its own
+    while at + 7 < len(raw):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+        length, kind = int.from_bytes(raw[at + 4:at + 6], "little"), raw[at + 6]
+        whole_record, at = whole_record + raw[at + 7:at + 7 + length], at + 7 + length
+        if kind in (1, 4): # whole, or the last part of one
+            record, whole_record = Record.FromString(whole_record), b""
+            rows += [{item.key or item.nested_key[0]: json.loads(item.value_json)
+                      for item in record.history.item}]
+    seen = [{k: v for k, v in row.items() if k[0] != "_"} for row in rows]
+    lines = [{k: v for k, v in line.items() if k != "sample_text"} for line in metrics(tmp_path / "o")]
+    assert [row for row in seen if len(row) > 1] == lines, wandb.__version__
