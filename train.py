@@ -103,6 +103,7 @@ checkpoint_interval = 0 # steps between checkpoints; 0 = eval_interval
 keep_checkpoints = 0 # newest checkpoints that also stay under names of their own, as in step_000500.pt
 sample_prompt = "\n" # continued at each evaluation
 sample_tokens = 100 # length of that continuation; 0 = none
+eval_only = False # with resume or init_from: evaluate the checkpoint, print its loss, and end
 tensorboard = False # the log for TensorBoard too, in out_dir/tensorboard
 wandb = False # the log to Weights & Biases too; with WANDB_MODE=offline in the environment, into out_dir
 wandb_project = "nanoslm" # of Weights & Biases
@@ -173,7 +174,7 @@ NEEDS = {**dict.fromkeys(SPARSE, ("sparse", "skeleton_flesh")), "windows": ("mem
 FIXED = {"seed", "init_from", "model_size", "stream", "sampling", "batch_size", "windows",
          "gradient_accumulation_steps", "optimizer", "dtype", "weight_decay", "beta1", "beta2", "kernel",
          "update_hooks", "sparse", *SPARSE}
-LOCAL = {"out_dir", "resume", "device", "fsdp"} # a resumed run takes these from its own command line
+LOCAL = {"out_dir", "resume", "device", "fsdp", "eval_only"} # a resumed run takes these from its own line
 MAX_SKIPPED = 5 # steps skipped in a row that are tolerated; 4 times as many in fp16
 
 # --- resume -------------------------------------------------------------------------------------------------
@@ -861,7 +862,7 @@ about = {"run_id": run["run_id"], **{k: began.get(k, v) for k, v in process.item
          "hook_list": {k: [name for name, _ in found] for k, found in hooks.items()},
          "dataset": dataset, "data_sha256": corpus.sha256, "seed": seed, "n_params": model.num_params(),
          "resumed": began.get("resumed", []) + [{"step": run["step"], **process}] * resume} # one per resume
-if not RANK:
+if not RANK and not eval_only:
     with user_errors():
         branch = source and not folder.samefile(origin)
         if files_of_run() and (branch or not resumed): # and only now: no slip can follow
@@ -1143,6 +1144,11 @@ report_error, sys.excepthook = sys.excepthook, memory_hook
 # --- the loop -----------------------------------------------------------------------------------------------
 
 last_loss, eval_s, sample = None, 0.0, "" # of the last evaluation; eval_s: its seconds
+if eval_only:
+    if not resumed and not init_from:
+        raise UserError("eval_only needs a trained model\nadd --resume, --resume=FILE.pt or --init_from=...")
+    say(verdict(better=False, **fitting(evaluate)))
+    sys.exit()
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN: # which nohup ignores

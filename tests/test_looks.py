@@ -114,6 +114,22 @@ def test_a_long_run_says_how_long_it_will_take(corpus, tmp_path):
     assert "this run takes" not in train(corpus, tmp_path / "p", "--max_iters=30", "--eval_iters=1").stdout
 
 
+@pytest.mark.deep
+def test_eval_only_prints_the_loss_and_changes_nothing(whole, corpus, tmp_path):
+    """Not even where the checkpoint is not the newest: a resume would move what is newer aside."""
+    out = tmp_path / "o"
+    shutil.copytree(whole[0], out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    losses = {line["step"]: line["val_loss"] for line in metrics(out) if "val_loss" in line}
+    for name, step in (("ckpt.pt", 60), ("ckpt.prev.pt", 50)):
+        done = train(corpus, out, f"--resume={out / name}", "--eval_only")
+        assert f"step {step}: val loss {losses[step]:.4f}, " in done.stdout.splitlines()[-1]
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    for flags in ([], ["--resume"]): # in the second case there is a folder, but no checkpoint
+        refused = train(corpus, tmp_path / "new", *flags, "--eval_only", code=2)
+        assert "add --resume" in refused.stderr and not (tmp_path / "new/run.json").exists()
+
+
 # --- TensorBoard, Weights & Biases ---
 
 FAKE = '''import json, os, random
