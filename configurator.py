@@ -111,8 +111,10 @@ def configure(namespace: dict, schema=None, argv=None, guest_of: str = "") -> Gi
         given = as_guest(given, known, os.path.basename(guest_of))
     # Only now, so that an error changes nothing.
     namespace.update({name: given[name] for name in given if name in settings})
-    for name, value in given.items(): # on stderr, because stdout may go into a file: sample.py > story.txt
-        print(f"{name} = {value!r}    (default {known[name]!r})", file=sys.stderr)
+    changed = " ".join(f"{name}={value!r}" for name, value in given.items() if value != known[name])
+    if changed: # on stderr, because stdout may go into a file: sample.py > story.txt
+        print(textwrap.fill(f"settings: {changed}", 110, subsequent_indent=" " * 10, break_long_words=False,
+                            break_on_hyphens=False), file=sys.stderr)
     return given
 
 

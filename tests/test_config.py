@@ -130,7 +130,8 @@ def run(*argv, **env):
     """(exit code, stdout, stderr without the list of settings) of SCRIPT."""
     process = start(*argv, **env)
     out, err = process.communicate(timeout=60)
-    kept = [line for line in err.decode("utf-8").splitlines(keepends=True) if "    (default " not in line]
+    kept = [line for line in err.decode("utf-8").splitlines(keepends=True)
+            if not line.startswith(("settings:", " " * 10))]
     return process.returncode, (out or b"").decode("utf-8"), "".join(kept)
 
 
@@ -245,19 +246,19 @@ def test_nothing_given(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_overrides_are_printed_once_each(capsys):
-    give("--batch_size=1", "--out_dir=x", "--batch_size=2", "--bias")
-    assert capsys.readouterr() == (
-        "",
-        "batch_size = 2    (default 12)\nout_dir = 'x'    (default 'out')\n"
-        "bias = True    (default False)\n",
-    ) # on stderr: sample.py > story.txt
+def test_changed_settings_are_printed_once_each(capsys):
+    give("--batch_size=1", "--out_dir=x", "--batch_size=2", "--bias", "--n_layer=6")
+    assert capsys.readouterr() == ("", "settings: batch_size=2 out_dir='x' bias=True\n") # sample.py > story
+    give("--n_layer=6") # the default
+    assert capsys.readouterr() == ("", "")
+    give(f"--out_dir={(long := 'a-long-name/' * 9)}", "--bias")
+    assert capsys.readouterr().err == f"settings:\n{' ' * 10}out_dir='{long}'\n{' ' * 10}bias=True\n"
 
 
 def test_shared_name_has_the_scripts_default(capsys):
     given, namespace = give("--block_size=8")
     assert given == {"block_size": 8} and namespace["block_size"] == 8
-    assert "(default 64)" in capsys.readouterr().err
+    assert capsys.readouterr().err == "settings: block_size=8\n"
 
 
 def test_without_schema():
@@ -364,7 +365,7 @@ def a_run(model):
 def test_a_guests_setting_is_left_out_aloud_if_typed(capsys):
     path = write("x.py", 'learning_rate = 1.0\nn_layer = 2\nout_dir = "nowhere"')
     assert visit(path) == ({"n_layer": 2}, {"model_size": "", "out_dir": ""})
-    assert capsys.readouterr() == ("", "n_layer = 2    (default 6)\n")
+    assert capsys.readouterr() == ("", "settings: n_layer=2\n")
     assert visit("--learning_rate=2", path)[0] == {"n_layer": 2}
     assert "learning_rate has no effect here: it is of guest.py\n" in capsys.readouterr().err
     with pytest.raises(UserError, match="a float"):
@@ -377,7 +378,7 @@ def test_a_typed_out_dir_is_the_model_of_that_run(capsys):
     given, namespace = visit(path, "--out_dir=run", "--no-bias", "--block_size=8")
     assert given == {"n_layer": 3, "depths": (1, 3), "bias": False, "block_size": 8}
     assert given.typed == {"bias", "block_size"} and namespace["model_size"] == ""
-    assert "depths = (1, 3)    (default ())" in capsys.readouterr().err
+    assert "depths=(1, 3)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model, argv, fragments", [

@@ -50,8 +50,8 @@ def ended(processes, *codes):
     """[(stdout, stderr without the list of settings)]; each process must end with one of the codes."""
     with ThreadPoolExecutor(len(processes)) as pool:
         said = list(pool.map(lambda process: process.communicate(timeout=120), processes))
-    said = [(out, "\n".join(line for line in err.splitlines() if "    (default " not in line))
-            for out, err in said]
+    said = [(out, "\n".join(line for line in err.splitlines()
+                            if not line.startswith(("settings:", " " * 10)))) for out, err in said]
     assert all(process.returncode in (codes or (0,)) for process in processes), said
     return said
 

@@ -61,7 +61,7 @@ def side_by_side(corpus, folder, **runs):
 
 def unsettled(said):
     """Lines of stderr without the list of settings."""
-    return [line for line in said.strip().splitlines() if "    (default " not in line]
+    return [line for line in said.strip().splitlines() if not line.startswith(("settings:", " " * 10))]
 
 
 def metrics(out):
