@@ -571,11 +571,8 @@ flops_per_step = model.flops_per_token() * tokens_per_step / WORLD # of a proces
 
 
 def compiling_pays() -> tuple[float, float]:
-    """Estimates, in seconds: what torch.compile saves within the run, and what compiling takes.
-
-    On CUDA an eager step waits for the host, which launches about 100 kernels for each layer and micro-batch
-    and takes 20 us for each. On an H100 a step of 6 layers took 18 ms, compiled 8.5 ms; compiling took 17 s.
-    """
+    """Estimates, in seconds: what torch.compile saves within the run, and what compiling takes."""
+    # On CUDA the host launches about 100 kernels for each layer and micro-batch, and takes 20 us for each.
     saved = {"cuda": 100 * 20e-6 * config.n_layer * accumulate,
              "cpu": 0.2 * flops_per_step / 1e11}.get(kind, 0) # a fifth of a CPU's time, at 1e11 FLOP/s
     return saved * max_iters, 25 if kind == "cuda" else 55
@@ -608,22 +605,20 @@ class Alive(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.known, self.most = 0, set(), {} # addresses; {kind of operation: bytes}
+        self.sizes, self.most = {}, {} # {address: bytes} of what is alive; {operation: bytes}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         for address, storage in self.storages(result).items():
             # what is new is neither a view of an input nor an input that has changed in place
-            if address not in self.known and address not in self.storages((args, kwargs)):
-                self.known.add(address)
-                self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.freed, address, storage.nbytes())
-        self.most[operation] = max(self.bytes, self.most.get(operation, 0))
+            if address not in self.sizes and address not in self.storages((args, kwargs)):
+                self.sizes[address] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, address)
+        self.most[operation] = max(self.bytes(), self.most.get(operation, 0))
         return result
 
-    def freed(self, address, count):
-        self.known.discard(address)
-        self.bytes -= count
+    def bytes(self):
+        return sum(self.sizes.values())
 
     @staticmethod
     def storages(tree):
@@ -639,7 +634,7 @@ def traced(count: int) -> tuple[dict, int]:
     with Alive() as alive:
         with autocast:
             _, losses = model(x, y, with_logits=False)
-        loss, kept = sum(losses.values()), alive.bytes
+        loss, kept = sum(losses.values()), alive.bytes()
         loss.backward()
     return alive.most, kept
 
@@ -659,7 +654,8 @@ def forecast() -> str:
             group["lr"] = 0.0
         with Alive() as alive:
             opt.step()
-        state, spare = alive.bytes, max(alive.most.values()) - alive.bytes # spare: in a step
+        state = alive.bytes()
+        spare = max(alive.most.values()) - state # in a step
         params, gradients, masks = (sum(t.nbytes for t in tensors) for tensors in (
             [*model.parameters(), *model.buffers()], grads,
             [*sparsity.masks, *sparsity.means, *sparsity.squares] if sparsity else []))
@@ -736,7 +732,8 @@ def log(time_s: float, **numbers) -> None:
     if sparsity:
         line["density"] = round(sparsity.density(), 6) # share of weights that are not held at zero
     line.update(numbers)
-    track(line)
+    if trackers:
+        track(line)
     # JSON has neither NaN nor infinity: they become null
     text = json.dumps(json.loads(json.dumps(line), parse_constant=lambda word: None))
     was_full = bool(run["unwritten"])
@@ -765,15 +762,14 @@ def track(line: dict) -> None:
     """Gives the numbers of a line to --tensorboard and --wandb. The run goes on without one that fails."""
     numbers = {k: v for k, v in line.items() if not isinstance(v, (str, dict))}
     numbers |= {f"{hook}/{k}": v for hook, found in line.get("hooks", {}).items() for k, v in found.items()}
-    states = random_states() if trackers else None # what a package draws must not change the run
+    states = random_states() # what a package draws must not change the run
     for name in [*trackers]:
         try:
             tracker(name)(numbers)
         except Exception as error: # whatever a package raises
             trackers.remove(name)
             say(f"WARNING: {name} FAILED ({type(error).__name__}: {str(error)[:150]}) AND IS LEFT OUT")
-    if states:
-        set_random_states(states)
+    set_random_states(states)
 
 
 def write_lines() -> OSError | None:
@@ -812,8 +808,8 @@ def say(words: str, passing: bool = False) -> None:
 def files_of_run() -> list[Path]:
     """All that a run writes to its folder, of those files that are there."""
     names = "ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "run.json", "tensorboard", "wandb"
-    named = [f for name in names for f in (folder / name, folder / f"{name}.damaged") if f.exists()]
-    return named + kept_checkpoints() + [*folder.glob("step_*.pt.damaged")]
+    there = [folder / name for name in names if (folder / name).exists()]
+    return there + kept_checkpoints() + [*folder.glob("*.pt.damaged")]
 
 
 def new_folder() -> Path:
@@ -826,8 +822,8 @@ def new_folder() -> Path:
 def rewind(branch: bool) -> None:
     """Makes the chosen checkpoint ckpt.pt, and its best.pt and metrics.jsonl those of its step.
 
-    What is newer moves aside, with copies of metrics.jsonl and run.json: a run that can be resumed there.
-    Whenever the process dies, --resume goes on from the old ckpt.pt or from the chosen one, and all is kept.
+    What is newer moves aside, as a run that can be resumed there. Whenever the process dies, --resume goes on
+    from the old ckpt.pt or from the chosen one, and all is kept.
     """
     newest = folder / "ckpt.pt"
     newer = [f for f in files_of_run() if f.suffix == ".pt" and step_of(f) > run["step"]
@@ -907,10 +903,7 @@ def smaller(size: int) -> int:
 
 
 def next_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This process's part of a step's batch: x and y, each (rows / WORLD, sequence).
-
-    The whole batch is a function of (seed, step) alone. The processes take equal contiguous parts of it.
-    """
+    """This process's part of a step's batch, which is a function of (seed, step): x and y, as ids."""
     x, y = corpus.train.batch(step, rows, sequence, seed, epochs=sampling == "epochs") # (rows, sequence)
     x, y = (z.chunk(WORLD)[RANK] for z in (x, y)) # (rows / WORLD, sequence)
     return tuple((z.pin_memory() if kind == "cuda" else z).to(device, non_blocking=True) for z in (x, y))
@@ -958,8 +951,7 @@ def fitting(work: Callable) -> object:
 def mean_over_processes(losses: dict) -> dict:
     """Replaces each gradient by its mean over the processes; returns the means of the losses.
 
-    One message after the last micro-batch. DDP sends while the backward pass runs: 0.66 s a step instead of
-    0.71 s. But it wraps the model, and searches each graph for parameters without a gradient.
+    DDP sends while the backward pass runs: 0.66 s a step instead of 0.71 s. But it needs a gradient of all.
     """
     if WORLD == 1:
         return losses
@@ -1038,9 +1030,7 @@ bytes_per_token = 0.0 # of UTF-8, in the text of these tokens; the first evaluat
 
 @torch.no_grad()
 def evaluate() -> dict | None:
-    """Cross-entropy of always the same validation data: val_loss in nats per token, and val_bits_per_byte
-    where the tokenizer is known. None if a signal asks to stop. Of N processes each takes every Nth batch.
-    """
+    """val_loss, in nats per token, and val_bits_per_byte of always the same data. None: a signal stops it."""
     global bytes_per_token
     batches = ((corpus.val.batch(i, batch_size, sequence, seed) for i in range(eval_iters)) if eval_iters > 0
                else corpus.val.windows(sequence, batch_size, eval_limit))
@@ -1275,7 +1265,7 @@ while True:
         say(f"step {run['step']:>6}/{max_iters}  loss {loss:.4f}{more}  {tokens_per_s:,.0f} tokens/s{mfu}  "
             f"{left} left", passing=True)
 
-found_best, place, saved = run["best"] < math.inf, shlex.quote(out_dir), "saved" if saved_ok else "NOT SAVED"
+found_best, place = run["best"] < math.inf, shlex.quote(out_dir)
 if sample:
     say(f"a sample:{sample}")
 say(f"step {run['step']}" + f", best val loss {run['best']:.4f} at step {run['best_step']}" * found_best
@@ -1283,7 +1273,7 @@ say(f"step {run['step']}" + f", best val loss {run['best']:.4f} at step {run['be
     + (f", {run['skipped']} batches skipped" if run["skipped"] else "")
     + (", THE LAST LINES OF metrics.jsonl NOT WRITTEN" if run["unwritten"] else ""))
 say(f"{run['time_s']:.1f} s of training, {time.monotonic() - STARTED:.1f} s in all; "
-    f"{saved} in {out_dir}: metrics.jsonl, ckpt.pt{', best.pt' * found_best}")
+    f"{'saved' if saved_ok else 'NOT SAVED'} in {out_dir}: metrics.jsonl, ckpt.pt{', best.pt' * found_best}")
 if run["step"] < max_iters:
     say(f"to go on: {'python' if WORLD == 1 else 'torchrun ...'} train.py --out_dir={place} --resume")
 say(f"next: python sample.py --out_dir={place}")
