@@ -1,4 +1,4 @@
-"""All decoding of nanoSLM, and the command line that writes text from a checkpoint of train.py.
+r"""All decoding of nanoSLM, and the command line that writes text from a checkpoint of train.py.
 
 From Python, use GPT.generate of model.py, or stream and Speculation below, which give tokens as they come.
 Read distribution and stream first, then Decoder, by which a GPU writes the tokens of stream, and naive_judge,
@@ -8,23 +8,26 @@ on which speculative decoding rests.
   python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95     the newest run below out
   python sample.py --speculative       the same distribution from fewer forwards
   python sample.py --uncertainty       how unsure the model was of each token; train with --uncertainty
-  python sample.py --interactive       a prompt a line; `temperature=0.5` changes it; quit
+  python sample.py --interactive       a conversation, whose text stays in the cache; /help, exit
+  python sample.py --json --start=LINES:prompts.txt --stop="\n\n"     many prompts, for a program
 
 B rows written at once   T tokens of the prompt   V vocabulary   C channels   n drafts of a step
 """
 from configurator import UserError, checked, configure, from_text, user_errors # first: see stop_at_once there
 
 import glob
-import itertools
 import math
 import os
 import re
+import select
+import stat
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from json import dumps # json is a setting here
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +37,17 @@ from kernels import choose_device, few_rows, widen
 from model import Cache, GPT, load_checkpoint, previous_checkpoint
 
 out_dir = "" # folder of the run, or one of its .pt files; empty: the newest below out
-start = "\n" # the prompt; FILE:prompt.txt reads it from a file
-num_samples = 1 # continuations of the same prompt, drawn as one batch
+# The prompt. FILE:a.txt: the text of a file. LINES:a.txt: each line is a prompt of its own, all are drawn as
+# one batch. -: standard input, without its last line end, which is also read where something is piped in and
+# no start is given. With --interactive start is the first line.
+start = "\n"
+num_samples = 1 # continuations of each prompt, drawn as one batch
 max_new_tokens = 500 # length of each
 temperature = 0.8 # below 1 sharper, above 1 wilder, 0 always the likeliest token
 top_k = 0 # keep only the k likeliest tokens; 0 = all
 top_p = 1.0 # keep the likeliest tokens that hold this share of the probability
 min_p = 0.0 # keep tokens of at least this share of the likeliest one's probability
+stop = "" # strings that end a text, which they are no part of, as in "\n\n||USER:"; \n and \t are understood
 seed = 1337 # of the draws: the same seed writes the same text
 speculative = False # draft several tokens, judge them in one forward: the same distribution, faster
 draft = "auto" # what drafts with --speculative: ahead (the n_ahead cell) | ngram (the text so far) | auto
@@ -48,7 +55,11 @@ draft = "auto" # what drafts with --speculative: ahead (the n_ahead cell) | ngra
 # background: none below 0.2, then at 0.2, 0.4, 0.6 and 0.8 a step from pale yellow to red. Elsewhere, and
 # where NO_COLOR is set, each token has a line: 0.12  'a'
 uncertainty = False
-interactive = False # ask for prompts until `quit`
+interactive = False # a prompt a line, each behind all that was said and written; /help says more
+# A line with a JSON object for each continuation, and nothing else: prompt, text, tokens (also of the stop),
+# finish_reason (stop, length, interrupted), seconds_to_first_token, tokens_per_second. A token has id, text,
+# model_logprob (its log-probability at temperature 1, in nats) and, of a model with the head, uncertainty.
+json = False
 # graph: steps of fixed shape, on CUDA a graph each (class Decoder)   compiled: fused by torch.compile as well
 # eager: kernel by kernel                                             auto: graph on CUDA, else eager
 decode = "auto" # how plain decoding runs: auto | eager | graph | compiled
@@ -59,8 +70,8 @@ device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
 # --- sampling: what a token is drawn from -------------------------------------------------------------------
 
 
-def check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens=0):
-    """ValueError, with the way out, for values that mean nothing."""
+def check_sampling(shortest, temperature, top_k, top_p, min_p, max_new_tokens=0):
+    """ValueError, with the way out, for values that mean nothing. shortest: tokens of the shortest prompt."""
     for bad, sentence in [
         (max_new_tokens < 0, f"max_new_tokens={max_new_tokens} must not be negative"),
         (not temperature >= 0, f"temperature={temperature} must not be negative; 0 is greedy"),
@@ -68,7 +79,7 @@ def check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens=0):
         (top_k < 0, f"top_k={top_k} must not be negative; 0 keeps every token"),
         (not 0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]; 1 keeps every token"),
         (not 0 <= min_p < 1, f"min_p={min_p} must be in [0, 1); 0 keeps every token"),
-        (idx.size(1) == 0, "the prompt is empty; give at least one token"),
+        (shortest == 0, "the prompt is empty; give at least one token"),
     ]:
         if bad:
             raise ValueError(sentence)
@@ -114,14 +125,13 @@ def window_start(n: int, block_size: int) -> int:
 
 def move_window(model, cache, idx, old, new):
     """Moves the window from token `old` of idx (B, T) to token `new`, by halves, and empties the cache. A
-    memory is carried on as the first half of each window left it. If the cache has not seen that half, as in
-    a long prompt, it is computed for the memory alone.
+    memory is carried on as the first half of each window left it. What the cache has not seen of that half,
+    as in a long prompt, is computed for the memory alone.
     """
     half = max(1, model.block_size // 2)
     for begin in range(old, new, half):
         if model.memory is not None and cache.length < half:
-            cache.length = 0
-            model.trunk(idx[:, begin : begin + half], cache)
+            model.trunk(idx[:, begin + cache.length : begin + half], cache)
         cache.slide(half)
 
 
@@ -133,10 +143,10 @@ def stream(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     """Yields max_new_tokens tensors (B, 1), each drawn given all tokens before it. idx (B, T): the prompt.
     watch(h (B, 1, C), logits (B, 1, V)), if given, sees what each token is drawn from.
     graph: a Decoder writes, with a cache, many times as fast on CUDA, and yields on the CPU. Where it cannot
-    it prints why, and the ordinary path writes. compile: see Decoder.
+    it prints why, and the ordinary path writes, as it does for a watch. compile: see Decoder.
     """
-    check_sampling(idx, temperature, top_k, top_p, min_p, max_new_tokens)
-    if graph and Decoder.takes(model, watch):
+    check_sampling(idx.size(1), temperature, top_k, top_p, min_p, max_new_tokens)
+    if graph and not watch and Decoder.takes(model):
         decoder = Decoder(model, len(idx), temperature, top_k, top_p, min_p, generator, compile)
         yield from decoder.stream(idx, max_new_tokens)
         return
@@ -195,6 +205,7 @@ class Decoder:
     Attention reads S places and masks those behind the position. S is a power of two, or all places there
     are, and grows with the text: each S has its own graph.
     compile: torch.compile fuses the step's kernels before the capture, which takes up to minutes for each S.
+    The cache stays from text to text: what a text shares with the one before it is not read again.
     """
     AHEAD = 16 # steps launched before their tokens are read; after a stop token the others are in vain
     SHORTEST = 128 # the smallest S
@@ -206,7 +217,8 @@ class Decoder:
         self.sampling, weight = (temperature, top_k, top_p, min_p), model.embed.weight
         zeros = partial(torch.zeros, dtype=torch.long, device=weight.device)
         self.position, self.ids = zeros(()), zeros(rows, model.block_size + 1) # the window, a token beyond it
-        self.carried = [self.position] # what a step reads from the step before, beside cache and ids
+        self.h = weight.new_zeros(*self.ids.shape, weight.size(1)) # what each of ids was drawn from
+        self.seen, self.known = None, 0 # h (B, 1, C) of the token just yielded; tokens that the cache holds
         self.noise = widen(weight.new_ones(rows, model.config.vocab_size))
         self.random = [self.noise.exponential_] if temperature else [] # drawn anew before each step
         options = self.OPTIONS if weight.is_cuda else None
@@ -214,11 +226,11 @@ class Decoder:
         self.run, self.captures, self.graphs = self.fused(self.step), weight.is_cuda, {}
 
     @staticmethod
-    def takes(model: GPT, watch: object = None) -> bool:
+    @lru_cache(1) # so that it is said once
+    def takes(model: GPT) -> bool:
         """Whether a Decoder can write this. If not, it prints why."""
         why = ("depths choose the layers of each token on the host" if len(model.routers) else
-               "a memory is filled by the host's count of tokens" if model.memory is not None else
-               "it keeps no h for watch (--uncertainty)" if watch else "")
+               "a memory is filled by the host's count of tokens" if model.memory is not None else "")
         if why:
             print(f"decoding kernel by kernel, not as a graph: {why}", file=sys.stderr)
         return not why
@@ -233,6 +245,7 @@ class Decoder:
             p = torch.div(distribution(p, *self.sampling), self.noise, out=self.noise)
         self.position += 1
         self.ids.index_copy_(1, at, p.argmax(-1, keepdim=True))
+        self.h.index_copy_(1, at, h.type_as(self.h))
 
     def launch(self, run: Callable, position: int, count: int, width: int = 1):
         """`count` steps from this position, each of which writes at most `width` tokens."""
@@ -241,7 +254,7 @@ class Decoder:
         if self.captures:
             if (run, S) not in self.graphs:
                 with torch.cuda.device_of(self.ids):
-                    self.graphs[run, S] = capture(run, self.carried)
+                    self.graphs[run, S] = capture(run, [self.position])
             run = self.graphs[run, S].replay
         for _ in range(count):
             for draw_anew in self.random:
@@ -255,29 +268,45 @@ class Decoder:
         return count
 
     def refill(self, window):
-        """Fills the cache with all tokens but the newest -> their h (B, T - 1, C), or None."""
-        self.cache.length = self.cache.bucket = 0
-        return self.model.trunk(window[:, :-1], self.cache) if window.size(1) > 1 else None
+        """Reads the window (B, n) but for its newest token, and what it shares with the text in the cache."""
+        n, cache = window.size(1), self.cache
+        known = min(self.known, n - 1)
+        known = int((self.ids[:, :known] == window[:, :known]).all(0).long().cumprod(0).sum())
+        # Short convolutions keep the last tokens alone. Drafts may have taken the place of n_ahead of them.
+        if self.known - known > cache.ring + 1 - cache.taps - self.model.config.n_ahead:
+            known = 0
+        cache.length, cache.bucket, self.known = known, 0, 0
+        self.ids[:, :n] = window
+        if known < n - 1:
+            self.h[:, known + 1 : n] = self.model.trunk(window[:, known:-1], cache)
+        self.position.fill_(n - 1)
 
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
         """Yields max_new_tokens tensors (B, 1), on the CPU. idx (B, T): the prompt."""
-        check_sampling(idx, *self.sampling, max_new_tokens)
+        check_sampling(idx.size(1), *self.sampling, max_new_tokens)
+        self.forwards = self.tokens = 0 # of this text's drafts, if a DraftingDecoder writes it
         L, window = self.model.block_size, idx[:, window_start(idx.size(1), self.model.block_size) :]
         with evaluating(self.model):
             while max_new_tokens > 0: # once for each window
                 n = window.size(1) # tokens there are
-                self.ids[:, :n] = window
                 self.refill(window)
-                self.position.fill_(n - 1)
                 while n <= L and max_new_tokens > 0:
+                    self.known = 0 # until the steps have ended: Ctrl-C may come before
                     count = self.write(n, max_new_tokens)
                     new = self.ids[:, n : n + min(count, max_new_tokens)].to("cpu", copy=True)
-                    yield from new.split(1, dim=1)
+                    self.known = n + count - 1
+                    for i, token in enumerate(new.split(1, dim=1), start=n):
+                        self.seen = self.h[:, i : i + 1]
+                        yield token
                     n, max_new_tokens = n + count, max_new_tokens - count
-                if any(x.isnan().any() for x in (self.noise, *self.carried)): # each later step has it too
+                if self.noise.isnan().any() or self.h.isnan().any(): # each later step has it too
                     raise ValueError(NOT_FINITE)
                 window = self.ids[:, window_start(n, L) : n].clone()
+
+    def steps(self, rows: list[list[int]], count: int) -> Iterator[list[list[int]]]:
+        """What each of these rows of ids writes, step by step, until it is `count` tokens."""
+        return (tokens.tolist() for tokens in self.stream(self.ids.new_tensor(rows), count))
 
 
 def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
@@ -287,26 +316,27 @@ def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: fl
     """GPT.generate, which describes it. idx (B, T) -> (B, T + new)."""
     if speculative and (watch or not use_cache):
         raise ValueError("speculative decoding needs its cache and forwards; drop use_cache=False and watch")
+    check_sampling(idx.size(1), temperature, top_k, top_p, min_p, max_new_tokens)
     if not len(idx):
         return idx
     if speculative:
         writer = Speculation(model, idx, temperature, top_k, top_p, min_p, generator)
         return writer.generate(max_new_tokens, stop)
     tokens = stream(model, idx, max_new_tokens, temperature, top_k, top_p, min_p, generator, use_cache, watch)
-    return until_stopped(idx, tokens, stop)
+    steps = (token.tolist() for token in tokens)
+    return torch.tensor(until_stopped(idx.tolist(), steps, max_new_tokens, stop), device=idx.device)
 
 
-def until_stopped(idx, tokens, stop):
-    """idx (B, T) and the tensors (B, 1) that `tokens` yields, until each row has a token of `stop`."""
-    device, idx = idx.device, idx.cpu()
-    ended = torch.zeros(idx.size(0), 1, dtype=torch.bool)
-    stops, out = torch.tensor(list(stop), dtype=idx.dtype), [idx]
-    for token in map(torch.Tensor.cpu, tokens):
-        out.append(torch.where(ended, out[-1][:, -1:], token)) # a row that has ended repeats its last token
-        ended = ended | torch.isin(token, stops)
-        if ended.all():
-            break
-    return torch.cat(out, dim=1).to(device)
+def until_stopped(rows, steps, max_new_tokens, stop=()):
+    """rows of ids and what each writes in each of the steps, until each has written a token of `stop`."""
+    rows, stop = [list(row) for row in rows], set(map(int, stop))
+    ends = [len(row) + max_new_tokens for row in rows]
+    while any(len(row) < end for row, end in zip(rows, ends)): # complete rows go on until then
+        for b, tokens in enumerate(next(steps)):
+            stopped = [len(rows[b]) + i for i, token in enumerate(tokens, start=1) if token in stop]
+            ends[b], rows[b] = min([ends[b], *stopped]), rows[b] + tokens
+    longest = max(ends) # shorter rows repeat their last token
+    return [row[:end] + row[end - 1 : end] * (longest - end) for row, end in zip(rows, ends)]
 
 
 def generate_with_uncertainty(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
@@ -375,12 +405,13 @@ def draft_by_cell(model, s, x, races, sampling):
 
 
 class Speculation:
-    """A text that a model writes, in B rows, each at its own pace. step() is one forward for all rows; where
-    windows have moved, one for each row that moved.
+    """A text that a model writes, in B rows, each of its own length, and the cache of it. step() is a forward
+    for all rows; where rows have more to read than their newest token, one for each of these rows.
 
     Drafts come from the model's Ahead cell ("ahead"), or from what followed the last tokens where they
     occurred earlier in the text ("ngram"). "auto" takes the cell if there is one, and ngram while the text
-    repeats itself. Drafting pauses where too few drafts are kept to pay for themselves.
+    repeats itself. Drafting pauses where too few drafts are kept to pay for themselves. "none" is plain
+    decoding: the tokens of stream.
     """
     TRIAL, PAUSE = 32, 512 # steps with drafts between two decisions; tokens of each row without drafts
     # Cost of drafting and judging one token, in plain forwards. Measured on a CPU with the model of
@@ -388,99 +419,111 @@ class Speculation:
     # A constant, not a timing: the same seed must write the same text on every machine.
     COST = 0.1
 
-    def __init__(self, model: GPT, idx: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, min_p: float = 0.0, generator: torch.Generator | None = None,
-                 draft: str = "auto"):
-        check_sampling(idx, temperature, top_k, top_p, min_p)
-        if draft not in ("auto", "ahead", "ngram"):
-            raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram")
+    def __init__(self, model: GPT, idx: torch.Tensor | list[list[int]], temperature: float = 1.0,
+                 top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+                 generator: torch.Generator | None = None, draft: str = "auto"):
+        if draft not in ("auto", "ahead", "ngram", "none"):
+            raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram, none")
         has_cell = "ahead" in model.extras
         if draft == "ahead" and not has_cell:
             raise ValueError("draft=ahead needs a model trained with --n_ahead=7; else use draft=ngram")
-        self.model, self.generator, self.device = model, generator, idx.device
-        self.rows, self.prompt, self.sampling = idx.tolist(), idx.size(1), (temperature, top_k, top_p, min_p)
+        self.model, self.generator, self.device = model, generator, model.embed.weight.device
+        self.sampling = temperature, top_k, top_p, min_p
         self.best = self.ahead if has_cell and draft != "ngram" else self.ngram
         self.source = self.repeated_or_best if draft == "auto" and has_cell else self.best
-        self.n = min(model.config.n_ahead or 7, model.block_size - 1) # most drafts of a step
-        self.starts = [-1] * len(self.rows) # position of each row's window; -1: nothing has been computed
-        # Drafts are a rectangle (B, n). A row with less room is padded, and padding needs places as well.
-        self.cache = model.new_cache(len(self.rows), spare=self.n)
-        self.h = None # (B, C) the trunk's output at the last token in the cache
+        # Most drafts of a step. They are a rectangle (B, n). A row with less room is padded, and
+        # padding needs places in the cache as well.
+        self.n = min(model.config.n_ahead or 7, model.block_size - 1) if draft != "none" else 0
+        self.cache = model.new_cache(len(idx), spare=self.n)
+        # Of each row: where its window begins, and how many tokens were read. The cache has these, from the
+        # window's begin on.
+        self.starts, self.read = [0] * len(idx), [0] * len(idx)
+        self.seen = None # (B, n, C) the trunk's output that each token of the latest step was drawn from
+        self.rows = [[] for _ in idx]
+        self.go_on(idx.tolist() if torch.is_tensor(idx) else idx)
+
+    def go_on(self, rows: list[list[int]]) -> None:
+        """Makes these rows of ids the text. What they share with the text so far is not read again."""
+        check_sampling(min(map(len, rows), default=1), *self.sampling)
+        for b, (old, row) in enumerate(zip(self.rows, rows)):
+            known = min(self.read[b], len(row) - 1, len(os.path.commonprefix([old, row]))) # lists will do
+            # The window has to hold it, and short convolutions keep no more than the last tokens.
+            lost = self.read[b] - known > self.cache.ring + 1 - self.cache.taps - self.n
+            self.read[b] = known if known > self.starts[b] and not lost else 0
+        self.rows = [list(row) for row in rows]
+        self.h = None # (B, C) the trunk's output at the last token in the cache; None before the first step
         # For ngram, of each row: {last tokens: the index that followed them}, and how far that is complete.
-        self.followed, self.noted = [{} for _ in self.rows], [2] * len(self.rows)
+        self.followed, self.noted = [{} for _ in rows], [2] * len(rows)
         self.forwards = self.tokens = self.drafted = self.kept = 0 # of all rows
-        self.seconds, self.timed = 0.0, 0 # time in step(), tokens written in it; without the first step
         self.trial, self.pause = Counter(), 0 # results of the latest forwards; tokens until the next trial
 
-    def generate(self, max_new_tokens: int, stop: Iterable[int] = ()) -> torch.Tensor:
-        """(B, T + new), as GPT.generate."""
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
-        stop, ends = set(map(int, stop)), [self.prompt + max_new_tokens] * len(self.rows)
-        while any(len(row) < end for row, end in zip(self.rows, ends)): # complete rows go on until then
-            for b, tokens in enumerate(self.step()):
-                first = len(self.rows[b]) - len(tokens)
-                ends[b] = min([ends[b], *(first + i + 1 for i, token in enumerate(tokens) if token in stop)])
-        longest = max(ends, default=0) # shorter rows repeat their last token
-        return self.tensor([row[:e] + row[e - 1 : e] * (longest - e) for row, e in zip(self.rows, ends)])
+    def steps(self, rows: list[list[int]], count: int = 0) -> Iterator[list[list[int]]]:
+        """As Decoder.steps, but of rows of any lengths, and without end."""
+        self.go_on(rows)
+        return iter(self.step, None)
 
-    def __iter__(self) -> Iterator[int]:
-        """The tokens of a single row, without end."""
-        while True:
-            yield from self.step()[0]
+    def generate(self, max_new_tokens: int, stop: Iterable[int] = ()) -> torch.Tensor:
+        """(B, T + new), as GPT.generate, of rows of one length."""
+        return self.tensor(until_stopped(self.rows, iter(self.step, None), max_new_tokens, stop))
 
     @torch.no_grad()
     def step(self) -> list[list[int]]:
-        """One forward -> the tokens that each row wrote: none where only other rows' windows moved."""
-        began = time.perf_counter()
-        old, self.starts = self.starts, [window_start(len(row), self.model.block_size) for row in self.rows]
-        moved = [b for b, start in enumerate(self.starts) if start != old[b]]
+        """One forward -> the tokens that each row wrote: none where only other rows had more to read."""
+        starts = [window_start(len(row), self.model.block_size) for row in self.rows]
+        behind = [b for b, row in enumerate(self.rows)
+                  if self.h is None or self.read[b] < len(row) - 1 or self.starts[b] != starts[b]]
+        read, self.read = self.read, [0] * len(starts) # if Ctrl-C ends this step, the cache may hold anything
         with evaluating(self.model):
-            wrote = self.refill(moved, old) if moved else self.draft_and_judge()
+            wrote = self.refill(behind, read, starts) if behind else self.draft_and_judge()
         for row, tokens in zip(self.rows, wrote):
             row.extend(tokens)
-        count = sum(map(len, wrote))
-        if self.forwards:
-            self.seconds, self.timed = self.seconds + time.perf_counter() - began, self.timed + count
-        self.forwards, self.tokens = self.forwards + 1, self.tokens + count
+        self.starts, self.read = starts, [len(row) - 1 for row in self.rows]
+        self.forwards, self.tokens = self.forwards + 1, self.tokens + sum(map(len, wrote))
         return wrote
 
-    def refill(self, moved, olds):
-        """Fills the cache for the windows of rows that moved (at first, all rows); each writes one token."""
+    def refill(self, behind, read, starts):
+        """Reads what the rows `behind` have not read of their windows; each of them writes one token."""
         wrote = [[] for _ in self.rows]
         # Rows of one length, as at first, share a forward; rows at their own paces have one each.
-        together = len(moved) == len(self.rows) and len({*zip(map(len, self.rows), olds)}) == 1
-        for part in [slice(0, len(self.rows))] if together else [slice(b, b + 1) for b in moved]:
-            old, start, cache = max(0, olds[part][0]), self.starts[part][0], self.cache.rows(part)
-            ids = self.tensor([row[old:] for row in self.rows[part]]) # (rows, T), the last not yet cached
-            cache.length = ids.size(1) - 1 if olds[part][0] >= 0 else 0
+        together = len(behind) == len(wrote) and len({*zip(map(len, self.rows), self.starts, read)}) == 1
+        for part in [slice(0, len(wrote))] if together else [slice(b, b + 1) for b in behind]:
+            known, start, cache = read[part][0], starts[part][0], self.cache.rows(part)
+            old = self.starts[part][0] if known else 0
+            if not known and cache.memory is not None:
+                cache.memory[:, :, 0] = 0
+            cache.length = known - old
+            ids = self.tensor([row[old:] for row in self.rows[part]]) # (rows, T)
             move_window(self.model, cache, ids, 0, start - old)
-            h = self.model.trunk(ids[:, start - old :], cache)[:, -1] # (rows, C)
-            self.h = h.new_zeros(len(self.rows), h.size(1)) if self.h is None else self.h
+            h = self.model.trunk(ids[:, start - old + cache.length :], cache)[:, -1] # (rows, C)
+            self.h = h.new_zeros(len(wrote), h.size(1)) if self.h is None else self.h.clone()
             self.h[part] = h
-            wrote[part] = [[token] for token in draw(self.distribution(h), self.uniform(len(h))).tolist()]
+            wrote[part] = [[token] for token in self.draw(self.distribution(h)).tolist()]
+        self.seen = self.h[:, None]
         return wrote
 
     def draft_and_judge(self):
         B, L = len(self.rows), self.model.block_size
         inside = [len(row) - start for row, start in zip(self.rows, self.starts)] # tokens in the window
         room = [min(self.n, L - m) if not self.pause else 0 for m in inside] # for drafts
-        drafts, q, limits = self.source(room) # (B, n), (B, n, V), how many of the n each row takes
+        # Drafts (B, n), their q (B, n, V), how many of the n each row takes.
+        drafts, q, limits = self.source(room) if any(room) else (self.tensor([[]] * B), None, room)
         n = drafts.size(1)
         lengths = [m - 1 for m in inside] # all but the newest token; rejected drafts are rolled back by this
         self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
         last = self.tensor([row[-1:] for row in self.rows])
-        h = self.model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (B, n+1, C)
+        h = self.seen = self.model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (B, n+1, C)
         p = self.distribution(h) # (B, n+1, V)
-        keep, rest = judge(p, q, drafts)
-        for b, limit in enumerate(limits):
-            if limit < n: # padding: keep = 0 ends the row here, and its next token is drawn from p itself
-                keep[b, limit:], rest[b, limit] = 0, p[b, limit]
-        u = self.uniform(B, n + 1)
-        kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): drafts before the first rejection
-        batch = torch.arange(B, device=self.device)
-        token, self.h = draw(rest[batch, kept], u[:, n]), h[batch, kept] # (B,), (B, C)
-        wrote = [row[:k] + [t] for row, k, t in zip(drafts.tolist(), kept.tolist(), token.tolist())]
+        if n:
+            keep, rest = judge(p, q, drafts)
+            for b, limit in enumerate(limits):
+                if limit < n: # padding: keep = 0 ends the row here, and its next token is drawn from p itself
+                    keep[b, limit:], rest[b, limit] = 0, p[b, limit]
+            u, batch = self.uniform(B, n + 1), torch.arange(B, device=self.device)
+            kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): drafts before the first rejection
+            token, self.h = draw(rest[batch, kept], u[:, n]), h[batch, kept] # (B,), (B, C)
+            wrote = [row[:k] + [t] for row, k, t in zip(drafts.tolist(), kept.tolist(), token.tolist())]
+        else:
+            self.h, wrote = h[:, 0], [[token] for token in self.draw(p[:, 0]).tolist()]
         written = sum(map(len, wrote))
         self.decide_pause(sum(limits), written - B, written)
         return wrote
@@ -495,6 +538,12 @@ class Speculation:
                 self.pause = self.PAUSE * len(self.rows) # pause counts the tokens of all rows
             self.trial.clear()
 
+    def draw(self, p):
+        """A token (B,) of each p (B, V); without drafts from the random numbers that stream takes."""
+        if self.n:
+            return draw(p, self.uniform(len(p)))
+        return torch.multinomial(p, 1, generator=self.generator)[:, 0]
+
     def distribution(self, h):
         """What the model draws from after h (..., C). ValueError if not finite: draw would take token 0."""
         p = distribution(self.model.logits(h), *self.sampling)
@@ -507,8 +556,6 @@ class Speculation:
 
     def ahead(self, room):
         """From the model's Ahead cell and its head."""
-        if not any(room):
-            return self.ngram(room) # which drafts nothing either, in the right shapes
         races = -self.uniform(max(room), len(self.rows), self.model.config.vocab_size).log()
         last = self.tensor([row[-1] for row in self.rows])
         return *draft_by_cell(self.model, self.h, last, races, self.sampling), room
@@ -553,22 +600,17 @@ class DraftingDecoder(Decoder):
 
     def __init__(self, model: GPT, rows: int = 1, *sampling, **how): # as Decoder; rows is 1
         super().__init__(model, rows, *sampling, **how)
-        self.n, weight = min(model.config.n_ahead, model.block_size - 1), model.embed.weight
-        self.h = weight.new_zeros(1, weight.size(1)) # the trunk's output at the last token in the cache
+        self.n = min(model.config.n_ahead, model.block_size - 1)
         self.races = self.noise.repeat(self.n + 1, 1) # (n+1, V) each draft's, and the last token's
         self.u = self.races.new_full((1, self.n), 0.5)
         self.random += [self.races.exponential_, self.u.uniform_] if self.random else []
         self.run_drafts = self.fused(self.draft_and_judge)
-        self.carried.append(self.h)
-
-    def stream(self, idx, max_new_tokens):
-        self.forwards = self.tokens = self.timed = self.seconds = 0 # of this text, not of those before
-        return super().stream(idx, max_new_tokens)
 
     def draft_and_judge(self):
         model, at, sampling = self.model, self.position[None], self.sampling
         last = self.ids.index_select(1, at) # (1, 1), not yet in the cache
-        drafts, q = draft_by_cell(model, self.h, last[:, 0], self.races[:-1], sampling)
+        h = self.h.index_select(1, at)[:, 0] # (1, C)
+        drafts, q = draft_by_cell(model, h, last[:, 0], self.races[:-1], sampling)
         self.cache.length = self.position
         h = model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (1, n+1, C)
         keep, rest = judge(distribution(model.logits(h), *sampling), q, drafts)
@@ -576,8 +618,9 @@ class DraftingDecoder(Decoder):
         times = torch.div(rest.index_select(1, kept)[:, 0], self.races[-1], out=self.noise) # (1, V)
         token = times.argmax(-1, keepdim=True) # (1, 1)
         wrote = F.pad(drafts, (0, 1)).index_copy(1, kept, token) # (1, n+1), of which kept + 1 count
-        self.ids.index_copy_(1, at + 1 + torch.arange(self.n + 1, device=at.device), wrote)
-        self.h.copy_(h.index_select(1, kept)[:, 0])
+        places = at + 1 + torch.arange(self.n + 1, device=at.device)
+        self.ids.index_copy_(1, places, wrote)
+        self.h.index_copy_(1, places, h.type_as(self.h))
         self.position += kept[0] + 1
 
     def write(self, n, most):
@@ -585,17 +628,10 @@ class DraftingDecoder(Decoder):
         count = min(self.STEPS, room // (self.n + 1), -(-most // (self.n + 1)))
         if not count:
             return super().write(n, most)
-        graphs, began = len(self.graphs), time.perf_counter()
         self.launch(self.run_drafts, n - 1, count, self.n + 1)
         wrote = self.position.item() + 1 - n
-        if self.forwards and len(self.graphs) == graphs: # a capture is no part of the speed
-            self.seconds, self.timed = self.seconds + time.perf_counter() - began, self.timed + wrote
         self.forwards, self.tokens = self.forwards + count, self.tokens + wrote
         return wrote
-
-    def refill(self, window):
-        h = super().refill(window)
-        self.h.zero_() if h is None else self.h.copy_(h[:, -1]) # any h gives valid drafts
 
     def __str__(self):
         mean = self.tokens / max(1, self.forwards)
@@ -605,35 +641,32 @@ class DraftingDecoder(Decoder):
 # --- the command line ---------------------------------------------------------------------------------------
 
 ADJUSTABLE = ["temperature", "top_k", "top_p", "min_p", "max_new_tokens"] # at the prompt
+HELP = f"""a prompt a line; the model goes on from all that was said and written, and from the line as typed
+/reset forgets that text; Ctrl-C stops an answer; exit, quit or the end of input ends
+{", ".join(ADJUSTABLE)} can be set, as in temperature=0.5"""
 _SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...
 
 
 def load(folder: str, device: str) -> tuple:
     """(model, tokenizer, dtype, a line about them) of best.pt, or of the newest checkpoint that is whole.
-
     folder: of a run, or one checkpoint; if empty, the folder below out (or out itself) written to last.
     """
-    if not folder:
-        checkpoints = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
-        if not checkpoints:
-            raise UserError("there is no run below out yet\ntrain first: "
-                            "python train.py config/train_shakespeare_diffmla.py, or name one: --out_dir=...")
-        folder = os.path.dirname(max(checkpoints, key=os.path.getmtime))
-    newest = os.path.join(folder, "ckpt.pt")
-    paths = os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)
-    paths = [folder] if os.path.isfile(folder) else paths
-    paths, damage = [path for path in paths if os.path.exists(path)], []
-    if not paths:
-        raise UserError(f"there is no checkpoint in {folder}\n"
-                        f"train first: python train.py --out_dir={folder} ..., or name another")
-    for path in paths:
+    runs = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
+    if not folder and not runs:
+        raise UserError("there is no run below out yet\ntrain first: "
+                        "python train.py config/train_shakespeare_diffmla.py, or name one: --out_dir=...")
+    folder = folder or os.path.dirname(max(runs, key=os.path.getmtime))
+    newest, damage = os.path.join(folder, "ckpt.pt"), []
+    files = folder, os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)
+    for path in filter(os.path.isfile, files):
         try:
             state = load_checkpoint(path)
             break
         except ValueError as error:
             damage.append(str(error))
     else:
-        raise UserError(f"{damage[0]}\nno checkpoint in {folder} is whole: train again")
+        why = damage[0] if damage else f"there is no checkpoint in {folder}"
+        raise UserError(f"{why}\ntrain first, or train again: python train.py --out_dir={folder} ...")
     for line in damage:
         print(f"WARNING: {line}", file=sys.stderr)
     if state["tokenizer"] is None:
@@ -647,18 +680,38 @@ def load(folder: str, device: str) -> tuple:
     return model.to(device).eval(), codec, settings["dtype"], about
 
 
+def piped_in() -> bool:
+    """Whether a pipe or file is standard input. A pipe in which nothing happens may be some service's."""
+    with suppress(OSError): # it is closed, or this system cannot tell
+        mode = os.fstat(0).st_mode
+        return (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) and bool(select.select([0], [], [], 1)[0])
+    return False
+
+
+def read_prompts(source: str) -> list[str]:
+    """The prompts that --start stands for."""
+    kind, path = ("FILE", "-") if source == "-" else source.partition(":")[::2]
+    if kind not in ("FILE", "LINES") or not path:
+        return [source]
+    try:
+        place = 0 if path == "-" else os.path.expanduser(path)
+        with open(place, encoding="utf-8", closefd=bool(place)) as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    if kind == "LINES":
+        return [line for line in text.split("\n") if line.strip()]
+    return [text if place else text.removesuffix("\n")] # echo writes a line end behind what is meant
+
+
 def encode(text):
-    """Prompt -> ids (1, T). UserError for an empty one, and for characters that the model has never seen."""
-    if not text:
-        raise UserError("the prompt is empty; give at least one character, such as --start=A")
+    """The ids of a prompt. UserError for characters that the model has never seen."""
     if unknown := tokenizer.unknown(text):
-        shown = " ".join(map(repr, unknown[:10]))
-        raise UserError(f"the prompt has characters that the model does not know: {shown}\n"
-                        "write it without them")
-    ids = torch.tensor([int(i) for i in tokenizer.encode(text)], device=device)[None]
-    L = model.config.block_size
-    if ids.size(1) > L and model.memory is None:
-        print(f"the prompt has {ids.size(1)} tokens, the model reads at most the last {L}", file=sys.stderr)
+        raise UserError("the prompt has characters that the model does not know: "
+                        f"{' '.join(map(repr, unknown[:10]))}\nwrite it without them")
+    ids, L = [int(i) for i in tokenizer.encode(text)], model.config.block_size
+    if len(ids) > L and model.memory is None:
+        print(f"the prompt has {len(ids)} tokens, the model reads at most the last {L}", file=sys.stderr)
     return ids
 
 
@@ -678,139 +731,169 @@ def with_score(text, score):
     return re.sub("[^\n]+", colour, text) if shade else text # a coloured line end would fill its line
 
 
-def show(pairs):
-    """Prints a continuation as its (token, score) come -> how many. A token that ends inside a character
-    waits for the rest of it; the two then have the higher of their scores.
+class Continuation:
+    """What one row writes behind its prompt: tokens, and text up to a stop."""
+
+    def __init__(self, prompt):
+        self.prompt, self.text, self.finish, self.tokens = prompt, "", "", []
+        self.first = self.seconds = 0.0 # from the start to the first token, and to the latest
+        self.shown, self.highest, self.printing = 0, 0.0, safe(prompt) + lines
+
+    def print(self, end=""):
+        ready, self.printing = self.printing, "" # a Ctrl-C behind print must not print it again
+        print(ready, end=end, flush=True)
+
+    def take(self, token, seconds):
+        """Adds a token, as judged describes it, unless the text has ended."""
+        if not self.finish:
+            self.tokens.append(token)
+            self.first, self.seconds = self.first or seconds, seconds
+            self.highest = max(self.highest, token.get("uncertainty", 0.0))
+            self.finish = "length" if len(self.tokens) == max_new_tokens else ""
+            self.show()
+
+    def show(self):
+        """Adds to `printing` what will stay: no half of a character, nothing that may begin a stop string.
+        Tokens that waited together are one piece, with the highest of their scores.
+        """
+        text = tokenizer.readable(self.ids())
+        found = [at for at in map(text.find, stops) if at >= 0]
+        self.text = text[: min(found, default=None)]
+        if found or tokenizer.eot in [token["id"] for token in self.tokens[-1:]]:
+            self.finish = "stop"
+        sure = self.text if self.finish else text.rstrip("\ufffd")
+        held = [n for string in stops for n in range(1, len(string)) if sure.endswith(string[:n])]
+        end = len(sure) - (0 if self.finish else max(held, default=0))
+        if end > self.shown:
+            self.printing += with_score(safe(self.text[self.shown : end]), self.highest)
+            self.shown, self.highest = end, 0.0
+
+    def ids(self):
+        """Without the end of a document, behind which a model forgets what was said."""
+        return [token["id"] for token in self.tokens if token["id"] != tokenizer.eot]
+
+    def to_dict(self):
+        return {"prompt": self.prompt, "text": self.text, "tokens": self.tokens, "finish_reason": self.finish,
+                "seconds_to_first_token": self.first,
+                "tokens_per_second": len(self.tokens) / max(self.seconds, 1e-9)}
+
+
+@lru_cache(2) # a conversation keeps its cache and graphs, until it changes how tokens are drawn
+def writer_of(count, alike, speculative, *sampling):
+    """A Decoder if `decode` asks for one, and all rows have one length (alike); else a Speculation."""
+    graph = decode in ("graph", "compiled") or decode == "auto" and device.startswith("cuda")
+    cell = count == 1 and draft != "ngram" and "ahead" in model.extras
+    if graph and alike and (cell or not speculative) and Decoder.takes(model):
+        kind = DraftingDecoder if speculative else Decoder
+        return kind(model, count, *sampling, generator=generator, compile=decode == "compiled")
+    return Speculation(model, [[0]] * count, *sampling, generator, draft if speculative else "none")
+
+
+@torch.no_grad()
+def judged(wrote, seen):
+    """The tokens that each row wrote, as --json shows them; the ids alone if nobody asked for more."""
+    if not json and not uncertainty:
+        return [[{"id": token} for token in tokens] for tokens in wrote]
+    logits = model.logits(seen) # (B, n, V)
+    logp, more = logits.log_softmax(-1), "uncertainty" in model.extras
+    scores = model.uncertainty(seen, logits).tolist() if more else None
+    return [[{"id": token, "text": tokenizer.readable([token]), "model_logprob": logp[b, i, token].item(),
+              **({"uncertainty": scores[b][i]} if more else {})}
+             for i, token in enumerate(tokens)] for b, tokens in enumerate(wrote)]
+
+
+def answer(prompts, before=None):
+    """Prints each prompt and its continuations; how fast they came, and from what model, on stderr.
+    before: ids of each row that come before its prompt -> these, the prompts and the continuations.
     """
-    written, shown, highest = [], 0, 0.0
-    for token, score in pairs:
-        if token == tokenizer.eot:
-            break
-        written.append(token)
-        text, highest = safe(tokenizer.readable(written)), max(highest, score)
-        if not text.endswith("\ufffd"): # the sign for half a character
-            print(with_score(text[shown:], highest), end="", flush=True)
-            shown, highest = len(text), 0.0
-    rest = safe(tokenizer.readable(written))[shown:]
-    print(with_score(rest, highest) if rest else "", end="" if lines else "\n")
-    return len(written)
-
-
-def sampling():
-    return temperature, top_k, top_p, min_p
-
-
-@lru_cache(2) # a conversation captures its graphs once, and anew where it changes how tokens are drawn
-def decoder(kind, *sampling):
-    return kind(model, num_samples, *sampling, generator=generator, compile=decode == "compiled")
-
-
-@lru_cache(1) # so that it says once why it takes none
-def graphs_wanted():
-    wanted = decode in ("graph", "compiled") or decode == "auto" and device.startswith("cuda")
-    return wanted and Decoder.takes(model, watch=uncertainty)
-
-
-def plain_tokens(ids, count, watch=None):
-    """stream's tokens, in the way that `decode` asks for."""
-    if graphs_wanted():
-        return decoder(Decoder, *sampling()).stream(ids, count)
-    return stream(model, ids, count, *sampling(), generator, watch=watch)
-
-
-def speculation(ids):
-    """What writes with --speculative."""
-    if num_samples == 1 and draft != "ngram" and "ahead" in model.extras and graphs_wanted():
-        return decoder(DraftingDecoder, *sampling())
-    return Speculation(model, ids, *sampling(), generator, draft)
-
-
-def continue_one(ids, writer, scores, watch):
-    """Streams one continuation as it is drawn -> how many tokens."""
-    tokens = (writer.stream(ids, max_new_tokens) if isinstance(writer, Decoder) else
-              itertools.islice(writer, max_new_tokens) if writer else
-              plain_tokens(ids, max_new_tokens, watch))
-    return show((int(token), scores[-1].item() if scores else 0.0) for token in tokens)
-
-
-def continue_many(ids, writer, scores, watch):
-    """num_samples continuations in one batch, printed one below the other -> how many tokens."""
-    stop = () if tokenizer.eot is None else (tokenizer.eot,)
-    out = (writer.generate(max_new_tokens, stop) if writer else
-           until_stopped(ids, plain_tokens(ids, max_new_tokens, watch), stop))[:, ids.size(1) :]
-    scores = torch.cat(scores, dim=1) if scores else torch.zeros(out.shape)
-    for i, (row, of_row) in enumerate(zip(out.tolist(), scores.tolist())):
-        if i: # answer() has printed the first prompt
-            print(safe(tokenizer.readable(ids[0].tolist())), end=lines)
-        show(zip(row, of_row))
-        print("---------------")
-    return out.numel()
-
-
-def answer(text):
-    """Prints the prompt and its continuations; how fast they came, and from what model, on stderr."""
-    ids, scores = encode(text).expand(num_samples, -1), []
+    said = [(prompt, ids) for prompt in prompts for ids in [encode(prompt)] * num_samples]
+    if not said or max_new_tokens < 1:
+        raise UserError("prompts, num_samples and max_new_tokens must be at least 1")
+    rows = [old + ids for old, (_, ids) in zip(before or [[]] * len(said), said)]
+    shape, sampling = (len(rows), len({*map(len, rows)}) == 1), (temperature, top_k, top_p, min_p)
     with user_errors():
-        check_sampling(ids, *sampling(), max_new_tokens)
-        writer = speculation(ids) if speculative else None
-    print(safe(text), end=lines, flush=True)
-    watch = (lambda *last: scores.append(model.uncertainty(*last))) if uncertainty else None
+        check_sampling(min(len(ids) for _, ids in said), *sampling)
+        writer = writer_of(*shape, speculative, *sampling)
+    texts, streamed = [Continuation(prompt) for prompt, _ in said], len(said) == 1 and not json
     began = time.perf_counter()
-    count = (continue_one if num_samples == 1 else continue_many)(ids, writer, scores, watch)
-    rate = count / (time.perf_counter() - began)
-    print(f"{count} tokens, {rate:.0f} tokens/s; {about}", file=sys.stderr)
-    if writer:
-        fast = f"; {speed_up(writer, ids):.1f} times as fast as plain cached decoding" if writer.timed else ""
-        print(f"{writer}{fast}", file=sys.stderr)
-
-
-def speed_up(writer, ids):
-    """Tokens per second of the writer's steps over those of plain decoding: 100 tokens at most, unprinted."""
-    few, state = max(1, min(100, writer.timed // num_samples)), generator.get_state()
-    for count in (few if graphs_wanted() else 2, few): # the first time to warm up, and to capture all graphs
-        began = time.perf_counter()
-        for _ in plain_tokens(ids, count):
-            pass
-    plain = few * num_samples / (time.perf_counter() - began)
-    generator.set_state(state) # the next answer of a conversation does not depend on this
-    return writer.timed / max(writer.seconds, 1e-9) / plain
-
-
-def adjust(line):
-    """`temperature=0.5` typed at the prompt. True if the line was such a setting."""
-    name, equals, value = (part.strip() for part in line.partition("="))
-    if not equals or name not in ADJUSTABLE:
-        return False
+    if streamed:
+        texts[0].print()
     try:
-        globals()[name] = checked(from_text, name, value, globals()[name], "typed here")
-        print(f"{name} = {globals()[name]}")
-    except UserError as error:
-        print(f"error: {error}")
-    return True
+        for wrote in writer.steps(rows, max_new_tokens):
+            seconds = time.perf_counter() - began
+            for text, tokens in zip(texts, judged(wrote, writer.seen)):
+                for token in tokens:
+                    text.take(token, seconds)
+                if streamed:
+                    text.print()
+            if all(text.finish for text in texts):
+                break
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+    seconds, count = time.perf_counter() - began, sum(len(text.tokens) for text in texts)
+    for text in texts:
+        text.finish = text.finish or "interrupted"
+        text.show()
+        if json:
+            print(dumps(text.to_dict()))
+        else:
+            text.print(end="" if lines else "\n")
+            print("" if streamed else "---------------\n", end="")
+    first = min(text.first for text in texts)
+    print(f"{count} tokens, {count / seconds:.0f} tokens/s, the first after {first:.3f} s; {about}",
+          file=sys.stderr)
+    if speculative:
+        print(writer, end="", file=sys.stderr)
+        if count > len(rows) and not interactive: # there the next line would have to wait for it
+            plain = writer_of(*shape, False, *sampling)
+            faster = speed_up(rows, count, writer, plain)
+            print(f"; {faster:.1f} times as fast as plain cached decoding", end="", file=sys.stderr)
+        print(file=sys.stderr)
+    return [row + text.ids() for row, text in zip(rows, texts)]
 
 
-def converse():
-    print(f"a prompt a line; {', '.join(ADJUSTABLE)} can be set, as in temperature=0.5; quit ends")
+def speed_up(rows, count, *writers):
+    """Speed of one of the two writers over that of the other: at most 100 tokens of each row, unprinted."""
+    took, few = [], min(100, count // len(rows))
+    for writer in writers:
+        for _ in range(2): # the first time reads the prompt, warms up, and captures all graphs
+            began = time.perf_counter()
+            until_stopped(rows, writer.steps(rows, few), few)
+            took.append(time.perf_counter() - began)
+    return took[3] / took[1]
+
+
+def converse(rows):
+    """Answers the lines of standard input. Remarks and the sign of the prompt go to stderr."""
+    sign = "> " if sys.stdin.isatty() else ""
+    if sign:
+        print(HELP, file=sys.stderr)
     while True:
         try:
-            line = input("> ")
+            print(sign, end="", file=sys.stderr, flush=True)
+            line = input()
         except (EOFError, KeyboardInterrupt):
-            return print()
-        if line.strip() == "quit":
-            return
-        if line and not adjust(line):
-            try:
-                answer(line)
-            except UserError as error: # a slip costs the line, not the conversation
-                print(f"error: {error}")
-            except KeyboardInterrupt:
-                print("\n(stopped)")
+            return print(file=sys.stderr)
+        name, equals, value = (part.strip() for part in line.partition("="))
+        try: # a slip costs the line, not the conversation
+            if name in ("exit", "quit", "/exit", "/quit") and not equals:
+                return
+            if name in ("help", "/help") and not equals:
+                print(HELP, file=sys.stderr)
+            elif line.strip() == "/reset":
+                rows = None
+            elif equals and name in ADJUSTABLE:
+                globals()[name] = checked(from_text, name, value, globals()[name], "typed here")
+                print(f"{name} = {globals()[name]}", file=sys.stderr)
+            elif line:
+                rows = answer([line], rows)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    configure(globals())
-    if num_samples < 1 or max_new_tokens < 1:
-        raise UserError("num_samples and max_new_tokens must be at least 1")
+    given = configure(globals())
     if not 0 <= seed < 2**64:
         raise UserError(f"seed={seed} must be in [0, 2**64)")
     if decode not in ("auto", "eager", "graph", "compiled"):
@@ -819,18 +902,16 @@ if __name__ == "__main__":
         raise UserError(f"cache_dtype={cache_dtype!r} is none of {', '.join(Cache.BITS)}")
     if draft != "auto" and not speculative:
         raise UserError(f"draft={draft} is of speculative decoding; add --speculative, or drop it")
-    if uncertainty and (speculative or interactive):
-        other = "speculative" if speculative else "interactive"
-        raise UserError(f"uncertainty is of plain decoding of one prompt; drop --uncertainty or --{other}")
+    if interactive and (start == "-" or start.startswith("LINES:")):
+        raise UserError(f"start={start} and --interactive both ask for lines; drop one")
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     lines = "\n" if uncertainty and not colours else "" # a token a line
+    stops = [part.replace("\\n", "\n").replace("\\t", "\t") for part in stop.split("||") if part]
     with user_errors():
         device, _ = choose_device(device)
-        if start.startswith("FILE:"):
-            try:
-                start = open(start[5:], encoding="utf-8").read()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{start[5:]} is not UTF-8 text: {error}") from None
+        piped = "start" not in given and not interactive and piped_in()
+        prompts = read_prompts("-" if piped else start)
+        prompts = [start] if piped and prompts == [""] else prompts # nothing came
         model, tokenizer, dtype, about = load(out_dir, device)
         if model.num_params() < 3_000_000 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1) # as fast as two, and four times as fast beside another busy program
@@ -840,4 +921,6 @@ if __name__ == "__main__":
     model.cache_dtype = cache_dtype
     if device.startswith("cuda"): # half the bytes, and no cast of a weight for each token as under autocast
         model.to(getattr(torch, dtype))
-    converse() if interactive else answer(start)
+    rows = answer(prompts) if not interactive or "start" in given else None
+    if interactive:
+        converse(rows)

@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import pty
 import re
 import runpy
 import shutil
@@ -24,15 +25,18 @@ import sample as sample_module
 from sample import stream
 
 
+deep = pytest.mark.deep
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with two runs of a few steps: "char" and "byte", after their tokenizers."""
+    """A folder with runs of a few steps, "char" and "byte", after their tokenizers. char has both heads."""
     d = tmp_path_factory.mktemp("sample")
     (d / "play.txt").write_text("to be or not to be, that is the question\n" * 60, encoding="utf-8")
     flags = ("--dataset=play.txt --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --attention=diff_mla "
              "--n_ahead=2 --max_iters=30 --learning_rate=1e-2 --warmup_iters=5").split()
-    for name in ("char", "byte"):
-        own = [f"--tokenizer={name}", f"--out_dir={name}", f"--data_dir=data/{name}"]
+    for name, more in (("char", ["--uncertainty"]), ("byte", [])):
+        own = [f"--tokenizer={name}", f"--out_dir={name}", f"--data_dir=data/{name}", *more]
         done = run([ROOT / "train.py", *flags, *own], cwd=d)
         assert done.returncode == 0, done.stderr
     return d
@@ -42,6 +46,32 @@ def sample(folder, *flags, out="char", code=0, **how):
     done = run([ROOT / "sample.py", f"--out_dir={folder / out}", *flags], cwd=folder, timeout=60, **how)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def char_to_id(folder):
+    return load_checkpoint(folder / "char/best.pt")["tokenizer"]["char_to_id"]
+
+
+@pytest.fixture
+def inside(trained, tmp_path, monkeypatch, capsys):
+    """sample.py in this process, without starting one: its stdout, or the UserError that would end it."""
+    def call(*flags, input=None):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook) # configure sets another
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained / 'char'}", *flags])
+        ours, theirs = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+        if input is not None:
+            (tmp_path / "stdin").write_text(input, encoding="utf-8")
+            theirs = os.open(tmp_path / "stdin", os.O_RDONLY)
+        os.dup2(theirs, 0)
+        try:
+            with open(0, encoding="utf-8", closefd=False) as stdin:
+                monkeypatch.setattr(sys, "stdin", stdin)
+                runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+        finally:
+            os.dup2(ours, 0)
+        return capsys.readouterr().out
+    return call
 
 
 def test_the_text_is_the_models(trained):
@@ -82,27 +112,38 @@ def test_what_steps_of_fixed_shape_do_not_do_is_said():
         assert words in err.getvalue() and err.getvalue().count("\n") == 1
 
 
+def settings(monkeypatch, **values):
+    """sample.py's settings and what its last lines make of them, in the imported module."""
+    usual = dict(lines="", stops=[], generator=torch.Generator(), device="cpu", about="it")
+    for name, value in (usual | values).items():
+        monkeypatch.setattr(sample_module, name, value, raising=False)
+    sample_module.writer_of.cache_clear()
+
+
 def test_why_no_graph_is_taken_is_said_once(monkeypatch, capsys):
     """Not by each of the writers of an answer, nor for each answer of a conversation."""
     knobs = dict(vocab_size=9, block_size=8, n_layer=2, n_head=2, n_embd=16, memory_slots=2, n_ahead=2)
-    model = GPT(GPTConfig(**knobs))
-    for name, value in dict(model=model, decode="graph", generator=None).items():
-        monkeypatch.setattr(sample_module, name, value, raising=False)
-    idx = torch.zeros(1, 1, dtype=torch.long)
-    for _ in range(2):
-        assert isinstance(sample_module.speculation(idx), sample_module.Speculation)
-        assert len([*sample_module.plain_tokens(idx, 3)]) == 3
+    settings(monkeypatch, model=GPT(GPTConfig(**knobs)), decode="graph")
+    for speculative in (True, False) * 2:
+        writer = sample_module.writer_of(1, True, speculative, 1.0, 0, 1.0, 0.0)
+        assert isinstance(writer, sample_module.Speculation) and bool(writer.n) == speculative
     assert capsys.readouterr().err.count("memory") == 1
 
 
 def test_speed_is_of_steps_without_captures(monkeypatch):
-    """All graphs of the timed text have been captured by the text before it."""
-    counts, generator = [], torch.Generator()
-    for name, value in dict(generator=generator, graphs_wanted=lambda: True,
-                            plain_tokens=lambda ids, count: counts.append(count) or []).items():
-        monkeypatch.setattr(sample_module, name, value, raising=False)
-    sample_module.speed_up(SimpleNamespace(timed=50, seconds=1.0), None)
-    assert counts == [50, 50]
+    """All graphs of the timed text have been captured by the text before it; of plain decoding as well."""
+    counts, clock = [], [0.0]
+
+    class Writer(SimpleNamespace):
+        def steps(self, rows, count):
+            counts.append((self.took, count))
+            for _ in range(count):
+                clock[0] += self.took + 100 * (len(counts) % 2) # the first time of each takes long
+                yield [[0]]
+
+    monkeypatch.setattr(sample_module.time, "perf_counter", lambda: clock[0])
+    assert sample_module.speed_up([[0]], 50, Writer(took=1), Writer(took=3)) == pytest.approx(3)
+    assert counts == [(1, 50)] * 2 + [(3, 50)] * 2
 
 
 def test_a_text_too_short_to_be_timed_has_no_speed(trained):
@@ -123,15 +164,22 @@ def test_a_prompt_from_a_file_and_longer_than_the_context(trained):
 
 
 def test_conversation(trained):
-    lines = ("to be\ntemperature=0\nto be\nto be\ntop_p=3\nto be\ntop_p=0.9\ntop_k=abc\nЖ\n\n"
-             "temperature=nan\nnot\nquit\nnever read\n")
-    out = sample(trained, "--interactive", "--max_new_tokens=12", input=lines).stdout.split("> ")
-    assert "temperature = 0.0" in out[2] and out[3].strip() == out[4].strip() # greedy now: twice the same
-    assert "error: top_p=3.0 must be in (0, 1]" in out[6] and "top_p = 0.9" in out[7]
-    assert "error: top_k = 'abc'" in out[8]
-    assert "error: the prompt has characters that the model does not know: 'Ж'" in out[9]
-    assert "error: temperature = 'nan'" in out[11] # it would end the conversation with the next draw
-    assert out[12].startswith("not") and len(out) == 14 # and after quit nothing
+    """A line goes on behind all text before it; the sum of the answers is one greedy text, until /reset."""
+    lines = ("temperature=0\nto be\nnot\nmax_new_tokens=24\n/reset\nto be\nhelp\ntop_p=3\nto be\ntop_p=0.9\n"
+             "top_k=abc\nЖ\n\ntemperature=nan\nmax_new_tokens=0\nnot\nmax_new_tokens=3\nnot\n/quit\nnever\n")
+    done = sample(trained, "--interactive", "--max_new_tokens=12", "--json", input=lines)
+    out = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [said["prompt"] for said in out] == ["to be", "not", "to be", "not"]
+    assert [len(said["tokens"]) for said in out] == [12, 12, 24, 3] and "> " not in done.stderr
+    model, stoi = GPT.from_checkpoint(trained / "char/best.pt"), char_to_id(trained)
+    ids = torch.tensor([[stoi[c] for c in "to be" + out[0]["text"] + "not"]])
+    ids = model.generate(ids, 12, temperature=0)[0, ids.size(1) :]
+    assert ids.tolist() == [token["id"] for token in out[1]["tokens"]]
+    assert out[2]["text"].startswith(out[0]["text"])
+    for words in ("temperature = 0.0", "error: top_p=3.0 must be in (0, 1]", "top_p = 0.9",
+                  "error: top_k = 'abc'", "characters that the model does not know: 'Ж'", "/reset forgets",
+                  "error: temperature = 'nan'", "max_new_tokens must be at least 1"):
+        assert words in done.stderr, words
 
 
 def test_settings_are_not_in_the_story(trained):
@@ -154,17 +202,119 @@ def test_ctrl_c_ends_in_one_line(trained, sign):
     assert process.returncode == 130 and said == ["stopped"]
 
 
+@pytest.mark.deep
+@pytest.mark.parametrize("flags", [[], ["--speculative"], ["--decode=graph"]], ids=str)
+def test_ctrl_c_stops_the_writing_alone(flags, trained):
+    """At a terminal: what was written until then is the context of the next answer. Ctrl-D ends."""
+    ours, theirs = pty.openpty()
+    endless = ["--interactive", "--max_new_tokens=1000000", "--temperature=0", *flags]
+    process = start([ROOT / "sample.py", f"--out_dir={trained / 'char'}", *endless], stdin=theirs)
+    os.close(theirs)
+    os.write(ours, b"to be\n")
+    begun = process.stdout.read(60)
+    process.send_signal(signal.SIGINT)
+    os.write(ours, b"max_new_tokens=5\nnot\n\x04")
+    out, err = process.communicate(timeout=60)
+    os.close(ours)
+    counts = [int(count) for count in re.findall(r"^(?:> )?(\d+) tokens, ", err, re.M)]
+    assert process.returncode == 0 and err.count("> ") == 4 and counts[0] > 50 and counts[1] == 5, err
+    model, stoi = GPT.from_checkpoint(trained / "char/best.pt"), char_to_id(trained)
+    itos, ids, want = {i: c for c, i in stoi.items()}, [], ""
+    for said, count in zip(("to be", "not"), counts):
+        ids += [stoi[c] for c in said]
+        new = model.generate(torch.tensor([ids]), count, temperature=0)[0, len(ids) :].tolist()
+        ids, want = ids + new, want + said + "".join(itos[i] for i in new) + "\n"
+    assert begun + out == want
+
+
 @pytest.mark.parametrize("flag, words", [
     ("--start=FILE:latin.txt", "latin.txt is not UTF-8"), ("--seed=-1", "in [0, 2**64)"),
     (f"--seed={2**64}", "in [0, 2**64)"), ("--max_new_tokens=0", "at least 1"), ("--top_k=1.5", "an int"),
-    ("--temperature=nan", "not nan"), ("--cache_dtype=int2", "'int2' is none of auto, int8, int4")])
-def test_what_cannot_be_sampled(trained, flag, words, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook) # configure sets another
+    ("--temperature=nan", "not nan"), ("--cache_dtype=int2", "'int2' is none of auto, int8, int4"),
+    ("--start=LINES:empty.txt", "at least 1"), ("--start=- --interactive", "drop one"),
+    ("--start=LINES:empty.txt --interactive", "drop one")])
+def test_what_cannot_be_sampled(flag, words, inside, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained / 'char'}", flag])
+    (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(words)):
-        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+        inside(*flag.split())
+
+
+def cut_at_stops(text, stops):
+    """The shortest beginning of text that ends where a stop string begins, or all of it."""
+    return min((text.partition(string)[0] for string in stops), key=len, default=text)
+
+
+@pytest.mark.parametrize("stops", [[], ["b"], ["ab", "ba"], ["aab", "aaab"], ["a\u20ac"],
+                                   ["\u20ac\u20ac", "bbb"]], ids=repr)
+def test_a_stop_string_is_never_shown(stops, monkeypatch):
+    """Of random texts in tokens of one to three bytes, which may end inside a character: at every token what
+    is shown is a beginning of the right text, and nothing longer than needed is held back.
+    """
+    generator, pieces = torch.Generator().manual_seed(1), []
+
+    def readable(ids):
+        return b"".join(pieces[: len(ids)]).decode("utf-8", "replace")
+
+    codec = SimpleNamespace(eot=None, readable=readable)
+    settings(monkeypatch, tokenizer=codec, stops=stops, uncertainty=False, max_new_tokens=10**6)
+    for _ in range(40):
+        raw = "".join("ab\u20ac"[i] for i in torch.randint(3, (12,), generator=generator)).encode()
+        sizes = torch.randint(1, 4, (40,), generator=generator).cumsum(0).tolist()
+        pieces[:] = [raw[a:b] for a, b in zip([0, *sizes], sizes) if a < len(raw)]
+        text = sample_module.Continuation("")
+        for n in range(1, len(pieces) + 1):
+            text.take({"id": 0}, 1.0)
+            so_far = b"".join(pieces[:n]).decode("utf-8", "ignore") # without half a character
+            right, shown = cut_at_stops(so_far, stops), text.printing
+            assert right.startswith(shown)
+            assert bool(text.finish) == any(string in so_far for string in stops)
+            held = right[len(shown) :]
+            assert not held if text.finish else held == "" or any(s.startswith(held) for s in stops)
+            if text.finish:
+                break
+        assert text.text.startswith(shown) and (not text.finish or text.text == shown == right)
+
+
+@pytest.mark.parametrize("more", [pytest.param([], marks=deep), pytest.param(["--temperature=0"], marks=deep),
+                                  ["--speculative"]], ids=str)
+def test_prompts_in_a_file_and_what_json_says_of_each(more, inside, trained, tmp_path):
+    """Rows end by themselves; each number is that of a full forward. Drafts change no greedy text."""
+    (tmp_path / "prompts.txt").write_text("to be\n\nthat is the question\nnot\n", encoding="utf-8")
+    flags = ["--json", "--max_new_tokens=30", "--start=LINES:prompts.txt", "--stop=t t||\\n||, "]
+    model, stoi = GPT.from_checkpoint(trained / "char/best.pt"), char_to_id(trained)
+    found = [json.loads(line) for line in inside(*flags, *more).splitlines()]
+    assert [said["prompt"] for said in found] == ["to be", "that is the question", "not"]
+    for said in found:
+        text, ids = "".join(token["text"] for token in said["tokens"]), [stoi[c] for c in said["prompt"]]
+        assert said["text"] == cut_at_stops(text, ["t t", "\n", ", "])
+        assert said["finish_reason"] == ("length" if said["text"] == text else "stop")
+        assert len(said["tokens"]) == 30 or said["finish_reason"] == "stop"
+        assert 0 < said["seconds_to_first_token"] and 0 < said["tokens_per_second"]
+        for token in said["tokens"]:
+            h = model.trunk(torch.tensor([ids[stream_start(len(ids)) :]]))[:, -1]
+            logp = model.logits(h).log_softmax(-1)[0, token["id"]].item()
+            assert token["model_logprob"] == pytest.approx(logp, abs=1e-4)
+            assert token["uncertainty"] == pytest.approx(model.uncertainty(h).item(), abs=1e-4)
+            ids.append(token["id"])
+    if "--temperature=0" in more:
+        drafted = [json.loads(line) for line in inside(*flags, *more, "--speculative").splitlines()]
+        assert [said["text"] for said in drafted] == [said["text"] for said in found]
+
+
+def stream_start(n):
+    return 0 if n <= 16 else -(-(n - 16) // 8) * 8
+
+
+def test_standard_input_is_a_prompt(inside):
+    """With --start=-, or piped in; echo's line end is dropped; nothing piped in is no prompt."""
+    flags = "--max_new_tokens=9", "--temperature=0"
+    plain = inside(*flags, "--start=to be")
+    assert inside(*flags, "--start=-", input="to be\n") == inside(*flags, input="to be\n") == plain
+    assert inside(*flags, input="") == inside(*flags) == inside(*flags, "--start=\n")
+    assert inside(*flags, "--start=that", input="to be") == inside(*flags, "--start=that")
+    two = inside(*flags, "--start=LINES:-", input="to be\nthat\n")
+    assert two.startswith(plain + "---------------\nthat")
 
 
 def test_half_characters_wait(trained):
@@ -254,7 +404,7 @@ def test_one_checkpoint_of_a_run(trained):
 def test_drafts_of_a_cell_that_is_not_there(trained, tmp_path):
     state = load_checkpoint(trained / "char/best.pt")
     state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("extras")}
-    state["config"]["model"]["n_ahead"] = 0
+    state["config"]["model"].update(n_ahead=0, uncertainty=False)
     (tmp_path / "o").mkdir()
     save_checkpoint(tmp_path / "o/ckpt.pt", state)
     assert "--n_ahead=7" in sample(tmp_path, "--speculative", "--draft=ahead", out="o", code=2).stderr

@@ -318,7 +318,8 @@ def test_a_step_of_fixed_shape_follows_the_naive_rule():
                 drafts.append(x.item())
             h = model.trunk(torch.tensor([idx[0].tolist() + drafts]))[0, 4:]
             # the next step drafts from the trunk's output at the last token that was kept
-            torch.testing.assert_close(writer.h[0], h[writer.tokens - 1], atol=1e-5, rtol=1e-5)
+            last = writer.h[0, writer.position]
+            torch.testing.assert_close(last, h[writer.tokens - 1], atol=1e-5, rtol=1e-5)
             p = S.distribution(model.logits(h), *how) # (n + 1, V)
         want = []
         for i in range(n):
@@ -383,6 +384,147 @@ def test_drafts_in_a_graph_on_a_gpu_write_the_same_greedy_text(compile, monkeypa
     writer = DraftingDecoder(model, 1, 0.0, compile=compile)
     text = torch.cat([*writer.stream(idx, 90)], dim=1)
     assert torch.equal(text, model.generate(idx, 90, temperature=0)[:, 5:].cpu()) and writer.forwards
+
+
+# --- a text that goes on ---
+
+
+def written(writer, rows, count):
+    """`count` tokens or more of each row behind `rows`."""
+    if isinstance(writer, S.Decoder):
+        return torch.cat([*writer.stream(torch.tensor(rows), count)], dim=1).tolist()
+    writer.go_on(rows)
+    wrote = [[] for _ in rows]
+    while min(map(len, wrote)) < count:
+        wrote = [old + new for old, new in zip(wrote, writer.step())]
+    return [row[:count] for row in wrote]
+
+
+def writers(model, temperature, rows=1):
+    """Of each kind one that writes from the seed 7."""
+    for draft in ("none", "auto", "ngram"):
+        yield lambda draft=draft: Speculation(model, [[0]] * rows, temperature, draft=draft,
+                                              generator=torch.Generator().manual_seed(7))
+    if not model.memory and not len(model.routers):
+        for kind in (S.Decoder, DraftingDecoder)[: 2 if rows == 1 else 1]:
+            yield lambda kind=kind: kind(model, rows, temperature, generator=torch.Generator().manual_seed(7))
+
+
+def talk(model, make, turns, rows=1):
+    """Turns with one writer, after each of which the last tokens may be dropped. A new writer that is given
+    the joined text and the same random numbers has to write the same.
+    """
+    generator, ids = torch.Generator().manual_seed(3), [[] for _ in range(rows)]
+    writer = make()
+    for said, count, dropped in turns:
+        new = torch.randint(17, (rows, said), generator=generator).tolist()
+        ids = [row + more for row, more in zip(ids, new)]
+        other = make()
+        other.generator.set_state(writer.generator.get_state())
+        wrote = written(writer, ids, count)
+        assert wrote == written(other, ids, count)
+        torch.testing.assert_close(writer.seen, other.seen, atol=1e-9, rtol=1e-9)
+        ids = [row + more[: count - dropped] for row, more in zip(ids, wrote)]
+
+
+@pytest.mark.parametrize("change", [dict(conv=4), *(pytest.param(change, marks=deep) for change in (
+    dict(memory_slots=2, depths=(1, 2)),
+    dict(attention="diff_mla", thought_tokens=2, position="learned")))], ids=str)
+@pytest.mark.parametrize("temperature, rows, turns", [
+    (1.0, 1, [(2, 8, 3), (5, 8, 0), (4, 9, 0)]),
+    *(pytest.param(temperature, rows, turns, marks=deep) for turns in ([(2, 25, 22), (6, 8, 3), (5, 30, 8)],
+                   [(5, 9, 4), (50, 5, 3), (6, 8, 3), (9, 3, 1), (1, 2, 0)])
+      for temperature in (0, 1.0) for rows in (1, 2))])
+def test_a_conversation_writes_what_one_call_on_its_text_writes(temperature, rows, turns, change):
+    """Turns of (tokens said, tokens written, of these dropped): the window moves, or a prompt is longer."""
+    model = build(**{"block_size": 32, **change})
+    for make in writers(model, temperature, rows):
+        talk(model, make, turns, rows)
+
+
+def watched_trunk(monkeypatch, after):
+    """after(number of tokens) is called behind each forward of a trunk."""
+    trunk = GPT.trunk
+
+    def watching(self, idx, *how):
+        h = trunk(self, idx, *how)
+        after(idx.size(1))
+        return h
+
+    monkeypatch.setattr(GPT, "trunk", watching)
+
+
+def test_a_conversation_reads_no_token_twice(monkeypatch):
+    """The first forward of a turn reads what is new, and the last token of the turn before."""
+    model, lengths = build(block_size=64), []
+    watched_trunk(monkeypatch, lengths.append)
+    for make in writers(model, 0):
+        ids, writer = [], make()
+        for said in (7, 4, 9):
+            newest, first = bool(ids), len(lengths)
+            ids += range(said)
+            ids += written(writer, [ids], 6)[0]
+            read = lengths[first] + isinstance(writer, S.Decoder) # which leaves the newest to its first step
+            assert said <= read <= newest + said and max(lengths[first + 1 :]) <= 4
+            if not hasattr(writer, "n") or not writer.n: # drafts beyond the six may have been read
+                assert read == newest + said
+        lengths.clear()
+
+
+@deep
+def test_ctrl_c_leaves_a_text_that_goes_on(monkeypatch):
+    """Where it comes in a forward, as one moves the window, nobody knows what the cache holds."""
+    left = [math.inf]
+
+    def stop(_):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    watched_trunk(monkeypatch, stop)
+    monkeypatch.setattr(S.Decoder, "AHEAD", 8)
+    for change, forwards in ((dict(memory_slots=2, depths=(1, 2)), (1, 4, 11, 12, 13)),
+                             (dict(conv=4), (1, 4, 11, 12, 13)), (dict(conv=4, block_size=64), (25,))):
+        model = build(**change)
+        for make in writers(model, 1.0):
+            for left[0] in forwards:
+                writer = make()
+                with pytest.raises(KeyboardInterrupt):
+                    written(writer, [[1, 2, 3, 4, 5, 6]], 99)
+                ids, other = [1, 2, 3, 4, 5, 6, 7], make()
+                other.generator.set_state(writer.generator.get_state())
+                assert written(writer, [ids], 20) == written(other, [ids], 20)
+
+
+@pytest.mark.parametrize("change", [
+    dict(), *(pytest.param(choice, marks=deep) for choice in (
+        *ATTENTION, dict(conv=4, thought_tokens=1), dict(memory_slots=2, depths=(1, 2))))], ids=str)
+@pytest.mark.parametrize("draft", ["none", pytest.param("auto", marks=deep)])
+def test_prompts_of_different_lengths_write_what_each_writes_alone(change, draft):
+    model, rows = build(**change), [[1], [*range(12)], [5, 6, 7], [3] * 40]
+    together = written(Speculation(model, rows, 0, draft=draft), rows, 40)
+    for row, wrote in zip(rows, together):
+        assert model.generate(torch.tensor([row]), 40, temperature=0)[0, len(row) :].tolist() == wrote
+
+
+@pytest.mark.parametrize("change", [
+    dict(conv=4, thought_tokens=2), pytest.param(dict(), marks=deep)], ids=str)
+def test_each_token_was_drawn_from_what_is_seen(change):
+    """The trunk's output in a full forward of the window before the token: for each kind of writer."""
+    model = build(**change)
+    for make in writers(model, 1.0):
+        writer, ids, seen = make(), [1, 2, 3], []
+        if isinstance(writer, S.Decoder):
+            for token in writer.stream(torch.tensor([ids]), 30):
+                ids, seen = [*ids, token.item()], [*seen, writer.seen[0, 0].clone()]
+        else:
+            writer.go_on([ids])
+            while len(ids) < 33:
+                new = writer.step()[0]
+                ids, seen = ids + new, [*seen, *writer.seen[0, : len(new)]]
+        for n, h in enumerate(seen, start=3):
+            full = model.trunk(torch.tensor([ids[S.window_start(n, 16) : n]]))[0, -1]
+            torch.testing.assert_close(h, full, atol=1e-9, rtol=1e-9)
 
 
 # --- what it does beside ---

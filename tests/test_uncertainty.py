@@ -265,18 +265,21 @@ def sample(folder, *flags, code=0):
 
 
 def test_sample_prints_a_line_a_token(trained):
-    """The same text as without; each number the score of a full forward."""
-    flags = "--start=to be", "--max_new_tokens=30", "--temperature=0.8"
-    plain, ours = sample(trained, *flags), sample(trained, *flags, "--uncertainty")
-    rows = [line.split("  ", 1) for line in ours.stdout.split("\n") if line[:2] in ("0.", "1.")]
-    text = "".join(eval(shown) for _, shown in rows)
-    assert plain.stdout.endswith("to be" + text + "\n") and "to be\n0." in ours.stdout
-    assert "\033" not in ours.stdout
-    model, ids = GPT.from_checkpoint(trained / "o/best.pt"), list(b"to be" + text.encode())
-    for i, (number, shown) in enumerate(rows[:11]):
-        assert len(eval(shown)) == 1 # bytes of English: each is a character
-        score = model.uncertainty(model.trunk(torch.tensor([ids[: 5 + i]])))[0, -1].item()
-        assert float(number) == pytest.approx(score, abs=0.0051) # two digits
+    """The same text as without; each number the score of a full forward, also of a token that was drafted."""
+    flags = "--start=to be", "--max_new_tokens=30", "--temperature=0.5"
+    plain, ours, drafted = (sample(trained, *flags, *more).stdout for more in
+                            ([], ["--uncertainty"], ["--uncertainty", "--speculative"]))
+    model = GPT.from_checkpoint(trained / "o/best.pt")
+    for out in (ours, drafted):
+        rows = [line.split("  ", 1) for line in out.split("\n") if line[:2] in ("0.", "1.")]
+        text = "".join(eval(shown) for _, shown in rows)
+        assert "to be\n0." in out and "\033" not in out and len(text) == 30
+        assert out == drafted or plain.endswith("to be" + text + "\n")
+        ids = list(b"to be" + text.encode())
+        for i, (number, shown) in enumerate(rows[:11]):
+            assert len(eval(shown)) == 1 # bytes of English: each is a character
+            score = model.uncertainty(model.trunk(torch.tensor([ids[: 5 + i]])))[0, -1].item()
+            assert float(number) == pytest.approx(score, abs=0.0051) # two digits
 
 
 def test_sample_prints_several_rows(trained):
@@ -338,12 +341,6 @@ def test_a_character_of_three_tokens_has_one_score(trained, tmp_path):
     ids = [10, a, b, c]
     scores = model.eval().uncertainty(model.trunk(torch.tensor([ids])))[0]
     assert scores[:3].argmax() == 1 and len(lines) == 3 and lines[0].startswith(f"{scores[:3].max():.2f}  ")
-
-
-@pytest.mark.parametrize("flag, way_out",
-                         [("--speculative", "or --speculative"), ("--interactive", "or --interactive")])
-def test_sample_refuses_what_has_no_scores(trained, flag, way_out):
-    assert way_out in sample(trained, "--uncertainty", flag, code=2).stderr
 
 
 def test_commands_without_the_head(trained, tmp_path):
