@@ -198,7 +198,7 @@ SLIPS = {
     "nanoGPT's prepare.py as a command": ("data.py data/shakespeare_char/prepare.py", "prepare SOURCE"),
     "a checkpoint for a folder": ("train.py --out_dir={d}/run/ckpt.pt", "name a folder"),
     "a checkpoint for a folder to resume": (
-        "train.py --resume --out_dir={d}/run/ckpt.pt", "correct --out_dir"),
+        "train.py --resume --out_dir={d}/run/ckpt.pt", "name a folder instead"),
     "a checkpoint for the folder of a model": ("model.py --out_dir={d}/run/best.pt", "the folder of a run"),
     "a checkpoint for a config": ("sample.py {d}/run/ckpt.pt", "Did you mean --out_dir={d}/run/ckpt.pt?"),
     "a checkpoint for a config to train": (
