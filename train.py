@@ -4,6 +4,8 @@
   python train.py config/train_shakespeare_diffmla.py --n_layer=6 --out_dir=out/deeper    any setting
   python train.py --out_dir=out/deeper --resume                          goes on where it stopped
   python train.py --resume=out/deeper/step_000500.pt                     goes on from there
+  python train.py --init_from=gpt2 --out_dir=out/tuned                   begins with given weights
+  python train.py --eval_only --init_from=gpt2                           prints their validation loss
   torchrun --nproc_per_node=4 train.py config/train_shakespeare_diffmla.py               on 4 processes
 
 A run leaves in out_dir: run.json (what ran), metrics.jsonl (what it measured), ckpt.pt (the newest state),
@@ -195,8 +197,9 @@ def saved_state() -> dict | None:
         except ValueError as error:
             if source:
                 raise
-            # the next save would make it ckpt.prev.pt, and overwrite a whole one
-            print(f"WARNING: {error}\n{path} was moved to {path.replace(f'{path}.damaged')}")
+            print(f"WARNING: {error}")
+            if not eval_only: # the next save would make it ckpt.prev.pt, and overwrite a whole one
+                print(f"{path} was moved to {path.replace(f'{path}.damaged')}")
             continue
         check_saved(state, path)
         if "optimizer" not in state:
@@ -340,15 +343,15 @@ if resume and not (source or folder).exists(): # before a misspelt path makes a 
 with user_errors():
     if RANK:
         from_first("folder") # the first process has locked it, and has moved damaged checkpoints away
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a", encoding="utf-8") # two runs in one folder would mix their files
-    with suppress(ImportError): # Windows has no fcntl: nothing guards the folder there
-        import fcntl
-        try:
-            if not RANK:
+    elif not eval_only:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a", encoding="utf-8") # two runs in one folder would mix their files
+        with suppress(ImportError): # Windows has no fcntl: nothing guards the folder there
+            import fcntl
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # until the process ends
-        except BlockingIOError:
-            raise UserError(f"another train.py writes to {out_dir}: wait, or change --out_dir") from None
+            except BlockingIOError:
+                raise UserError(f"another train.py writes to {out_dir}: wait, or change --out_dir") from None
     checkpoint = saved_state() if resume else None
     began = read_run() if resume else {}
     earlier = (checkpoint or began).get("config") # run.json has it before the first checkpoint
@@ -367,6 +370,10 @@ for name, (owner, example) in NEEDS.items():
             raise UserError(f"{name}={given[name]} has no effect: you need --{owner}={example}, or drop it")
         print(f"{name}={given[name]} of the config file is dropped: it needs {owner}={example}")
         globals()[name] = DEFAULTS[name]
+if init_from in ("resume", "scratch"): # as nanoGPT has them
+    raise UserError(f"init_from={init_from}: use --resume to go on with a run, or drop --init_from to begin")
+if eval_only and not checkpoint and not init_from:
+    raise UserError("eval_only needs a trained model\nadd --resume, --resume=FILE.pt or --init_from=...")
 parent = None # the model with whose weights a new run starts; a checkpoint of the run has its own
 if init_from and not checkpoint:
     with user_errors():
@@ -381,7 +388,9 @@ if init_from and not checkpoint:
     model_fields = own | {k: v for k, v in model_fields.items() if k in MAY_CHANGE}
     print(f"STARTING from {init_from}: {parent.config.attention}, {parent.num_params():,} parameters")
 if parent and parent.tokenizer: # the data must be in it
-    other, tokenizer = tokenizer, parent.tokenizer.for_prepare(folder / "tokenizer.json", write=not RANK)
+    place = Path(data_dir, "tokenizer_of_init_from.json") if eval_only else folder / "tokenizer.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    other, tokenizer = tokenizer, parent.tokenizer.for_prepare(place, write=not RANK)
     if given.pop("tokenizer", tokenizer) != tokenizer:
         words = f"tokenizer={other} is not that of {init_from}: drop"
         if "tokenizer" in typed:
@@ -412,7 +421,7 @@ for names, fits, words in [
         if not fits(globals()[name]):
             raise UserError(f"{name}={globals()[name]!r} must be {words}")
 
-trackers = [name for name in ("tensorboard", "wandb") if globals()[name] and not RANK
+trackers = [name for name in ("tensorboard", "wandb") if globals()[name] and not RANK and not eval_only
             and data.package(name, f"--{name}")] # names a missing package before anything is done
 rows = batch_size * gradient_accumulation_steps # sequences of a step in all processes
 if rows % WORLD:
@@ -673,7 +682,8 @@ def forecast() -> str:
             f"{size} sequences: at most {mb[4]} MB at a time")
 
 
-if not fsdp and max_iters * own_rows >= 100 * (7 + own_rows): # 7 sequences, an update: 1% of the run
+# 7 sequences and an update take 1% of the run
+if not (fsdp or eval_only) and max_iters * own_rows >= 100 * (7 + own_rows):
     try:
         print(forecast())
     except (RuntimeError, MemoryError) as error:
@@ -1135,9 +1145,9 @@ report_error, sys.excepthook = sys.excepthook, memory_hook
 
 last_loss, eval_s, sample = None, 0.0, "" # of the last evaluation; eval_s: its seconds
 if eval_only:
-    if not resumed and not init_from:
-        raise UserError("eval_only needs a trained model\nadd --resume, --resume=FILE.pt or --init_from=...")
     say(verdict(better=False, **fitting(evaluate)))
+    if WORLD > 1:
+        dist.destroy_process_group()
     sys.exit()
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
@@ -1180,7 +1190,8 @@ while True:
         if prompt_ids and math.isfinite(val_loss):
             measured["sample_text"] = text = sample_text()
             # repr makes control characters harmless, which could move the cursor
-            sample = "".join(f"\n    {repr(line)[1:-1]}" for line in text.strip("\n").split("\n"))
+            harmless = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text.strip("\n"))
+            sample = "\n    " + harmless.replace("\n", "\n    ")
         say(words + sample * (step < max_iters)) # the summary has the last one
         log(paused - clock, **measured)
         eval_s, last_loss, run["evaluated"] = time.monotonic() - paused, val_loss, step

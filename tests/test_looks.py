@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import ROOT, start
+from processes import ROOT, run, start
 from test_train import command, ended, metrics, same, spoiled, state, train, unsettled, whole # noqa: F401
 
 
@@ -58,12 +58,12 @@ def test_a_passing_line_is_replaced_and_others_stay(on_terminal, monkeypatch):
 
 def test_time_left_counts_every_evaluation_that_will_come():
     """Against a loop as train.py's own, for all ends, intervals and steps. A step takes 2 s."""
+    names = parts("time_left", eval_s=5.0)
     for max_iters in (1, 6, 7):
         for interval in (1, 2, 3, 10):
             for step in range(1, max_iters + 1):
                 due = sum(s % interval == 0 or s == max_iters for s in range(step, max_iters + 1))
-                names = parts("time_left", max_iters=max_iters, eval_interval=interval, run={"step": step},
-                              eval_s=5.0)
+                names.update(max_iters=max_iters, eval_interval=interval, run={"step": step})
                 seconds = (max_iters - step) * 2 + due * 5
                 assert names["time_left"](0.5) == timedelta(seconds=seconds), (max_iters, interval, step)
 
@@ -127,7 +127,32 @@ def test_eval_only_prints_the_loss_and_changes_nothing(whole, corpus, tmp_path):
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     for flags in ([], ["--resume"]): # in the second case there is a folder, but no checkpoint
         refused = train(corpus, tmp_path / "new", *flags, "--eval_only", code=2)
-        assert "add --resume" in refused.stderr and not (tmp_path / "new/run.json").exists()
+        assert "add --resume" in refused.stderr and not list(tmp_path.glob("new/*"))
+        (tmp_path / "new").mkdir(exist_ok=True)
+
+
+@pytest.mark.deep
+def test_eval_only_needs_neither_the_lock_nor_the_memory_of_a_run(whole, corpus, tmp_path):
+    """Of a damaged checkpoint it takes the one before, and leaves both in place. Two processes take weights
+    without a run.
+    """
+    fcntl, out = pytest.importorskip("fcntl"), tmp_path / "o"
+    shutil.copytree(whole[0], out)
+    (out / "ckpt.pt").write_bytes(b"cut")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    loss = next(line["val_loss"] for line in metrics(out) if "val_loss" in line and line["step"] == 50)
+    with open(out / "lock") as lock: # as a run holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = train(corpus, out, "--resume", "--eval_only", "--max_iters=90000").stdout
+    assert "WARNING" in said and f"\nstep 50: val loss {loss:.4f}, " in said and "memory: " not in said
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    words = [*command(corpus, tmp_path / "new"), f"--init_from={out / 'ckpt.prev.pt'}", "--eval_only"]
+    words = [word for word in words if "--n_" not in str(word) and "attention" not in str(word)]
+    for more in ([], ["--fsdp"]):
+        done = ended(run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words, *more],
+                         fresh=True))
+        assert f"step 0: val loss {loss:.4f}, " in done.stdout.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
 
 
 # --- TensorBoard, Weights & Biases ---
