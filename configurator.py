@@ -62,18 +62,17 @@ SYNONYMS = {
     "position": "rope pos_emb", "rope_base": "rope_theta", "norm": "rmsnorm layernorm",
     "activation": "act swiglu relu2 gelu", "glu": "swiglu gated", "residual": "mhc hyper_connections",
     "checkpoint_interval": "always_save_checkpoint save_interval save_every save_steps",
-    "eval_interval": "eval_every eval_steps", "device": "backend gpu accelerator", "decode": "compile",
+    "eval_interval": "eval_every eval_steps", "eval_only": "eval evaluate do_eval validate test",
+    "device": "backend gpu accelerator", "decode": "compile", "wandb": "wandb_log wandb_run_name report_to",
     "temperature": "temp", "max_new_tokens": "max_tokens max_length num_tokens n_tokens length",
-    "num_samples": "n", "start": "prompt", "sample_prompt": "prompt", "dataset": "data",
-    "out_dir": "out output output_dir save_dir checkpoint_dir init_from ckpt ckpt_path checkpoint",
-    "resume": "init_from", "speculative": "use_speculative"}
+    "num_samples": "n", "start": "prompt prompts input text file", "sample_prompt": "prompt",
+    "dataset": "data", "speculative": "use_speculative", "init_from": "from_pretrained pretrained weights",
+    "out_dir": "out output output_dir save_dir checkpoint_dir init_from ckpt ckpt_path checkpoint"}
 
-# Setting that is a path -> what stands before a path in it: nothing, a comma of a list, FILE:
+# Setting that is a path -> what stands before a path in it: nothing, a comma of a list, FILE:, LINES:
 # A true/false setting among them takes a path as well: --resume, --resume=false, --resume=out/x/ckpt.pt
-PATHS = {**dict.fromkeys("out_dir data_dir dataset offline_dataset tokenizer resume".split(), "^"),
-         "update_hooks": "^|, *", "forward_hooks": "^|, *", "start": "^FILE:"}
-
-
+PATHS = {**dict.fromkeys("out_dir data_dir dataset offline_dataset tokenizer resume init_from".split(), "^"),
+         "update_hooks": "^|, *", "forward_hooks": "^|, *", "start": "^FILE:|^LINES:"}
 DASHES = "-\N{EN DASH}\N{EM DASH}" # an editor may turn -- into one of the others
 
 
@@ -118,15 +117,10 @@ def configure(namespace: dict, schema=None, argv=None, guest_of: str = "") -> Gi
     return given
 
 
-def public(names):
-    """names without those of a leading underscore, which in Python mark what is private."""
-    return {name: names[name] for name in names if not name.startswith("_")}
-
-
 def simple(names):
-    """The settings among {name: value}. NAMES in capitals are constants."""
-    names = public(names)
-    return {name: names[name] for name in names if not name.isupper() and type(names[name]) in KIND}
+    """The settings among {name: value}. NAMES in capitals are constants, _names are private."""
+    return {name: value for name, value in names.items()
+            if type(value) in KIND and not name.isupper() and not name.startswith("_")}
 
 
 def top_level(path: str) -> dict:
@@ -220,9 +214,9 @@ def load_file(path, known):
         raise UserError(f"{path} is a program; a config file only gives values to settings")
     given = {}
     rows = {node.id: node.lineno for node in names if isinstance(node.ctx, ast.Store)} # the last one counts
-    for name, value in public(bound).items():
+    for name, value in bound.items():
         origin = f"{path}:{rows[name]}" if name in rows else path
-        if callable(value) or inspect.ismodule(value): # a def, class or import
+        if name.startswith("_") or callable(value) or inspect.ismodule(value): # a def, class or import
             continue
         if name in known:
             given[name] = checked(fit, name, value, known[name], origin)
@@ -292,18 +286,21 @@ def unknown(asked, known, origin, hint):
 
 def missing(path, known=()):
     """The error for a config file that is not there. It names the files that are, or the most similar."""
-    folders = [os.path.dirname(path)] if os.path.dirname(path) else ["config", "."]
-    paths = [found for folder in folders for found in sorted(Path(folder).glob("*.py"))]
+    folder, name = os.path.split(path)
+    paths = [found for place in ([folder] if folder else ["config", "."])
+             for found in sorted(Path(place).glob("*.py"))]
     by_name = {found.stem: str(found) for found in reversed(paths)} # reversed: config/x.py before ./x.py
-    near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), by_name)
-    there = ", ".join([by_name[name] for name in near] or map(str, paths[:8])) or "no .py file in that folder"
+    near = difflib.get_close_matches(name.removesuffix(".py"), by_name)
+    there = ", ".join([by_name[stem] for stem in near] or map(str, paths[:8])) or "no .py file in that folder"
     hint = f"There is: {there}"
     if "=" in path or path in known:
         hint = f"A setting takes two dashes: --{path.lstrip('/')}"
     elif os.path.isdir(path) and path != "config":
         hint = meant_for(path, known) or hint
-    elif os.path.basename(path) == "prepare.py": # nanoGPT has one for each dataset
+    elif name == "prepare.py": # nanoGPT has one for each dataset
         hint = "Datasets are made by: python data.py prepare NAME, and listed by: python data.py list"
+    elif judged := re.match(r"eval_(gpt2\w*)", name): # nanoGPT has one for each size
+        hint = f"An evaluation is: python train.py --eval_only --init_from={judged[1].replace('_', '-')}"
     return UserError(f"no config file {path!r}\n{hint}")
 
 

@@ -292,7 +292,9 @@ def test_typed_is_what_the_command_line_gave():
     ("tokenizer", "~/t.json", "/home/ada/t.json"),
     ("update_hooks", "~/a.py:f,identity, ~/b.py:g=2", "/home/ada/a.py:f,identity, /home/ada/b.py:g=2"),
     ("forward_hooks", "~/a.py:f", "/home/ada/a.py:f"),
+    ("init_from", "~/gpt2", "/home/ada/gpt2"),
     ("start", "FILE:~/p.txt", "FILE:/home/ada/p.txt"),
+    ("start", "LINES:~/p.txt", "LINES:/home/ada/p.txt"),
     ("start", "~/p.txt", "~/p.txt"), # a prompt, not a path
     ("start", "~", "~"),
     ("sample_prompt", "~/", "~/")
