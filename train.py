@@ -144,7 +144,7 @@ def report_once(error_type: type, error: BaseException, trace: object) -> None:
 
 
 def from_first(key: str, *values: object) -> list:
-    """values of the first process, in all. The others wait, however long it takes, and end where it fails."""
+    """The first process's values, in every process. The others wait for it, and end where it fails."""
     if WORLD > 1 and not RANK:
         store.set(key, json.dumps(values))
     while RANK and not store.check([key]):
@@ -155,7 +155,7 @@ def from_first(key: str, *values: object) -> list:
 
 
 if WORLD > 1:
-    configurator.report = sys.excepthook = report_once # configure makes the first the second
+    configurator.report = sys.excepthook = report_once # configure() makes configurator.report the hook again
     if "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE={WORLD} asks for several processes, but MASTER_ADDR is not set\n"
                         "start them with torchrun, or unset WORLD_SIZE")
@@ -164,7 +164,7 @@ if WORLD > 1:
     store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
                             rank=RANK, world_size=WORLD, timeout=TIMEOUT)
-with redirect_stderr(open(os.devnull, "w")) if RANK else nullcontext(): # it lists what was given
+with redirect_stderr(open(os.devnull, "w")) if RANK else nullcontext(): # settings are listed once
     given = configure(globals(), GPTConfig) # {setting or field of GPTConfig: value} of files and flags
 
 typed = given.typed # the names in it that the command line gave
@@ -396,7 +396,7 @@ if parent and parent.tokenizer: # the data must be in it
         if "tokenizer" in typed:
             raise UserError(f"{words} --tokenizer")
         print(f"{words}ped")
-# nobody chose this min_lr for this learning rate
+# the default min_lr, or that of a file, was not meant for a lower learning_rate
 if min_lr > learning_rate > 0 and "min_lr" not in (typed if "learning_rate" in typed else given):
     print(f"min_lr={min_lr} is above learning_rate={learning_rate}: lowered to {learning_rate / 10}")
     min_lr = learning_rate / 10
@@ -596,8 +596,9 @@ print(f"model {config.attention}: {model.num_params():,} parameters, {tokens_per
 
 recent = torch.full((2, 128), math.inf, device=device) # see spike; infinity: a step that was not taken yet
 # unwritten: lines of metrics.jsonl that a full disk did not take; micro_batch: most sequences in a forward
+# best_step: older checkpoints do not tell it
 run = {"run_id": began.get("run_id", os.urandom(16).hex()), "step": 0, "evaluated": -1, "best": math.inf,
-       "best_step": 0, "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0,
+       "best_step": "unknown", "skipped": 0, "skipped_in_a_row": 0, "time_s": 0.0, "metrics_bytes": 0,
        "unwritten": "", "micro_batch": (checkpoint or {}).get("micro_batch", batch_size)}
 run_config = {"train": {k: globals()[k] for k in DEFAULTS}, "model": asdict(config), "asked": asked}
 
@@ -755,7 +756,7 @@ def log(time_s: float, **numbers) -> None:
 
 @cache
 def tracker(name: str) -> Callable:
-    """What takes the numbers of a line, for TensorBoard or Weights & Biases. A resumed run goes on there."""
+    """The function that hands a line of the log to TensorBoard or Weights & Biases."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(folder / name, purge_step=first_step + 1) # hides steps that come again
