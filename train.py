@@ -909,8 +909,8 @@ def lr_at(step: int) -> float:
 
 
 def smaller(size: int) -> int:
-    """The largest divisor of size that is at most half of it, or 1."""
-    return max((n for n in range(1, size // 2 + 1) if size % n == 0), default=1)
+    """The largest divisor of size > 1 that is smaller than size."""
+    return max(n for n in range(1, size) if size % n == 0)
 
 
 def next_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -973,9 +973,8 @@ def mean_over_processes(losses: dict) -> dict:
     present = torch.stack([zero if p.grad is None else one for p in trained])
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     parts = [*grads, present, torch.stack([loss.float() for loss in losses.values()])]
-    dist.all_reduce(flat := torch.cat([part.flatten() for part in parts]))
-    means = flat.div_(WORLD).split([part.numel() for part in parts])
-    torch._foreach_copy_(parts, [mean.view_as(part) for mean, part in zip(means, parts)])
+    dist.all_reduce(flat := torch.nn.utils.parameters_to_vector(parts))
+    torch.nn.utils.vector_to_parameters(flat.div_(WORLD), parts)
     for p, grad, share in zip(trained, grads, present):
         if p.grad is None and share > 0: # where all processes lack a gradient, the optimizer passes over p
             p.grad = grad
