@@ -306,7 +306,7 @@ TINY = ("--dataset=play --n_layer=2 --n_head=2 --n_embd=16 --mlp_hidden=32 --act
 def said(*argv, code=0):
     done = run([ROOT / argv[0], *argv[1:]])
     assert done.returncode == code, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if "    (default " not in line]
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("settings:", " " * 10))]
     assert not code or len(lines) <= 3
     return done.stdout + "\n".join(lines)
 
