@@ -284,7 +284,7 @@ def adopt(config: dict) -> None:
         globals()["dataset"] = name # it was asked for by a path, or offline_dataset was taken for it
     elif dataset != name and (place is None or place.name != name): # before anything is downloaded
         raise UserError(f"cannot resume: {dataset} is not the data this run was trained on, {name}\n"
-                        "drop --dataset, or train anew in another --out_dir")
+                        f"drop --dataset, or take the weights alone: --init_from={source or origin}")
 
 
 def random_states() -> dict:
@@ -368,7 +368,7 @@ for name, (owner, example) in NEEDS.items():
     if bool(now) != bool(example) and given.get(name, DEFAULTS[name]) != DEFAULTS[name]:
         if name in typed:
             raise UserError(f"{name}={given[name]} has no effect: you need --{owner}={example}, or drop it")
-        print(f"{name}={given[name]} of the config file is dropped: it needs {owner}={example}")
+        print(f"{name}={given[name]} of the config file is dropped: it needs {owner}={example!r}")
         globals()[name] = DEFAULTS[name]
 if init_from in ("resume", "scratch"): # as nanoGPT has them
     raise UserError(f"init_from={init_from}: use --resume to go on with a run, or drop --init_from to begin")

@@ -84,7 +84,7 @@ SLIPS = {
     "resume without a run": ("train.py --resume --out_dir={d}/nowhere", "drop --resume"),
     "resume another model": ("train.py --resume --out_dir={d}/run --n_layer=3", "n_layer was 1, now 3"),
     "resume another seed": ("train.py --resume --out_dir={d}/run --seed=5", "seed was 1337, now 5"),
-    "resume on other data": ("train.py --resume --out_dir={d}/run --dataset=other", "is not the data"),
+    "resume on other data": ("train.py --resume --out_dir={d}/run --dataset=other", "--init_from={d}/run"),
     "resume from nothing whole": ("train.py --resume --out_dir={d}/broken", "start again without --resume"),
     "resume from a file that is not there": ("train.py --resume={d}/nowhere/ckpt.pt", "ckpt.pt: No such"),
     "resume from a file of another step": ("train.py --resume={d}/run/step_000001.pt", "/run/ckpt.pt"),
