@@ -450,14 +450,14 @@ def kernel_cases(t: torch.dtype) -> Iterator[tuple]:
 
 def kernel_times() -> Iterator[dict]:
     """Each kernel, forward and both ways, against PyTorch, torch.compile and Liger: GB/s, share of a copy."""
-    copy, _ = ceilings()
+    # A CPU's caches hold all of this, so a copy of much more is no bound there.
+    bound = ceilings()[0] if "cuda" in device else None
     for t in (getattr(torch, name) for name in dtype.split(",")):
         print(f"kernels: {str(t).removeprefix('torch.')}, {batch_size} x {block_size} tokens of {n_embd}")
         for label, formula, kernel, other, inputs, forward, both in kernel_cases(t):
             if only not in label:
                 continue
-            # A CPU's caches hold all of this, so a copy of much more is no bound there.
-            give = partial(compare, unit="GB/s", bound=copy if "cuda" in device else None)
+            give = partial(compare, unit="GB/s", bound=bound)
             arms = {"eager": formula, **({"kernel": kernel} if kernel else {})}
             with torch.no_grad():
                 arms = {name: captured(partial(f, *inputs)) for name, f in arms.items()}
