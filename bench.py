@@ -38,7 +38,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -51,7 +50,7 @@ import data
 import kernels
 from configurator import UserError, configure, git_commit, user_errors
 from data import tokenizer_from_dict
-from model import GPT, GPTConfig, OneMap, Pass, forward_flops, load_checkpoint
+from model import GPT, GPTConfig, Pass, forward_flops, load_checkpoint
 from optim import build_optimizer
 from sample import Decoder, Speculation, capture, stream
 
@@ -1072,63 +1071,25 @@ def recall(path: str, model: GPT, codec: data.Tokenizer, settings: dict) -> Iter
         yield row("each window by itself", share(answers(L, L)[back > L]), "%")
 
 
-@contextmanager
-def watched(model: GPT) -> Iterator[list]:
-    """Inside, a forward of whole texts appends each layer's maps to the list: (B, output heads, T, T).
-    A map is what attention gives for values that are unit vectors.
-    """
-    seen = []
-
-    def watch(maps):
-        def attend(q, k, v, mask=None):
-            units = torch.eye(k.size(2)).to(k).expand(*k.shape[:3], -1)
-            maps.probabilities = OneMap.attend(maps, q, k, units, mask)
-            return type(maps).attend(maps, q, k, v, mask)
-
-        def combine(o, x):
-            seen.append(type(maps).combine(maps, maps.probabilities, x))
-            return type(maps).combine(maps, o, x)
-        maps.attend, maps.combine = attend, combine
-
-    every = [module for module in model.modules() if isinstance(module, OneMap)]
-    try:
-        for maps in every:
-            watch(maps)
-        yield seen
-    finally:
-        for maps in every:
-            for name in ("attend", "combine", "probabilities"):
-                maps.__dict__.pop(name, None)
-
-
 def needles(path: str, model: GPT, codec: data.Tokenizer, settings: dict) -> Iterator[dict]:
-    """Recall of needles in new lines as long as the context, in how far the order matters, and attention."""
+    """Recall of needles in new lines as long as the context, and in how far their order matters."""
     n, count, rng = 2 ** int(math.log2(model.block_size / 6)), 64, random.Random(1) # keys of a line; lines
     lines = [data.needle_line(rng, n, 6 * n) for _ in range(count)] # all are told, then each is asked
     lines = asked("needles", path, codec, lines).view(count, 2 * n, 3)
     print(f"needles: {count} lines of {n} keys told and then asked, each in 5 orders")
-    right, shares, back = [], [], [] # (B, n) answers, (layers heads,) of attention, (lines, n) distances
+    right, back = [], [] # (B, n) answers, (lines, n) distances
     for order in range(5):
-        told = lines[:, torch.randperm(n, generator=torch.Generator().manual_seed(order))] # (B, n, 3)
-        x = torch.cat([told, lines[:, n:]], dim=1) # (B, 2 n, 3)
-        since = since_told(x[..., 0] * 1000 + x[..., 1])[:, n:] # (B, n): a number for each key
-        for part, at in zip(x.split(8), (torch.arange(n, 2 * n) - since).split(8)):
+        told = lines[:, torch.randperm(n, generator=torch.Generator().manual_seed(order))] # (lines, n, 3)
+        x = torch.cat([told, lines[:, n:]], dim=1) # (lines, 2 n, 3)
+        back.append(3 * since_told(x[..., 0] * 1000 + x[..., 1])[:, n:]) # one number for a key's two letters
+        for part in x.split(8): # (B, 2 n, 3)
             idx = part.flatten(1).to(device) # (B, 6 n)
-            with watched(model) as maps:
-                guess = model(idx, idx)[0].argmax(-1).view(part.shape).cpu()
+            guess = model(idx, idx)[0].argmax(-1).view(part.shape).cpu()
             right.append(guess[:, n:, 1] == part[:, n:, 2])
-            maps = torch.stack(maps).cpu()[..., 3 * n + 1 :: 3, :] # (layers, B, heads, n, T): of asked keys
-            by_key = maps.unflatten(-1, (-1, 3)).sum(-1) # (layers, B, heads, n, 2 n)
-            place = at[None, :, None, :, None].expand(*by_key.shape[:-1], 1)
-            answer = by_key.gather(-1, place).squeeze(-1) # a key and its digit; a difference may be below 0
-            shares.append((answer / maps.abs().sum(-1)).mean((1, 3)).flatten()) # (layers heads,)
-        back.append(3 * since)
-    right, back, part = torch.cat(right), torch.cat(back), torch.stack(shares).mean(0)
+    right, back = torch.cat(right), torch.cat(back) # (5 lines, n) each
     by_order = right.double().mean(1).view(5, -1) # (orders, lines)
     yield row("answers that are right", share(right), "%")
     yield row("best less worst order", 100 * (by_order.amax(0) - by_order.amin(0)).mean().item(), "%")
-    yield row("attention to the answer, all heads", 100 * part.mean().item(), "%")
-    yield row("attention to the answer, best head", 100 * part.max().item(), "%")
     yield from by_distance(right, back)
 
 
