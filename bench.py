@@ -56,7 +56,7 @@ from sample import Decoder, Speculation, capture, stream
 
 rounds = 11 # turns of each arm
 batch_size = 8 # sequences per step; half (residual), 8 (protocol), 64 times (cross_entropy). GPU: 16
-block_size = 128 # tokens per sequence (train, extras, kernels). GPU: 1024
+block_size = 128 # tokens per sequence (train, kernels). GPU: 1024
 n_embd = 384 # width (kernels). GPU: 768, in all suites
 n_layer = 12 # of the suites for a GPU
 dtype = "float32" # of the kernels, or several with commas between. GPU: bfloat16,float32
@@ -74,7 +74,6 @@ costs = True # ablate: measure time and memory of each arm when all runs are don
 results = "bench_results/ideas.json" # ablate, table: where the table is kept
 compiled = True # kernels, step: time torch.compile too
 only = "" # kernels, step, decode: those whose name contains this
-large = False # optimizers: also at 97.5M parameters; takes 4 GB
 save = True # write bench_results/<device>.json, the picture of compare and the table of ablate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -82,9 +81,8 @@ SMALL = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=128, qk_norm=True) # wid
 CHAR = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256) # nanoGPT's 10.65M character model
 LLAMA = dict(vocab_size=4096, n_layer=6, n_head=8, n_kv_head=4, n_embd=384, block_size=256, activation="silu",
              glu=True, tie_embeddings=False)
-LARGE = dict(vocab_size=16384, n_layer=12, n_head=12, n_embd=768, block_size=256) # 97.5M
 SHAPES = {"train model": SMALL, "decode, kv_cache and optimizers model": CHAR,
-          "optimizers, Llama-shaped": LLAMA, "optimizers, large": LARGE}
+          "optimizers, Llama-shaped": LLAMA}
 ARMS = {"mha": {}, "mla": {"attention": "mla"},
         "diff v1": {"attention": "diff", "diff_form": "v1"}, "diff v2": {"attention": "diff"},
         "diff_mla v1": {"attention": "diff_mla", "diff_form": "v1"}, "diff_mla v2": {"attention": "diff_mla"}}
@@ -253,8 +251,8 @@ def stepping(model: torch.nn.Module, x: torch.Tensor, opt=None, loss: Callable =
     return step
 
 
-def writing(model: GPT, idx: torch.Tensor, new: int, cached: bool = True, text=None) -> Callable:
-    """A function that reads `new` tokens one by one: those of text (1, new), or else its own greedy ones."""
+def writing(model: GPT, idx: torch.Tensor, new: int, cached: bool = True) -> Callable:
+    """A function that writes `new` greedy tokens after idx (1, T), with a cache or without."""
     cache = model.new_cache(1) if cached else None
 
     @torch.no_grad()
@@ -262,10 +260,9 @@ def writing(model: GPT, idx: torch.Tensor, new: int, cached: bool = True, text=N
         tokens = idx # the prompt (1, T); with a cache, only the first call reads all of it
         if cached:
             cache.truncate(min(cache.length, idx.size(1) - 1)) # the last token is read again, for its logits
-        for i in range(new):
+        for _ in range(new):
             logits, _ = model(tokens[:, cache.length :] if cached else tokens, cache=cache) # (1, T', V)
-            token = logits[:, -1:].argmax(-1) if text is None else text[:, i : i + 1]
-            tokens = torch.cat([tokens, token], dim=1) # (1, T + i + 1)
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1) # (1, T + 1), then one more each
     return generate
 
 
@@ -305,24 +302,39 @@ def kv_cache() -> Iterator[dict]:
 
 
 def optimizers() -> Iterator[dict]:
-    """Bytes of the state, peak memory of training, time of an update against AdamW."""
-    for shape, config in (("ours", CHAR), ("Llama-shaped", LLAMA)):
-        print(f"optimizers: {shape}, {build(**config).num_params():,} parameters")
+    """Bytes of the state, peak memory of training, time of an update against torch's fused AdamW."""
+    copy, shapes = None, {"ours": CHAR, "Llama-shaped": LLAMA}
+    if dry or "cuda" in device:
+        (copy, _), shapes = ceilings(), dict([gpt2()])
+    # fp32 numbers to move per weight: gradient, weight and moments read; weight and moments written
+    moved = {"adamw": 7, "fadam": 7, "adam_mini": 5, "muon": 0} # Muon is bound by its products of matrices
+    for shape, config in shapes.items():
+        config = dict(vocab_size=65, n_layer=1, n_head=1, n_embd=64) if dry else config
+        weights = build(**config).num_params()
+        print(f"optimizers: {shape}, {weights:,} parameters, fp32")
         for name in RATES:
-            for what, size in states(after_one_step(config, name)[1]).items():
+            for what, size in states(after_one_step(config, name)).items():
                 yield row(f"{name} {what}", size, "MB")
             yield row(f"{name} peak", in_new_process(peak_memory, plain_step, config, name), "MB")
-        yield from update_times(shape, config, ("fadam", "adam_mini", "muon"))
-    if large:
-        yield from update_times("97.5M", LARGE, ("fadam", "adam_mini")) # Muon's update takes 9 s there
+        for name, form in (("fadam", "auto"), ("fadam", "loop"), ("adam_mini", "auto"), ("adam_mini", "loop"),
+                           ("muon", None)): # two models at a time
+            base, opt = after_one_step(config, "adamw"), after_one_step(config, name)
+            opt.form = form # loop: the update as plain PyTorch says it
+            label = f"{name}, {opt.form_of(opt.param_groups[0]['params'])}" if form else name
+            arms = {"adamw, fused": base.step, label: opt.step}
+            for which, figure in zip(("adamw", name), compare(arms, shape + ": {} update")):
+                yield figure
+                if copy and moved[which]:
+                    rate = 4e-6 * moved[which] * weights / figure["value"]
+                    yield row(f"{figure['name']}, memory traffic", rate, "GB/s", bound=copy)
 
 
-def after_one_step(config: dict, name: str) -> tuple[GPT, torch.optim.Optimizer]:
-    """A model and its optimizer after one step, with the gradients still there."""
+def after_one_step(config: dict, name: str) -> torch.optim.Optimizer:
+    """The optimizer of a model after one step, with the gradients still there."""
     model = build(**config)
     opt = optimizer_of(model, name)
     stepping(model, torch.randint(65, (1, 64), device=device), opt)()
-    return model, opt
+    return opt
 
 
 def states(opt: torch.optim.Optimizer) -> dict[str, float]:
@@ -334,16 +346,6 @@ def states(opt: torch.optim.Optimizer) -> dict[str, float]:
                 storage = value.untyped_storage()
                 found.setdefault(f"state {key}", {})[storage.data_ptr()] = storage.nbytes()
     return {kind: sum(at.values()) / 1e6 for kind, at in found.items()}
-
-
-def update_times(shape: str, config: dict, names: tuple) -> Iterator[dict]:
-    """Each update against torch's fused AdamW, two models at a time."""
-    for name in names:
-        for form in (None,) if name == "muon" else ("auto", "loop"):
-            (_, base), (_, opt) = after_one_step(config, "adamw"), after_one_step(config, name)
-            opt.form = form # loop: the update as plain PyTorch says it
-            label = f"{name}, {opt.form_of(opt.param_groups[0]['params'])}" if form else name
-            yield from compare({"adamw, fused": base.step, label: opt.step}, shape + ": {} update")
 
 
 def plain_step(config: dict, name: str) -> Callable:
@@ -668,30 +670,11 @@ def gpu_decode() -> Iterator[dict]:
                           1 / low, digits=0, bound=B * 1e9 * copy / read)
 
 
-def gpu_optimizers() -> Iterator[dict]:
-    """An update of 124M by each optimizer against torch's fused AdamW: ms, GB/s, share of a copy."""
-    copy, _ = ceilings()
-    _, config = gpt2()
-    if dry:
-        config = dict(vocab_size=65, n_layer=1, n_head=1, n_embd=64)
-    # fp32 numbers to move per weight: gradient, weight and moments read; weight and moments written
-    moved, arms = {"adamw": 7, "fadam": 7, "adam_mini": 5, "muon": 0}, {}
-    for name in moved:
-        model, opt = after_one_step(config, name)
-        arms[name] = opt.step
-    print(f"optimizers: an update of {model.num_params():,} parameters, fp32")
-    for name, (median, ratio, low, high) in in_turn(arms).items():
-        yield row(f"{name}, update", 1e3 * median, "ms", "adamw", ratio, low, high)
-        if moved[name]: # Muon is bound by its products of matrices
-            rate = 4e-9 * moved[name] * model.num_params() / median
-            yield row(f"{name}, memory traffic", rate, "GB/s", bound=copy)
-
-
 # --- suites that read finished runs ---
 
 
 def opened(path: str, command: str = "config/train_shakespeare_diffmla.py") -> tuple:
-    """(checkpoint, model, tokenizer or None, settings) of a run, given as its folder or a checkpoint."""
+    """(path of the checkpoint, model, tokenizer or None, settings) of a run: its folder or a checkpoint."""
     path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     if not os.path.exists(path):
         raise UserError(f"there is no {path}\ntrain one first: python train.py {command}, "
@@ -1436,7 +1419,7 @@ BY_NAME = {"cache": cache, "speculative": speculative, "protocol": protocol, "un
 TAKE_WORDS = {"eval": evaluate, "compare": compare_runs, "ablate": ablate, "table": table}
 # On a GPU these run, and take the place of those with the same name. Sizes: GPT-2's, or tiny ones (--dry).
 FOR_GPU = {"kernels": kernel_times, "attention": gpu_attention, "cross_entropy": cross_entropy,
-           "step": gpu_step, "decode": gpu_decode, "optimizers": gpu_optimizers}
+           "step": gpu_step, "decode": gpu_decode, "optimizers": optimizers}
 GPU_SIZES = dict(batch_size=16, block_size=1024, n_embd=768, dtype="bfloat16,float32", rounds=50)
 DRY_SIZES = dict(batch_size=1, block_size=64, n_embd=256, n_layer=1, rounds=1, save=False)
 
