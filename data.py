@@ -224,7 +224,7 @@ class ByteTokenizer(Tokenizer):
         return self.checked(ids).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def bytes_of(self, ids):
-        return len(ids) # ids may end inside a character
+        return len(ids) # not by decode: ids may end inside a character
 
     def to_hf(self): # which shows a byte as a visible character: itself, or one from 256 on
         visible = {*range(33, 127), *range(161, 256)} - {173}
@@ -288,6 +288,7 @@ class HFTokenizer(Tokenizer):
         ends = [end for end in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>") if end in known]
         self.eot = known[ends[0]] if ends else None
         self.unk = saved["model"].get("unk_id", known.get(saved["model"].get("unk_token")))
+        self.of_bytes = (saved.get("decoder") or {}).get("type") == "ByteLevel" # each letter shows one byte
 
     def to_dict(self):
         return {"name": self.name, "json": self.text}
@@ -335,6 +336,10 @@ class HFTokenizer(Tokenizer):
 
     def decode(self, ids):
         return self.codec.decode(self.checked(ids).tolist(), skip_special_tokens=False)
+
+    def bytes_of(self, ids):
+        pieces = map(self.codec.id_to_token, ids.tolist())
+        return sum(map(len, filter(None, pieces))) if self.of_bytes else super().bytes_of(ids)
 
 
 def bpe_json(vocab, merges=(), special=(), words=None, unk_token=None):

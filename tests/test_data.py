@@ -802,6 +802,16 @@ def test_hugging_face_tokenizer(tmp_path):
     refused(lambda: ours.decode([n]), n)
 
 
+@pytest.mark.parametrize("name", ["byte", "gpt2", "FILE.json"])
+def test_bytes_are_counted_where_ids_end_inside_a_character(name, tmp_path, request):
+    if name == "gpt2":
+        request.getfixturevalue("mirror")
+    codec = make_tokenizer(hf(tmp_path)[1] if name == "FILE.json" else name, "", tmp_path)
+    for text in NASTY:
+        ids = codec.encode(text)
+        assert sum(codec.count_bytes(ids[i:i + 1]) for i in range(len(ids))) == len(text.encode())
+
+
 def test_hugging_face_cuts_and_pads_nothing(tmp_path):
     """What the file says of batches, truncation, padding, a first token, has no place in training data."""
     codec, path = hf(tmp_path)
