@@ -946,6 +946,8 @@ def read_source(source, data_dir, field=""):
         origin, files, *own = DATASETS[source](data_dir)
         documents = lambda: itertools.chain.from_iterable((text, None) for text in files)
         return origin, one_file(documents) if isinstance(files, list) else files, *own
+    if is_dataset(source) or not os.path.exists(source) and find(source, data_dir):
+        raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}")
     if os.path.isdir(source):
         return os.path.abspath(source), read_folder(Path(source), field)
     if os.path.isfile(source):
@@ -1156,9 +1158,6 @@ def prepare(source, tokenizer: str = "char", data_dir: str = "data", val_fractio
     if is_dataset(data_dir) or npy_files(data_dir): # a dataset would be made among the shards of another
         raise UserError(f"--data_dir={data_dir} is a dataset, not a folder of datasets; "
                         f"did you mean --dataset={data_dir}?")
-    there = is_dataset(source) or not os.path.exists(source) and find(source, data_dir)
-    if there and source not in DATASETS:
-        raise UserError(f"{source} is a prepared dataset, not text: python train.py --dataset={source}")
     files = npy_files(source)
     if files and (field or max_tokens):
         raise UserError(f"{source}: shard_*.npy are taken whole, drop --field and --max_tokens")

@@ -947,7 +947,8 @@ def test_a_prepared_folder_by_its_path(tmp_path, monkeypatch, command, capsys):
         refused(lambda: prepare(path), path, "is a prepared dataset", "--dataset=")
     command("verify data/verse/ --data_dir=elsewhere")
     assert capsys.readouterr().out.count("OK ") == 2
-    refused(lambda: prepare("verse"), "verse is a prepared dataset")
+    for line in ("prepare verse", "tokenizer verse", "tokenizer data/verse"):
+        refused(lambda: command(line), line.split()[1], "is a prepared dataset")
     for file in before:
         refused(lambda: prepare(file), file, "name its folder")
     monkeypatch.chdir(first.folder)
