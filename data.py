@@ -79,6 +79,7 @@ _DEADLINE = 600 # seconds that a download may take in all
 _TIMEOUT = (10, 30) # seconds to connect, seconds without a byte
 _PATIENCE = 300 # most seconds that a server may ask to wait: the hub counts requests in windows of 5 minutes
 
+FAILURES = requests.RequestException, urllib3.exceptions.HTTPError # of a request that may be tried again
 # (magic, version) of a header -> type of a token: the headers of llm.c, the second for Llama 3's vocabulary.
 WIDTHS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 TEXTS = {".txt", ".md", ".py", ".jsonl", ".csv"} # meant as text; any other file of a folder may be anything
@@ -465,6 +466,10 @@ class DownloadError(UserError):
     """A file could not be had. Says from where, why, and what to do without a network."""
 
 
+class Hopeless(requests.RequestException):
+    """A request that would fail again in the next minutes."""
+
+
 def fetch(url: str, filename: str, sha256: str, data_dir: str = "data", size: int = 2 ** 27) -> Path:
     """The path of filename in data_dir: it lies there, or in the folder DATA_MIRROR, or is downloaded."""
     target, named = Path(data_dir) / filename, re.fullmatch(r"\w[\w.-]{0,100}", filename, re.ASCII)
@@ -484,44 +489,69 @@ def fetch(url: str, filename: str, sha256: str, data_dir: str = "data", size: in
             shutil.copyfile(mirrored, part) # first to part: a copy may be interrupted too
         elif mirrored.exists():
             print(f"{mirrored} is not used: its sha256 is not {sha256}", file=sys.stderr)
-        # part may be whole: an earlier process was killed after the last byte.
-        if not has_hash(part, sha256) and (problem := download(url, part, sha256, size)):
-            raise DownloadError(f"could not download {url}\n{problem}\nput {filename} into {data_dir}/ or "
-                                f"set DATA_MIRROR to a folder that has it, with sha256 {sha256[:12]}...")
+        if not has_hash(part, sha256): # it may be whole: an earlier process was killed after the last byte
+            deadline = time.monotonic() + _DEADLINE + max(size - 2 ** 27 >> 20, 0) # 1 MB/s beyond 128 MB
+            persist(partial(download, url, part, sha256, size, deadline), deadline, url,
+                    f"put {filename} into {data_dir}/ or set DATA_MIRROR to a folder that has it, "
+                    f"with sha256 {sha256[:12]}...")
         os.replace(part, target) # whoever finds the file under its full name finds all of it
     return target
 
 
-def persist(attempt, deadline):
-    """Calls attempt() until it works, three times at most. Returns None, or the last problem.
-
-    attempt returns (problem or None, seconds to wait; 0: the usual, None: give up).
-    """
+def persist(attempt, deadline, url, way_out):
+    """What attempt() returns. Called until it works, three times at most; then a DownloadError."""
     for pause in (0.5, 1, None): # seconds before the next attempt
-        problem, wait = attempt()
-        if None in (problem, wait, pause) or time.monotonic() + wait > deadline:
-            return problem
+        try:
+            return attempt()
+        except FAILURES as error:
+            problem, wait = diagnosis(error)
+        if None in (wait, pause) or time.monotonic() + wait > deadline:
+            raise DownloadError(f"could not download {url}\n{problem}\n{way_out}")
         if wait > 5:
             print(f"{problem}: waiting {wait} seconds, as it asks", file=sys.stderr)
         time.sleep(wait or pause)
 
 
-def download(url, part, sha256, size):
-    """Gets url into the file part, from where an earlier call stopped. Returns None, or the last problem."""
-    deadline = time.monotonic() + _DEADLINE + max(size - 2 ** 27 >> 20, 0) # 1 MB a second beyond 128 MB
+def diagnosis(error):
+    """(problem, seconds to wait before the next attempt; 0: the usual, None: it would be in vain)."""
+    # These messages nest several objects. The last one says what a person needs.
+    problem = " ".join(str(error).split("): ")[-1].strip("\"'()").split())[:160] or type(error).__name__
+    if (response := getattr(error, "response", None)) is None:
+        return problem, None if isinstance(error, Hopeless) or "resolve" in problem else 0 # no such host
+    limits = re.findall(r";t=(\d+)", response.headers.get("RateLimit", "")) # as in "api";r=0;t=55
+    asked = response.headers.get("Retry-After") or "".join(limits[:1])
+    wait = int(asked) if asked.isdigit() else 0 # a date, its other form, is rare
+    passes = response.status_code == 429 or response.status_code >= 500 # what is 404 now stays 404
+    return problem, wait if passes and wait <= _PATIENCE else None
 
-    def attempt():
-        problem, wait = receive(url, part, deadline, size)
+
+def download(url, part, sha256, most, deadline):
+    """Gets url into the file part, from where an earlier call stopped. Raises one of FAILURES."""
+    while True:
+        have, problem = part.stat().st_size if part.exists() else 0, None
+        try:
+            with ask("GET", url, **({"Range": f"bytes={have}-"} if have else {})) as response:
+                # 200: all of it, whatever was asked for. 416: our bytes were not the start of the file.
+                with open(part, "ab" if response.status_code == 206 else "wb") as file:
+                    # read1 does not wait for a full block, so a server that trickles meets the deadline.
+                    while block := response.raw.read1(2 ** 16, decode_content=False):
+                        file.write(block)
+                        if file.tell() > most:
+                            raise Hopeless(f"more than the expected {most:,} bytes came")
+                        if time.monotonic() > deadline:
+                            raise Hopeless(f"not finished after {_DEADLINE} seconds; the next call continues")
+        except FAILURES as error:
+            problem = error
+        size = part.stat().st_size if part.exists() else 0
         if has_hash(part, sha256): # only the bytes count, whatever the server said about their number
-            print(f"{part.stem}: {part.stat().st_size:,} bytes from {url}", file=sys.stderr)
-            return None, 0
-        if problem is None: # all came, and it is wrong: there is nothing to continue
-            problem = (f"the {part.stat().st_size:,} bytes that came have sha256 {sha256_of(part)[:12]}..., "
-                       f"expected {sha256[:12]}...")
+            return print(f"{part.stem}: {size:,} bytes from {url}", file=sys.stderr)
+        if not problem: # all came, and it is wrong: there is nothing to continue
+            found = sha256_of(part)
             part.unlink()
-        return problem, wait
-
-    return persist(attempt, deadline)
+            raise requests.RequestException(
+                f"the {size:,} bytes that came have sha256 {found[:12]}..., expected {sha256[:12]}...")
+        if isinstance(problem, Hopeless) or size < have + 2 ** 20: # else it goes on at once
+            raise problem
 
 
 def endpoint() -> str:
@@ -533,56 +563,19 @@ def ask(method, url, **headers):
     """The response to a request. Only the hub gets HF_TOKEN: requests drops it where another host goes on."""
     if url.startswith(endpoint() + "/"):
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            raise requests.ConnectionError("HF_HUB_OFFLINE is set, so nobody was asked")
+            raise Hopeless("HF_HUB_OFFLINE is set, so nobody was asked")
         token = os.environ.get("HF_TOKEN", "").strip()
         if not re.fullmatch("[!-~]*", token): # requests would show it in its error
-            raise requests.ConnectionError("HF_TOKEN has characters that no token has, so nobody was asked")
+            raise Hopeless("HF_TOKEN has characters that no token has, so nobody was asked")
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
     # identity, because a range counts the bytes of the file itself
-    return requests.request(method, url, headers={"Accept-Encoding": "identity", **headers}, stream=True,
-                            timeout=_TIMEOUT, allow_redirects=method == "GET")
-
-
-def refusal(response):
-    """(problem, seconds to wait) of an answer that is not what was asked for. See persist."""
-    status, limits = response.status_code, response.headers.get("RateLimit", "") # as in "api";r=0;t=55
-    asked = response.headers.get("Retry-After") or "".join(re.findall(r";t=(\d+)", limits)[:1])
-    wait = int(asked) if asked.isdigit() else 0 # a date, its other form, is rare
-    passes = wait <= _PATIENCE and (status in (416, 429) or status >= 500) # what is 404 now stays 404
-    return f"the server answered {status} {response.reason}", wait if passes else None
-
-
-def failure(error):
-    """(problem, seconds to wait) of a request that failed. See persist."""
-    # These messages nest several objects. The last one says what a person needs.
-    problem = " ".join(str(error).split("): ")[-1].strip("\"'()").split())[:160] or type(error).__name__
-    stays = "resolve" in problem or "nobody was asked" in problem # an unknown host stays unknown
-    return problem, None if stays else 0
-
-
-def receive(url, part, deadline, most):
-    """Appends to part what url has behind it. Returns (problem, seconds to wait) as persist wants it."""
-    while True:
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            with ask("GET", url, **({"Range": f"bytes={have}-"} if have else {})) as response:
-                if response.status_code == 416: # nothing comes after our bytes: they are not the file's start
-                    part.unlink(missing_ok=True)
-                if response.status_code not in (200, 206):
-                    return refusal(response)
-                # 200: all of it, whatever was asked for
-                with open(part, "ab" if response.status_code == 206 else "wb") as file:
-                    # read1 does not wait for a full block, so a server that trickles meets the deadline.
-                    while block := response.raw.read1(2 ** 16, decode_content=False):
-                        file.write(block)
-                        if file.tell() > most:
-                            return f"more than the expected {most:,} bytes came", None
-                        if time.monotonic() > deadline:
-                            return f"not finished after {_DEADLINE} seconds; the next call continues", None
-            return None, 0
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            if not part.exists() or part.stat().st_size < have + 2 ** 20: # else this attempt goes on
-                return failure(error)
+    response = requests.request(method, url, headers={"Accept-Encoding": "identity", **headers}, stream=True,
+                                timeout=_TIMEOUT, allow_redirects=method == "GET")
+    if response.status_code >= 400 and response.status_code != 416:
+        response.close()
+        problem = f"the server answered {response.status_code} {response.reason}"
+        raise requests.HTTPError(problem, response=response)
+    return response
 
 
 def hub_file(repo, revision, path, data_dir, kind="datasets/") -> Path:
@@ -594,27 +587,20 @@ def hub_file(repo, revision, path, data_dir, kind="datasets/") -> Path:
     note = Path(data_dir) / f"{filename}.sha256" # so that a file that is there needs no network
 
     def attempt():
-        try:
-            with ask("HEAD", url) as response:
-                # Of the file itself, wherever the hub redirects to.
-                keys = "X-Linked-ETag", "X-Linked-Size"
-                found[:] = (response.headers.get(key, "").strip('"') for key in keys)
-                return (None, 0) if response.status_code < 400 else refusal(response)
-        except requests.RequestException as error:
-            return failure(error)
+        with ask("HEAD", url) as response: # the headers are of the file itself, wherever the hub redirects to
+            told = [response.headers.get(key, "").strip('"') for key in ("X-Linked-ETag", "X-Linked-Size")]
+        if not re.fullmatch("[0-9a-f]{64} [0-9]+", " ".join(told)):
+            raise Hopeless("the server does not tell its sha256 and size")
+        return told
 
     for folder in (os.environ.get("DATA_MIRROR") or data_dir, data_dir):
         with suppress(OSError, UnicodeDecodeError):
             found = (Path(folder) / note.name).read_text().split()
     if found[2:] != [revision]:
-        problem = persist(attempt, time.monotonic() + _DEADLINE)
-        if not problem and not re.fullmatch("[0-9a-f]{64} [0-9]+", " ".join(found)):
-            problem = "the server does not tell its sha256 and size"
-        if problem:
-            raise DownloadError(f"could not download {url}\n{problem}\nput {filename} and {note.name} into "
-                                f"{data_dir}/, from a machine that has them")
+        way_out = f"put {filename} and {note.name} into {data_dir}/, from a machine that has them"
+        found = persist(attempt, time.monotonic() + _DEADLINE, url, way_out)
         with alone(note):
-            note.write_text(" ".join([*found[:2], revision]))
+            note.write_text(" ".join([*found, revision]))
     return fetch(url, filename, found[0], data_dir, int(found[1]))
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -580,9 +581,10 @@ def test_no_other_server_is_sent_the_token(url, sent, monkeypatch):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(data.requests, "request", lambda method, url, **how: how["headers"])
-    assert (data.ask("GET", url).get("Authorization") == "Bearer hf_secret") == sent
-    assert ("hf_secret" in str(data.ask("GET", url))) == sent
+    request = lambda method, url, headers, **how: SimpleNamespace(status_code=200, headers=headers)
+    monkeypatch.setattr(data.requests, "request", request)
+    headers = data.ask("GET", url).headers
+    assert (headers.get("Authorization") == "Bearer hf_secret") == sent == ("hf_secret" in str(headers))
 
 
 def test_the_hub_is_not_asked_offline(hub, tmp_path, monkeypatch):

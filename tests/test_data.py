@@ -1586,11 +1586,14 @@ def test_a_cut_after_a_megabyte_is_no_failed_attempt(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ask", ask)
     monkeypatch.setattr(data.time, "sleep", lambda pause: 1 / 0)
     assert data.fetch("", "x", hashlib.sha256(body).hexdigest(), tmp_path).read_bytes() == body
-    assert asked == [{}, *({"Range": f"bytes={n * 1_250_000}-"} for n in (1, 2, 3, 4))]
+    assert asked == [{}, *({"Range": f"bytes={n * 1_250_000}-"} for n in (1, 2, 3))] # and no request for nothing
 
 
-def test_a_416_without_a_part_is_the_servers_word(tmp_path, monkeypatch):
-    answer = nullcontext(SimpleNamespace(status_code=416, reason="Range Not Satisfiable", headers={}))
-    monkeypatch.setattr(data.requests, "request", lambda *args, **kwargs: answer)
-    problem, wait = data.receive("http://nowhere/x", tmp_path / "x.part", 0, 99)
-    assert "416" in problem and wait == 0 # asked again, and no FileNotFoundError
+def test_a_416_without_a_part_is_no_crash(tmp_path, monkeypatch):
+    asked, answer = [], data.requests.Response()
+    answer.status_code, answer.raw = 416, data.urllib3.HTTPResponse(b"")
+    monkeypatch.delenv("DATA_MIRROR", raising=False)
+    monkeypatch.setattr(data.requests, "request", lambda *args, **kwargs: asked.append(args) or answer)
+    monkeypatch.setattr(data.time, "sleep", lambda pause: None)
+    refused(lambda: data.fetch("http://nowhere/x", "x", SHA, tmp_path), "0 bytes", kind=DownloadError)
+    assert len(asked) == 3 # asked again, and no FileNotFoundError
