@@ -174,7 +174,7 @@ class CharTokenizer(Tokenizer):
         return {"name": self.name, "char_to_id": self.char_to_id, "id_to_char": id_to_char}
 
     def to_hf(self):
-        return bpe_json(self.char_to_id, unk_token="<UNK>" if self.unk >= 0 else None)
+        return bpe_json(self.char_to_id, unk_token="<UNK>" if self.unk >= 0 else None, of_bytes=False)
 
     def look_up(self, text):
         """(code points, ids) of text, both (len(text),)."""
@@ -231,7 +231,7 @@ class ByteTokenizer(Tokenizer):
         visible = {*range(33, 127), *range(161, 256)} - {173}
         hidden = [b for b in range(256) if b not in visible]
         letter = {b: chr(256 + hidden.index(b) if b in hidden else b) for b in range(256)}
-        return bpe_json({letter[b]: b for b in letter}, words=False)
+        return bpe_json({letter[b]: b for b in letter})
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -250,7 +250,7 @@ class GPT2Tokenizer(Tokenizer):
     def to_hf(self):
         bpe, vocab = (path.read_text(encoding="utf-8") for path in self.paths())
         merges = [tuple(pair.split(" ")) for pair in bpe.split("\n")[1:-1]] # the first line is a version
-        return bpe_json(json.loads(vocab), merges, ["<|endoftext|>"], words=True)
+        return bpe_json(json.loads(vocab), merges, ["<|endoftext|>"], in_words=True)
 
     @cached_property
     def codec(self):
@@ -343,15 +343,15 @@ class HFTokenizer(Tokenizer):
         return sum(map(len, filter(None, pieces))) if self.of_bytes else super().bytes_of(ids)
 
 
-def bpe_json(vocab, merges=(), special=(), words=None, unk_token=None):
-    """The text of a tokenizer.json. words: whether a byte, not a character, is the smallest piece, and merges
-    stay inside words; None: a character.
+def bpe_json(vocab, merges=(), special=(), unk_token=None, of_bytes=True, in_words=False):
+    """The text of a tokenizer.json. of_bytes: the smallest piece is a byte, not a character. in_words: merges
+    stay inside the words of GPT-2's pattern.
     """
     hf = package("tokenizers", "a tokenizer.json")
     made = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=[*merges], unk_token=unk_token))
-    made.decoder = hf.decoders.Fuse() if words is None else hf.decoders.ByteLevel()
-    if words is not None:
-        made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    made.decoder = hf.decoders.ByteLevel() if of_bytes else hf.decoders.Fuse()
+    if of_bytes:
+        made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=in_words)
     made.add_special_tokens([*special])
     return made.to_str()
 
@@ -1046,14 +1046,9 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
     return np.memmap(path, width, "r", offset=_HEADER, shape=(count,))
 
 
-def highest(shard, enough: int = 2 ** 32) -> int:
-    """The highest id in a shard, -1 if it is empty. Stops reading at an id of enough or more."""
-    top = -1
-    for start in range(0, len(shard), 2 ** 24): # pieces of 16M ids
-        top = max(top, int(shard[start:start + 2 ** 24].max()))
-        if top >= enough:
-            break
-    return top
+def highest(shard) -> int:
+    """The highest id in a shard, -1 if it is empty. Reads 16M ids at a time."""
+    return max((int(shard[k:k + 2 ** 24].max()) for k in range(0, len(shard), 2 ** 24)), default=-1)
 
 
 def read_meta(folder: Path) -> dict:
@@ -1081,8 +1076,10 @@ def guess_meta(folder):
         raise UserError(f"{folder} has neither meta.json nor train.bin: python data.py prepare SOURCE")
     if left_out := [file for file in files if file not in shards]:
         print(f"{folder}: left out {listed(left_out)}: a shard has either train or val in its name")
-    top = max(highest(shard, enough=256) for shard in shards.values())
-    vocab_size, saved = (50257, {"name": "gpt2"}) if top > 255 else (top + 1, None) # 255: bytes, characters
+    top = max(highest(shard[:2 ** 20]) for shard in shards.values())
+    if top < 256: # bytes or characters: all ids are read, as a rare one may come late
+        top = max(map(highest, shards.values()))
+    vocab_size, saved = (50257, {"name": "gpt2"}) if top > 255 else (top + 1, None)
     print(f"{folder} has no meta.json: by the highest id, assumed vocab_size={vocab_size} "
           f"and {'the gpt2' if saved else 'no'} tokenizer")
     if (folder / "meta.pkl").exists():
@@ -1655,7 +1652,7 @@ class Tokens:
         return self.cut([self.shards[k] for k in which], row * self.rows[which] + first, block_size)
 
     def place(self, n: int) -> None:
-        """Nothing has to be known to go on with window n, as it has for a Stream."""
+        """None, because the number of a batch is enough to cut it. A Stream must know where to read on."""
 
     def locate(self, picks, each):
         """Shard, row and number in its row of things, by their numbers (B,). A row of shard k has each[k]."""
@@ -1737,7 +1734,7 @@ class Stream:
         """begin: cursor of the first id. place: of an earlier call; the source is opened there."""
         self.files, self.codec, self.begin, self.label = files, codec, begin, label
         self.places = [[0, 0, *begin], *([place] if place else [])] # of the chunks so far
-        self.shards, self.rows = val.shards, [2**62] # for who asks how a text begins, or how long it is
+        self.shards, self.rows = val.shards, [2**62] # as Tokens has them: a first id for samples, a length
         self.asked = None # (T, seed) of the last call
         self.first, self.order = 0, [] # of the chunk in memory: number of its first window, windows in order
 
@@ -1798,17 +1795,14 @@ def ahead(values):
         except BaseException as error: # raised where the value is wanted
             future.set_exception(error)
 
-    def begin():
+    value = None
+    while True:
         future = Future()
         # daemon: the end of the program does not wait for a download
         threading.Thread(target=make, args=(future,), daemon=True).start()
-        return future
-
-    future = begin()
-    while True:
+        if value is not None:
+            yield value
         value = future.result()
-        future = begin()
-        yield value
 
 
 def stream(source: str, tokenizer: str = "", data_dir: str = "data", val_fraction: float = 0.1,
