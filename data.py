@@ -731,8 +731,10 @@ def csv_rows(path, field):
 def parquet_rows(path, field):
     parquet = package("pyarrow.parquet", "a .parquet file")
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(64, columns=[field]):
-            yield from enumerate(batch.to_pylist(), 1)
+        file = parquet.ParquetFile(path)
+        columns = [field] if field in file.schema_arrow.names else None # None: all, which the refusal names
+        batches = file.iter_batches(64, columns=columns)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except Exception as error: # the package raises many kinds
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged or no .parquet file: {reason}") from error

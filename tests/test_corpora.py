@@ -327,7 +327,8 @@ def test_parquet(tmp_path):
     parquet.write_table(arrow.table({"n": [1, 2], "body": ["one", "two"]}), tmp_path / "x.parquet")
     content = (tmp_path / "x.parquet").read_bytes()
     assert texts(made(tmp_path, content, "x.parquet", field="body", val_fraction=0.0)) == "one\ntwo"
-    refused(lambda: made(tmp_path, content, "x.parquet"), "no text", "--field")
+    refused(lambda: made(tmp_path, content, "x.parquet"), "no text", "only n, body: choose one with --field")
+    refused(lambda: made(tmp_path, table(["a"] * 69 + [None]), "y.parquet"), "y.parquet line 70 has no text")
     refused(lambda: made(tmp_path, content[:-30], "x.parquet"), "no .parquet file")
 
 
