@@ -918,7 +918,7 @@ def evaluate(run: str = "", *sources: str) -> Iterator[dict]:
         name = os.path.basename(os.path.normpath(source)) if source else f"{settings['dataset']}, validation"
         if source in QUIZZES and not os.path.exists(source):
             yield from QUIZZES[source](path, model, codec, settings)
-        elif found := questions(source):
+        elif found := [] if field else questions(source): # --field asks for the text of that key
             yield from multiple_choice(name, found, model, codec, context)
         else:
             yield from losses_of(name, texts_of(source, codec, settings), model, codec, context, step)

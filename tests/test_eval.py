@@ -103,9 +103,12 @@ def test_documents_and_the_validation_split(corpus, tmp_path, monkeypatch):
     assert abs(figures(bench.evaluate("a run"))["loss"] - want) < 1e-6
     (tmp_path / "d.jsonl").write_text('{"body": "to be"}\n{"body": "or not"}\n', encoding="utf-8")
     (tmp_path / "e.txt").write_text("to be\nor not", encoding="utf-8")
+    asked = [{"body": text, "endings": ["a", "b"], "label": 0} for text in ("to be", "or not")]
+    (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
     (tmp_path / "f.txt").write_text("7", encoding="utf-8")
     monkeypatch.setattr(bench, "field", "body")
     one = figures(bench.evaluate("a run", str(tmp_path / "d.jsonl")))
+    assert one == figures(bench.evaluate("a run", str(tmp_path / "g.jsonl"))) # questions, but a field is asked
     monkeypatch.setattr(bench, "field", "")
     assert one == figures(bench.evaluate("a run", str(tmp_path / "e.txt"))) and one["loss"] > 0
     for words, message in ({(str(tmp_path / "f.txt"),): "characters lacks '7'", ("shakespeare",): "no text",
