@@ -1601,7 +1601,7 @@ class Dataset:
         if name.endswith(".json") and make_tokenizer(name, "", folder).to_dict() == made:
             name = made["name"]
         want = {"tokenizer": name, "val_fraction": asked.get("val_fraction", share)}
-        has = {"tokenizer": made["name"], "val_fraction": want["val_fraction"] if share is None else share}
+        has = {"tokenizer": made["name"], **({} if share is None else {"val_fraction": share})}
         other = [key for key in has if has[key] != want[key]]
         if not other:
             return
