@@ -463,8 +463,8 @@ def kernel_times() -> Iterator[dict]:
             with torch.no_grad():
                 arms = {name: captured(partial(f, *inputs)) for name, f in arms.items()}
                 yield from give(arms, f"{label} forward, {{}}", 1e-9 * forward * t.itemsize)
-            first = dtype.startswith(str(t).removeprefix("torch.")) # compiling takes seconds for each case
-            arms = paths(formula, kernel, *inputs, compiles=first, liger=other)
+            compiles = dtype.startswith(str(t).removeprefix("torch.")) # it takes seconds for each case
+            arms = paths(formula, kernel, *inputs, compiles=compiles, liger=other)
             arms = {name: captured(f) for name, f in arms.items()}
             yield from give(arms, f"{label} both ways, {{}}", 1e-9 * both * t.itemsize)
 

@@ -436,7 +436,7 @@ def alone(path: Path):
     lock, file, held = path.with_name(f".{path.name}.lock"), None, False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while fcntl:
+        while fcntl and not held:
             try:
                 file = open(lock, "ab")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) # NB raises where it would wait
@@ -447,10 +447,7 @@ def alone(path: Path):
                 break
             # The process before may have deleted the file locked here: another one is the lock now.
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                    held = True
-                    break
-            file.close()
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}\n"
@@ -539,7 +536,7 @@ def download(url, part, sha256, most, deadline):
                         if file.tell() > most:
                             raise Hopeless(f"more than the expected {most:,} bytes came")
                         if time.monotonic() > deadline:
-                            raise Hopeless(f"not finished after {_DEADLINE} seconds; the next call continues")
+                            raise Hopeless("it took more seconds than it may; the next call continues")
         except FAILURES as error:
             problem = error
         size = part.stat().st_size if part.exists() else 0
