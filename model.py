@@ -352,7 +352,7 @@ class GPT(nn.Module):
         GPT2, a folder with config.json, nanoGPT's ckpt.pt, or what from_checkpoint takes. ValueError if there
         is none, or if it has what our architecture lacks.
         """
-        path, matrices = os.path.expanduser(source), _TRANSPOSED
+        path, transposed = os.path.expanduser(source), True
         if source in GPT2:
             *sizes, revision = GPT2[source]
             sizes = dict(zip(("n_layer", "n_head", "n_embd"), sizes), vocab_size=50257, n_positions=1024)
@@ -363,13 +363,13 @@ class GPT(nn.Module):
             theirs = weights_in(Path(path))
         elif os.path.isfile(path) and "model_args" in (state := unpickled(path)):
             usual = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
-            chosen, theirs, matrices = {**usual, **state["model_args"]}, state["model"], _AS_IS # nanoGPT's
+            chosen, theirs, transposed = {**usual, **state["model_args"]}, state["model"], False # nanoGPT's
         elif os.path.exists(path):
             return cls.from_checkpoint(path, device)
         else:
             raise ValueError(f"no weights {source!r}: give a folder, a .pt file, or one of {', '.join(GPT2)}")
         model = cls(GPTConfig(**saved_fields(chosen, path)))
-        copy_weights(weights_of(model, matrices), theirs, path)
+        copy_weights(weights_of(model, transposed), theirs, path)
         model.tokenizer = tokenizer_of(path, chosen["vocab_size"], data_dir)
         return model.to(device).eval()
 
@@ -1802,11 +1802,11 @@ def saved_fields(chosen: dict, path: str) -> dict:
     """chosen, the fields of GPTConfig in a file. ValueError for a name or a type that GPTConfig lacks."""
     usual = {f.name: type(f.default) for f in fields(GPTConfig)}
     also = {float: int, tuple: list} # what JSON makes of them
-    strange = sorted(k for k, v in chosen.items()
+    strange = sorted(f"{k}={v!r}" for k, v in chosen.items()
                      if k not in usual or type(v) not in (usual[k], also.get(usual[k])))
     if strange:
-        raise ValueError(f"{path} has settings that this model.py does not know: {', '.join(strange)}\n"
-                         "use the commit that its run.json names, or train again")
+        raise ValueError(f"{path} has settings that this model.py does not know: {', '.join(strange)[:200]}\n"
+                         "for a run of train.py use the commit that its run.json names, or train again")
     return chosen
 
 
@@ -1923,8 +1923,8 @@ def load_run(path: str) -> tuple[dict, str]:
 
 
 # --- weights of other programs ------------------------------------------------------------------------------
-# One table for both directions: weights_of(model) is {their name: (a view of ours, (there, back))}. Export
-# stores there(view), import copies back(theirs) into the view. FAMILIES does the same for config.json.
+# weights_of(model) is {their name: a view of our weights}: export reads the views, import writes into them.
+# FAMILIES does the same for config.json.
 
 MAY_CHANGE = ("block_size", "dropout", "gradient_checkpointing", "n_ahead", "uncertainty") # of given weights
 # OpenAI's sizes: layers, heads, width, revision of openai-community/NAME on Hugging Face's hub. It could not
@@ -1934,136 +1934,118 @@ GPT2 = {"gpt2": (12, 12, 768, "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
         "gpt2-large": (36, 20, 1280, "32b71b12589c2f8d625668d2335a01cac3249519"),
         "gpt2-xl": (48, 25, 1600, "15ea56dee5df4983c59b2538573817e1667135e2")}
 
-_AS_IS = (lambda w: w,) * 2
-_TRANSPOSED = (lambda w: w.T if w.dim() == 2 else w,) * 2 # GPT-2's Conv1D has (n_in, n_out)
+# The words of our names that differ in theirs. {q,k,v}: three of theirs lie in one of ours, row below row.
+_GPT2_WORDS = {"embed": "wte", "position.table": "wpe", "norm": "ln_f", "head": "lm_head", "blocks": "h",
+               "norm1": "ln_1", "attention": "attn", "qkv": "c_attn", "out": "c_proj",
+               "norm2": "ln_2", "up": "c_fc", "down": "c_proj"}
+_LLAMA_WORDS = {"embed": "embed_tokens", "head": "lm_head", "blocks": "layers",
+                "norm1": "input_layernorm", "attention": "self_attn", "qkv": "{q,k,v}_proj", "out": "o_proj",
+                "norm2": "post_attention_layernorm", "gate_up": "{gate,up}_proj", "down": "down_proj",
+                "maps.vectors": "lambda_{q1,k1,q2,k2}", # DiffLlama's; what follows is DeepSeek-V3's
+                "q_down": "q_a_proj", "q_latent_norm": "q_a_layernorm", "q_up": "q_b_proj",
+                "kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj"}
 
 
-def halves(heads):
-    """Rows of queries or keys: we rotate neighbours (2i, 2i+1) of a head, Llama rotates (i, i + D/2)."""
-    return (lambda w: w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2),
-            lambda w: w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2))
+def weights_of(model, transposed=True):
+    """{their name: a view of our weights, in their order}, without what stands beside the trunk.
+    transposed: GPT-2's matrices are (n_in, n_out). False: as nanoGPT stores them.
+    """
+    c, views, gpt2 = model.config, {}, model.config.position == "learned"
+    words = _GPT2_WORDS if gpt2 else _LLAMA_WORDS if c.q_rank else {**_LLAMA_WORDS, "q_up": "q_proj"}
+    for name, w in model.named_parameters(): # a tied head is no parameter of its own
+        if name.startswith("extras."):
+            continue
+        their = re.sub(r"position\.table|maps\.vectors|\w+", lambda ours: words.get(ours[0], ours[0]), name)
+        module, several = model.get_submodule(name.rpartition(".")[0]), re.search("{(.*)}", their)
+        if not several: # embeddings and head are not transposed
+            turned = gpt2 and transposed and w.dim() == 2 and module.role == "matrix"
+            views[their] = w.T if turned else w
+            continue
+        parts = w.split(module.fused) if isinstance(module, Linear) else w # DiffV1 has a row for each vector
+        for one, part in zip(several[1].split(","), parts):
+            if one in ("q", "k"): # we rotate neighbours (2i, 2i+1) of a head, Llama rotates (i, i + D/2)
+                part = part.unflatten(0, (-1, c.head_width // 2, 2)).transpose(1, 2) # (heads, 2, D/2, C)
+            views[their.replace(several[0], one)] = part
+    if gpt2 and transposed and not c.bias: # transformers' GPT-2 has every bias
+        inner = [name for name in views if re.match(r"h\.|ln_f", name)]
+        views |= {f"{name[:-6]}bias": torch.zeros(views[name].size(-1)) for name in inner}
+    return views
 
 
-def weights_of(model, matrices=_TRANSPOSED):
-    """The table of a model. matrices=_AS_IS: as nanoGPT names and stores them."""
-    c = model.config
-    table = gpt2_weights(model, matrices) if c.position == "learned" else llama_weights(model)
-    return table if c.tie_embeddings else {**table, "lm_head.weight": (model.head.weight, _AS_IS)}
-
-
-def gpt2_weights(model, matrices):
-    """transformers' GPT-2 has every bias: those that we lack are 0 there. nanoGPT may lack them too."""
-    parts, found = {"wte": model.embed, "wpe": model.position.table, "ln_f": model.norm}, {}
-    for i, block in enumerate(model.blocks):
-        a, mlp, p = block.attention, block.mlp, f"h.{i}."
-        parts |= {p + "ln_1": block.norm1, p + "attn.c_attn": a.qkv, p + "attn.c_proj": a.out,
-                  p + "ln_2": block.norm2, p + "mlp.c_fc": mlp.up, p + "mlp.c_proj": mlp.down}
-    for name, m in parts.items():
-        found[f"transformer.{name}.weight"] = m.weight, matrices if isinstance(m, Linear) else _AS_IS
-        bias = getattr(m, "bias", None)
-        if bias is None and matrices is _TRANSPOSED and not isinstance(m, Embedding):
-            bias = torch.zeros(len(m.weight))
-        found |= {} if bias is None else {f"transformer.{name}.bias": (bias, _AS_IS)}
-    return found
-
-
-def llama_weights(model):
-    """transformers' Llama. DiffLlama and DeepSeek-V3 have its names, and another attention."""
-    found = {"embed_tokens": model.embed.weight, "norm": model.norm.weight}
-    for i, block in enumerate(model.blocks):
-        a, p = block.attention, f"layers.{i}."
-        gate, up = block.mlp.gate_up.weight.chunk(2)
-        found |= {p + "input_layernorm": block.norm1.weight, p + "mlp.gate_proj": gate, p + "mlp.up_proj": up,
-                  p + "mlp.down_proj": block.mlp.down.weight,
-                  p + "post_attention_layernorm": block.norm2.weight}
-        of_attention = latent_weights(a) if isinstance(a, LatentHeads) else dense_weights(a)
-        found |= {f"{p}self_attn.{name}": w for name, w in of_attention.items()}
-    rows = {name: w if type(w) is tuple else (w, _AS_IS) for name, w in found.items()}
-    return {f"model.{name}" + ".weight" * ("lambda" not in name): row for name, row in rows.items()}
-
-
-def dense_weights(a):
-    q, k, v = a.qkv.weight.split([a.Q * a.D, a.K * a.D, a.K * a.D])
-    found = {"q_proj": (q, halves(a.Q)), "k_proj": (k, halves(a.K)), "v_proj": v, "o_proj": a.out.weight}
-    if isinstance(a.maps, DiffV1):
-        found |= zip(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"), a.maps.vectors)
-    return found
-
-
-def latent_weights(a): # the pairs that rotate are neighbours in DeepSeek-V3 too
-    parts = {"kv_a_proj_with_mqa": a.kv_down, "kv_a_layernorm": a.kv_norm, "kv_b_proj": a.kv_up,
-             "o_proj": a.out}
-    low_rank = {"q_a_proj": a.q_down, "q_a_layernorm": a.q_latent_norm, "q_b_proj": a.q_up}
-    parts |= low_rank if isinstance(a.q_down, Linear) else {"q_proj": a.q_up}
-    return {name: part.weight for name, part in parts.items()}
+def flat(view):
+    """A view of weights_of in their shape: (heads, 2, D/2, C) -> (heads D, C); others stay."""
+    return view.flatten(0, -2) if view.dim() > 1 else view
 
 
 _LLAMA = {"vocab_size": "vocab_size", "hidden_size": "n_embd", "intermediate_size": "mlp_hidden",
-          "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "rope_theta": "rope_base",
-          "max_position_embeddings": "block_size", "rms_norm_eps": "norm_eps", "hidden_act": "activation",
-          "tie_word_embeddings": "tie_embeddings"}
-_DENSE = {**_LLAMA, "num_key_value_heads": "n_kv_head", "head_dim": "head_dim"}
-_LATENT = {**_LLAMA, "kv_lora_rank": "kv_rank", "q_lora_rank": "q_rank", "qk_rope_head_dim": "rope_dim",
-           "v_head_dim": "head_dim"}
-_GPT2 = {"vocab_size": "vocab_size", "n_embd": "n_embd", "n_inner": "mlp_hidden", "n_layer": "n_layer",
-         "n_head": "n_head", "n_positions": "block_size", "layer_norm_epsilon": "norm_eps",
-         "activation_function": "activation", "tie_word_embeddings": "tie_embeddings"}
-_SWIGLU = {"activation": "silu", "glu": True, "tie_embeddings": False}
+          "num_hidden_layers": "n_layer", "num_key_value_heads": "n_kv_head", "num_attention_heads": "n_head",
+          "head_dim": "head_dim", "rope_theta": "rope_base", "max_position_embeddings": "block_size",
+          "rms_norm_eps": "norm_eps", "hidden_act": "activation", "tie_word_embeddings": "tie_embeddings"}
+_SWIGLU = {"activation": "silu", "glu": True, "tie_embeddings": False, "block_size": 2048}
 _PLAIN = {"rope_type": "default", "partial_rotary_factor": 1.0, "attention_bias": False, "mlp_bias": False}
 # {model_type: (class in transformers, {their field: ours}, our fields that all of them have or that count
-# where theirs are missing, their fields of which we have this value alone)}
+# where theirs are missing, their fields of which we have this value alone)}. Of two fields that are one of
+# ours the second counts.
 FAMILIES = {
-    "llama": ("LlamaForCausalLM", _DENSE, _SWIGLU, _PLAIN),
-    "mistral": ("MistralForCausalLM", _DENSE, _SWIGLU, {**_PLAIN, "sliding_window": None}),
-    "diffllama": ("DiffLlamaForCausalLM", _DENSE,
+    "llama": ("LlamaForCausalLM", _LLAMA, _SWIGLU, _PLAIN),
+    "mistral": ("MistralForCausalLM", _LLAMA, _SWIGLU, {**_PLAIN, "sliding_window": None}),
+    "diffllama": ("DiffLlamaForCausalLM", _LLAMA,
                   {**_SWIGLU, "attention": "diff", "diff_form": "v1", "norm_eps": 1e-5}, _PLAIN),
-    "deepseek_v3": ("DeepseekV3ForCausalLM", _LATENT, {**_SWIGLU, "attention": "mla"},
-                    {**_PLAIN, "rope_interleave": True}),
-    "gpt2": ("GPT2LMHeadModel", _GPT2,
+    "deepseek_v3": ("DeepseekV3ForCausalLM",
+                    {"first_k_dense_replace": "n_layer", **_LLAMA, "num_key_value_heads": "n_head",
+                     "head_dim": "rope_dim", "qk_rope_head_dim": "rope_dim", "v_head_dim": "head_dim",
+                     "kv_lora_rank": "kv_rank", "q_lora_rank": "q_rank"},
+                    {**_SWIGLU, "attention": "mla"}, {**_PLAIN, "rope_interleave": True}),
+    "gpt2": ("GPT2LMHeadModel",
+             {"vocab_size": "vocab_size", "n_embd": "n_embd", "n_inner": "mlp_hidden", "n_layer": "n_layer",
+              "n_head": "n_head", "n_ctx": "block_size", "n_positions": "block_size",
+              "layer_norm_epsilon": "norm_eps", "activation_function": "activation",
+              "tie_word_embeddings": "tie_embeddings"},
              {"norm": "layernorm", "position": "learned", "bias": True, "activation": "gelu_tanh"},
              {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
               "add_cross_attention": False}),
 }
-_ACTIVATION = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu2": "relu2"} # ours: theirs
+_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu",
+               "silu": "silu", "gelu": "gelu", "relu2": "relu2"} # theirs: ours
 
 
-def our_fields(found, path):
+def our_fields(found: dict, path: str) -> dict:
     """The fields of GPTConfig for what config.json holds. ValueError names what our architecture lacks."""
     kind, rope = found.get("model_type"), found.get("rope_parameters") or found.get("rope_scaling") or {}
-    if kind not in FAMILIES:
+    if str(kind) not in FAMILIES:
         raise ValueError(f"{path}: model_type={kind!r} is none of those we have: {', '.join(FAMILIES)}")
     _, names, ours, needed = FAMILIES[kind]
+    rope = rope if isinstance(rope, dict) else {"type": rope}
     found = {**found, "rope_type": rope.get("type", "default"), **rope} # older files have type
+    if kind == "deepseek_v3": # our values are as wide as keys
+        key_width = found.get("qk_nope_head_dim", 128) + found.get("qk_rope_head_dim", 64)
+        needed = {**needed, "v_head_dim": key_width}
     if lacking := [f"{k}={found[k]}" for k, v in needed.items() if found.get(k, v) != v]:
         raise ValueError(f"{path}: our {kind} has no {', '.join(lacking)}")
-    chosen = {field: found[name] for name, field in names.items() if found.get(name) is not None}
-    again = {theirs: our for our, theirs in _ACTIVATION.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
-    act = chosen.get("activation", ours["activation"])
-    return {**ours, **chosen, "activation": again.get(act, act)} # GPTConfig refuses what it does not know
+    chosen = ours | {field: found[name] for name, field in names.items() if found.get(name) is not None}
+    act = chosen["activation"]
+    return {**chosen, "activation": _ACTIVATION.get(str(act), act)} # GPTConfig refuses others
 
 
 def spelled_out(c):
-    """The fields of c with usual values in the place of 0. None: no model of transformers has it."""
-    eps = c.norm_eps or (None if "diff" == c.attention and c.diff_form == "v1" else NORM[c.norm](1).eps)
+    """The fields of c as config.json has them, with usual values in the place of 0. None: it has no such."""
+    eps = c.norm_eps or (None if c.attention == "diff" and c.diff_form == "v1" else NORM[c.norm](1).eps)
+    theirs = {ours: name for name, ours in _ACTIVATION.items()}
     found = {**vars(c), "n_kv_head": c.kv_heads, "head_dim": c.head_width, "mlp_hidden": c.hidden,
-             "activation": _ACTIVATION.get(c.activation), "norm_eps": eps}
+             "activation": theirs.get(c.activation), "norm_eps": eps, "q_rank": c.q_rank or None}
     return found | ({"kv_rank": c.latent_rank, "rope_dim": c.rotary_width} if "mla" in c.attention else {})
 
 
 def their_config(c, kind):
     """The config.json of c, as far as the family can tell."""
-    architecture, names, _, needed = FAMILIES[kind]
+    architecture, names, _, _ = FAMILIES[kind]
     here = spelled_out(c)
-    found = {"model_type": kind, "architectures": [architecture], "torch_dtype": "float32", **needed,
+    found = {"model_type": kind, "architectures": [architecture], "torch_dtype": "float32",
              **{name: here[field] for name, field in names.items()}}
-    if kind == "gpt2":
-        return found | {"n_ctx": c.block_size} # as in OpenAI's files; llama.cpp's converter reads it
-    rope = {k: found.pop(k) for k in ("rope_type", "partial_rotary_factor")}
-    found["rope_parameters"] = {**rope, "rope_theta": c.rope_base}
-    if kind == "deepseek_v3": # all layers are dense
-        found |= {"qk_nope_head_dim": c.head_width - here["rope_dim"], "num_key_value_heads": c.n_head,
-                  "q_lora_rank": c.q_rank or None, "first_k_dense_replace": c.n_layer,
-                  "num_nextn_predict_layers": 0}
+    if kind != "gpt2": # older programs read rope_theta
+        found["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_base}
+    if kind == "deepseek_v3":
+        found |= {"qk_nope_head_dim": c.head_width - here["rope_dim"], "num_nextn_predict_layers": 0}
     return found
 
 
@@ -2072,7 +2054,7 @@ def family_of(c):
     def lost(kind):
         here, there = spelled_out(c), spelled_out(unchecked(our_fields(their_config(c, kind), "")))
         free = {*MAY_CHANGE, "init_std", "zero_init", "bias" if kind == "gpt2" else ""} # no bias: zeros there
-        return sorted(k for k in here.keys() - free if here[k] is None or here[k] != there[k])
+        return sorted(k for k in here.keys() - free if here[k] != there[k])
 
     kind = min(FAMILIES, key=lambda kind: len(lost(kind)))
     if names := lost(kind):
@@ -2083,19 +2065,17 @@ def family_of(c):
 
 
 @torch.no_grad()
-def copy_weights(table, theirs, path):
-    """Copies tensors of another program into the views of a table. ValueError if names or shapes differ."""
-    def bare(named): # torch.compile puts _orig_mod. in front; the trunk saved alone lacks its own name
-        return {re.sub(r"^(_orig_mod\.)?(transformer\.|model\.)?", "", k): v for k, v in named.items()}
-
-    theirs, table = bare(theirs), bare(table)
-    constants = r"\.attn\.(masked_)?bias|inv_freq" + "|^lm_head.weight" * ("lm_head.weight" not in table)
-    if strange := sorted(k for k in theirs.keys() ^ table.keys() if not re.search(f"({constants})$", k)):
+def copy_weights(views, theirs, path):
+    """Copies the tensors of another program into weights_of. ValueError if names or shapes differ."""
+    # torch.compile puts _orig_mod. in front; files of a trunk alone lack its name
+    theirs = {re.sub(r"^(_orig_mod\.)?(transformer\.|model\.)?", "", k): w for k, w in theirs.items()}
+    constants = r"\.attn\.(masked_)?bias|inv_freq" + "|^lm_head.weight" * ("lm_head.weight" not in views)
+    if strange := sorted(k for k in theirs.keys() ^ views.keys() if not re.search(f"({constants})$", k)):
         raise ValueError(f"{path} has other weights than its settings say: {data.listed(strange, 3)}")
-    for name, (view, (there, back)) in table.items():
-        if theirs[name].shape != there(view).shape:
-            raise ValueError(f"{path}: {name} is {tuple(theirs[name].shape)}, not {tuple(there(view).shape)}")
-        view.copy_(back(theirs[name]))
+    for name, view in views.items():
+        if theirs[name].shape != (shape := flat(view).shape):
+            raise ValueError(f"{path}: {name} is {tuple(theirs[name].shape)}, not {tuple(shape)}")
+        view.copy_(theirs[name].reshape(view.shape))
 
 
 def read_json(path):
@@ -2106,17 +2086,16 @@ def read_json(path):
 
 
 def weights_in(path):
-    """{name: tensor} of a .safetensors file, or of a folder: model.safetensors, its shards, or a pickle."""
-    files, index = [path], path / "model.safetensors.index.json"
-    if index.exists():
-        names = read_json(index).get("weight_map", {}).values()
-        files = [path / os.path.basename(name) for name in names]
-    elif path.is_dir():
-        files = [path / "model.safetensors"]
-        if not files[0].exists():
-            return unpickled(path / "pytorch_model.bin")
-    package, found = data.package("safetensors.torch", "a .safetensors file"), {}
-    for file in sorted({*files}):
+    """{name: tensor} of a file, or of all files of a folder. ValueError: none there, or a damaged one."""
+    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    if not (files := [path] if path.is_file() else files):
+        raise ValueError(f"{path} has no weights: neither model.safetensors nor pytorch_model.bin")
+    found = {}
+    for file in files:
+        if file.suffix == ".bin":
+            found |= unpickled(file)
+            continue
+        package = data.package("safetensors.torch", "a .safetensors file")
         try:
             found |= package.load_file(file)
         except Exception as error: # the package raises many kinds
@@ -2150,7 +2129,9 @@ def export_hf(model: GPT, to: str) -> str:
         files["tokenizer.json"] = json.loads(codec.to_hf())
         files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **words,
                                           "model_max_length": c.block_size}
-    weights = {name: there(w.detach()).contiguous() for name, (w, (there, _)) in weights_of(model).items()}
+    trunk = "transformer." if kind == "gpt2" else "model."
+    weights = {name if name == "lm_head.weight" else trunk + name: flat(view.detach()).contiguous()
+               for name, view in weights_of(model).items()}
     save = data.package("safetensors.torch", "--format=hf").save_file
     os.makedirs(to, exist_ok=True)
     save(weights, os.path.join(to, "model.safetensors"), _WRITTEN)
@@ -2163,13 +2144,13 @@ _WRITTEN = {"format": "pt", "writer": "nanoSLM"} # in model.safetensors; transfo
 
 
 def may_replace(to, form):
-    """Whether nothing lies at a path, or an empty folder, or an earlier export."""
-    if form == "weights" or not os.path.isdir(to):
-        return not os.path.exists(to) or form == "weights" and "optimizer" not in load_checkpoint(to)
-    with suppress(Exception): # there is no such file, or one of another kind
-        file = data.package("safetensors").safe_open(os.path.join(to, "model.safetensors"), "pt")
-        return file.metadata() == _WRITTEN
-    return not os.listdir(to)
+    """Whether nothing lies at a path, or an empty folder, or an earlier export of this form."""
+    with suppress(Exception): # nothing is there, or what is there cannot be read as one
+        if form == "weights":
+            return "optimizer" not in load_checkpoint(to)
+        file = os.path.join(to, "model.safetensors")
+        return not os.listdir(to) or data.package("safetensors").safe_open(file, "pt").metadata() == _WRITTEN
+    return not os.path.exists(to)
 
 
 def export_run(argv):

@@ -165,6 +165,14 @@ def test_shards_and_a_pickle(tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     same_function(GPT.from_pretrained(str(tmp_path / "shards")), theirs)
     os.remove(tmp_path / "a/model.safetensors")
+    weights = [*theirs.state_dict().items()]
+    for i, part in enumerate((weights[:9], weights[9:])):
+        torch.save(dict(part), tmp_path / f"a/pytorch_model-0000{i + 1}-of-00002.bin")
+    same_function(GPT.from_pretrained(str(tmp_path / "a")), theirs)
+    os.remove(tmp_path / "a/pytorch_model-00001-of-00002.bin")
+    with pytest.raises(ValueError, match="other weights than its settings say: embed_tokens.weight, .* more"):
+        GPT.from_pretrained(str(tmp_path / "a"))
+    os.remove(tmp_path / "a/pytorch_model-00002-of-00002.bin")
     torch.save(theirs.state_dict(), tmp_path / "a/pytorch_model.bin")
     same_function(GPT.from_pretrained(str(tmp_path / "a")), theirs)
 
@@ -181,6 +189,9 @@ def test_shards_and_a_pickle(tmp_path):
         next(p for p in (tmp_path / "shards").iterdir() if p.name.startswith(name)).write_bytes(content)
         with pytest.raises(ValueError, match=words):
             GPT.from_pretrained(str(tmp_path / "shards"))
+    os.remove(tmp_path / "a/pytorch_model.bin")
+    with pytest.raises(ValueError, match="has no weights: neither model.safetensors nor pytorch_model.bin"):
+        GPT.from_pretrained(str(tmp_path / "a"))
 
 
 def test_gpt2_by_name_from_the_mirror(tmp_path, monkeypatch):
@@ -209,14 +220,20 @@ REFUSED_IN = { # what a config.json says, and what is heard
     "biases": ("llama", dict(attention_bias=True, mlp_bias=True), "attention_bias=True, mlp_bias=True"),
     "a window": ("mistral", dict(sliding_window=32), "sliding_window=32"),
     "halves": ("deepseek_v3", dict(rope_interleave=False), "rope_interleave=False"),
-    "narrow values": ("deepseek_v3", dict(v_head_dim=16), "kv_b_proj.weight is"),
+    "narrow values": ("deepseek_v3", dict(v_head_dim=16), "our deepseek_v3 has no v_head_dim=16"),
     "an activation": ("llama", dict(hidden_act="relu"), "activation='relu' is not known; choose one of"),
     "a scale": ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    "Llama 3.2's rope": ("llama", dict(rope_parameters=None, rope_theta=5e5, rope_scaling=dict(
+        factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
+        rope_type="llama3")), "our llama has no rope_type=llama3"),
+    "rope in words": ("llama", dict(rope_parameters="linear"), "rope_type=linear"),
+    "types": ("llama", dict(model_type=["llama"]), "model_type=['llama'] is none"),
+    "a list": ("llama", dict(hidden_act=["silu"]), "does not know: activation=['silu']"),
     "a type": ("llama", dict(model_type="qwen2"), "model_type='qwen2' is none of those we have: llama"),
     "no width": ("llama", dict(hidden_size=None), "weight is (53, 64), not (53, 384)"),
     "another size": ("llama", dict(vocab_size=54), "embed_tokens.weight is (53, 64), not (54, 64)"),
     "another depth": ("llama", dict(num_hidden_layers=2), "other weights than its settings say: layers.2"),
-    "text for a number": ("llama", dict(hidden_size="64"), "n_embd"),
+    "text for a number": ("llama", dict(hidden_size="64"), "does not know: n_embd='64'"),
 }
 
 
@@ -229,6 +246,38 @@ def test_what_our_architecture_lacks_is_refused(what, tmp_path):
     with pytest.raises(ValueError) as caught:
         GPT.from_pretrained(str(tmp_path))
     assert words in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
+LLAMA_FILE = dict(architectures=["LlamaForCausalLM"], model_type="llama", bos_token_id=1, eos_token_id=2,
+                  hidden_act="silu", hidden_size=64, initializer_range=0.02, intermediate_size=96,
+                  num_attention_heads=4, num_hidden_layers=3, vocab_size=53, use_cache=True)
+GPT2_FILE = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", initializer_range=0.02, n_embd=64,
+                 layer_norm_epsilon=1e-5, n_ctx=64, n_head=4, n_layer=3, resid_pdrop=0.1, vocab_size=53,
+                 summary_type="cls_index", task_specific_params={"text-generation": {"do_sample": True}})
+FILES = { # public models' config.json in small: kind, what differs in the weights, the file, the context
+    "GPT-2 of 2019": ("gpt2", {}, GPT2_FILE, 64), # without n_positions and activation_function
+    "GPT-2": ("gpt2", {}, {**GPT2_FILE, "n_positions": 64, "activation_function": "gelu_new"}, 64),
+    "Llama 1": ("llama", dict(num_key_value_heads=4, rms_norm_eps=1e-6, rope_parameters=None),
+                {**LLAMA_FILE, "max_sequence_length": 2048, "rms_norm_eps": 1e-6, "pad_token_id": 0}, 2048),
+    "Llama 3": ("llama", {}, {
+        **LLAMA_FILE, "max_position_embeddings": 8192, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "rope_scaling": None, "rope_theta": 500, "mlp_bias": False, "eos_token_id": [2, 3],
+        "tie_word_embeddings": False, "head_dim": None}, 8192),
+    "Mistral 0.2": ("mistral", dict(head_dim=16), {
+        **LLAMA_FILE, "model_type": "mistral", "max_position_embeddings": 32768, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": None}, 32768),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_public_config_files(name, tmp_path):
+    """Fields may be missing, null, of another time's name, or whole where ours are fractions."""
+    kind, change, config, context = FILES[name]
+    theirs = made_by_transformers(kind, tmp_path, **change)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = GPT.from_pretrained(str(tmp_path))
+    assert model.config.block_size == context
+    same_function(model, theirs)
 
 
 def test_experts_are_refused(tmp_path):
@@ -296,6 +345,19 @@ def test_nanogpts_checkpoint(bias, tmp_path, capsys):
 
 
 # --- the commands ---
+
+
+def test_an_export_overwrites_exports_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    M.export_hf(ours(**LLAMA), tmp_path / "hf")
+    M.save_checkpoint(tmp_path / "weights.pt", {"model": {}})
+    M.save_checkpoint(tmp_path / "ckpt.pt", {"model": {}, "optimizer": {}})
+    may = {form: [p.name for p in sorted(tmp_path.iterdir()) if M.may_replace(str(p), form)]
+           for form in ("hf", "weights")}
+    assert may == {"hf": ["empty", "hf"], "weights": ["weights.pt"]}
+    assert all(M.may_replace(str(tmp_path / "new"), form) for form in may)
+
 
 SHORT = ["--max_iters=0", "--batch_size=2", "--eval_iters=1", "--sample_tokens=4"]
 TINY = ("--dataset=play --n_layer=2 --n_head=2 --n_embd=16 --mlp_hidden=32 --activation=silu --glu "
