@@ -396,7 +396,6 @@ class GPT(nn.Module):
             raise ValueError(f"{path} is of another version of model.py: {problem}\n"
                              "use the commit that its run.json names, or train again") from None
 
-
     @torch.no_grad()
     def start_from(self, other: "GPT") -> None:
         """Copies the weights of a model that differs in MAY_CHANGE at most, and prints what changes."""
@@ -1724,25 +1723,26 @@ for _slot, _table in SLOTS.items():
             OWNERS.setdefault(_knob, (_slot, []))[1].append(_name)
 
 
+def missing_owner(c, knob):
+    """The entry of OWNERS that c must choose before the knob counts, the outermost first; None: it counts."""
+    if knob not in OWNERS:
+        return None
+    slot, names = OWNERS[knob]
+    chosen = getattr(c, slot) in names if names else getattr(c, slot)
+    return missing_owner(c, slot) or (None if chosen else OWNERS[knob])
+
+
 def chosen_by(c):
     """The classes that the config c uses."""
-    parts = []
-    for slot, table in SLOTS.items():
-        if slot not in OWNERS or any(slot in knobs_of(part) for part in parts): # h_res: only if mhc is chosen
-            parts += classes(table[getattr(c, slot)])
-    return parts + [make for knob, make in EXTRAS.items() if getattr(c, knob)]
+    rows = [table[getattr(c, slot)] for slot, table in SLOTS.items() if not missing_owner(c, slot)]
+    extras = [make for knob, make in EXTRAS.items() if getattr(c, knob)]
+    return [*itertools.chain(*map(classes, rows)), *extras]
 
 
 def idle_knobs(c):
-    """{knob: its owner in OWNERS} for the knobs of c that are set but belong to no class in use."""
-    used, idle = {knob for part in chosen_by(c) for knob in knobs_of(part)}, {}
-    for f in fields(c):
-        if f.name in OWNERS and f.name not in used and getattr(c, f.name) != f.default:
-            slot, names = OWNERS[f.name]
-            while slot in OWNERS and slot not in used: # the slot itself lies inside a choice that is not made
-                slot, names = OWNERS[slot]
-            idle[f.name] = slot, names
-    return idle
+    """{knob: its missing owner} for the knobs of c that are set and do not count."""
+    owners = {f.name: missing_owner(c, f.name) for f in fields(c) if getattr(c, f.name) != f.default}
+    return {knob: owner for knob, owner in owners.items() if owner}
 
 
 def complaints(c):
@@ -1789,10 +1789,8 @@ def without_orphans(chosen: dict, typed: set) -> dict:
     `--attention=mha` after a file with a kv_rank should train, not be refused for a knob that nobody typed.
     typed: the names that the command line gave. What is dropped is printed.
     """
-    c = unchecked(chosen)
-    if any(getattr(c, slot) not in table for slot, table in SLOTS.items()):
-        return chosen # GPTConfig will refuse it
-    orphans = [knob for knob, (slot, _) in idle_knobs(c).items() if knob not in typed and slot in typed]
+    idle = idle_knobs(unchecked(chosen))
+    orphans = [knob for knob, (slot, _) in idle.items() if knob not in typed and slot in typed]
     for knob in orphans:
         print(f"{knob}={chosen[knob]} of the config file is dropped: the command line chose against it")
     return {name: value for name, value in chosen.items() if name not in orphans}
@@ -2213,22 +2211,16 @@ def describe(config: GPTConfig, T: int, batch_size: int = 1) -> None:
     with torch.device("meta"):
         model = GPT(config)
         idx = torch.zeros(batch_size, T, dtype=torch.long)
-    outputs = {} # name: output, parents before their parts
-
-    def entered(module, inputs, name):
-        outputs.setdefault(name, None)
-
-    def left(module, inputs, output, name):
-        outputs[name] = output[0] if type(output) is tuple else output
-
+    outputs = {} # name: output, in the order of the calls: a part after what it is a part of
     for name, m in model.named_modules():
-        m.register_forward_pre_hook(partial(entered, name=name))
-        m.register_forward_hook(partial(left, name=name))
+        m.register_forward_pre_hook(lambda m, x, name=name: outputs.update({name: None}))
+        m.register_forward_hook(lambda m, x, out, name=name: outputs.update({name: out}))
     model(idx, targets=idx)
     print(f"{'part':<34}{'class':<13}{'output':<24}{'parameters':>12}{'forward FLOPs/token':>21}")
     print(f"{'tokens':<34}{'':<13}{str(tuple(idx.shape)):<24}")
     for name, out in outputs.items():
         m, (parent, _, inner) = model.get_submodule(name), name.partition(".")
+        out = out[0] if type(out) is tuple else out
         number, _, inner = inner.partition(".") if parent == "blocks" else ("", "", "")
         if isinstance(m, (nn.Identity, nn.Dropout)) or not name or number not in ("", "0"):
             continue # the other blocks are like the first
@@ -2257,15 +2249,14 @@ def show_presets() -> None:
 model_size = "" # setting of this door and of train.py: a name in PRESETS; empty: the defaults of GPTConfig
 
 if __name__ == "__main__":
-    from configurator import configure, user_errors
-
     if sys.argv[1:2] == ["export"]:
-        with user_errors():
+        with configurator.user_errors():
             export_run(sys.argv[2:])
         sys.exit()
     out_dir = "" # folder of a run, whose model is described; in a config file it has no effect
-    given = configure(globals(), GPTConfig, guest_of=os.path.join(os.path.dirname(__file__), "train.py"))
-    with user_errors():
+    given = configurator.configure(globals(), GPTConfig,
+                                   guest_of=os.path.join(os.path.dirname(__file__), "train.py"))
+    with configurator.user_errors():
         config = GPTConfig(**{**preset(given.pop("model_size", "")), **without_orphans(given, given.typed)})
     if "vocab_size" not in given:
         print(f"(vocab_size={config.vocab_size:,} is the default; train.py takes it from the data: "
