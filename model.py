@@ -370,7 +370,7 @@ class GPT(nn.Module):
             raise ValueError(f"no weights {source!r}: give a folder, a .pt file, or one of {', '.join(GPT2)}")
         model = cls(GPTConfig(**saved_fields(chosen, path)))
         copy_weights(weights_of(model, transposed), theirs, path)
-        model.tokenizer = tokenizer_of(path, chosen["vocab_size"], data_dir)
+        model.tokenizer = tokenizer_of(path, model.config.vocab_size, data_dir)
         return model.to(device).eval()
 
     @classmethod
@@ -2040,7 +2040,7 @@ def their_config(c, kind):
     here = spelled_out(c)
     found = {"model_type": kind, "architectures": [architecture], "torch_dtype": "float32",
              **{name: here[field] for name, field in names.items()}}
-    if kind != "gpt2": # older programs read rope_theta
+    if kind != "gpt2": # where transformers 5 looks for rope_theta; older programs read the one above
         found["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_base}
     if kind == "deepseek_v3":
         found |= {"qk_nope_head_dim": c.head_width - here["rope_dim"], "num_nextn_predict_layers": 0}
@@ -2153,9 +2153,9 @@ def may_replace(to, form):
 
 def export_run(argv):
     """What python model.py export does."""
-    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), argv))
+    words = [arg for arg in argv if not arg.startswith("-")] # the run, wherever it stands
     chosen = {"format": "hf", "to": "", "__file__": __file__}
-    configurator.configure(chosen, argv=argv[len(words) :])
+    configurator.configure(chosen, argv=[arg for arg in argv if arg not in words])
     form, to = chosen["format"], os.path.expanduser(chosen["to"])
     if len(words) != 1 or not to or form not in ("hf", "weights"):
         raise ValueError("usage: python model.py export RUN --format=hf --to=FOLDER\n"

@@ -406,7 +406,7 @@ def test_the_export_command(trained, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     same_function(model, theirs)
     assert theirs.config.eos_token_id is None # a text of characters has no end
-    said("model.py", "export", trained, f"--to={tmp_path / 'hf'}") # again: the folder is ours
+    said("model.py", "export", f"--to={tmp_path / 'hf'}", trained) # again, in any order: the folder is ours
     theirs.save_pretrained(tmp_path / "hf") # now it is not
     words = said("model.py", "export", trained, f"--to={tmp_path / 'hf'}", code=2)
     assert "is no earlier export: choose another --to" in words
