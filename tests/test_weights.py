@@ -71,7 +71,9 @@ def test_there_and_back(name, greedy, tmp_path):
     """Ours -> a folder -> transformers -> its own folder -> ours: to the bit, and one function everywhere."""
     model = ours(**OURS[name])
     made = M.export_hf(model, tmp_path / "there")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "there")
+    theirs, gaps = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "there",
+                                                                     output_loading_info=True)
+    assert not gaps["missing_keys"] and not gaps["unexpected_keys"]
     assert type(theirs).__name__ == made == M.FAMILIES[re.match(r"\w+", name)[0]][0]
     same_function(model, theirs, greedy)
     assert made[:4] != "GPT2" or theirs.config.n_ctx == 256 # by which llama.cpp's converter knows the context
