@@ -4,7 +4,8 @@
                                         with a CUDA GPU the suites for one, in bf16 and fp32
   python bench.py train --rounds=21     one suite
   python bench.py eval out/a [TEXT...]  loss, perplexity and bits per byte of a run on its validation split or
-                                        on texts; multiple choice in a .jsonl; recall: needles, recall
+                                        on texts; multiple choice in a .jsonl; recall: needles, recall. Also of
+                                        gpt2, or of a folder of transformers
   python bench.py compare out/a out/b   table and curves of finished runs
   python bench.py ablate config/train_shakespeare_diffmla.py --seeds=5    every arm of --arms at every seed
   python bench.py --help                what each suite measures, and all settings
@@ -49,8 +50,7 @@ import torch.nn.functional as F
 import data
 import kernels
 from configurator import UserError, configure, git_commit, user_errors
-from data import tokenizer_from_dict
-from model import GPT, GPTConfig, Pass, forward_flops, load_checkpoint
+from model import GPT, GPT2, GPTConfig, Pass, forward_flops, load_run
 from optim import build_optimizer
 from sample import Decoder, Speculation, capture, stream
 
@@ -674,16 +674,20 @@ def gpu_decode() -> Iterator[dict]:
 
 
 def opened(path: str, command: str = "config/train_shakespeare_diffmla.py") -> tuple:
-    """(path of the checkpoint, model, tokenizer or None, settings) of a run: its folder or a checkpoint."""
-    path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
-    if not os.path.exists(path):
-        raise UserError(f"there is no {path}\ntrain one first: python train.py {command}, "
-                        "or name the folder of another run")
+    """(path, model, tokenizer or None, settings) of a run: its folder or a checkpoint. Of weights of other
+    programs, for which see GPT.from_pretrained, the settings are {}.
+    """
+    settings = {}
     with user_errors():
-        state = load_checkpoint(path)
-        model, settings = GPT.from_state(state, path).to(device).eval(), state["config"]["train"]
-        codec = state["tokenizer"] and tokenizer_from_dict(state["tokenizer"], settings["data_dir"])
-    return path, model, codec, settings
+        if path in GPT2 or os.path.exists(os.path.join(path, "config.json")):
+            model = GPT.from_pretrained(path, device=device)
+        elif os.path.exists(path):
+            state, path = load_run(path)
+            model, settings = GPT.from_state(state, path).to(device).eval(), state["config"]["train"]
+        else:
+            raise UserError(f"there is no {path}\ntrain one first: python train.py {command}, "
+                            "or name the folder of another run")
+    return path, model, model.tokenizer, settings
 
 
 def trained(command: str, file: str = "best.pt") -> tuple:
@@ -881,7 +885,9 @@ def loss_on(model: GPT, batches) -> float:
 
 def texts_of(source: str, codec: data.Tokenizer, settings: dict) -> list[np.ndarray]:
     """The ids of a text, with separators as data.py prepare has them; of "": the run's validation split."""
-    name, folder = settings["dataset"], settings["data_dir"]
+    if not source and not settings:
+        raise UserError("these weights have no validation split: name a text after them")
+    name, folder = settings.get("dataset"), settings.get("data_dir", "data")
     if source:
         if not os.path.exists(source): # else the name of a dataset would mean the text that was trained on
             raise UserError(f"there is no text {source!r}\n"
@@ -912,10 +918,10 @@ def evaluate(run: str = "", *sources: str) -> Iterator[dict]:
     if step > context:
         raise UserError(f"stride={stride} leaves out tokens: it must be at most {context}, the run's context")
     if "cuda" in device: # as sample.py does
-        model.to(getattr(torch, settings["dtype"]))
+        model.to(getattr(torch, settings.get("dtype", "bfloat16")))
     print(f"eval: {path}, context {context}, a window every {step} tokens, {model.embed.weight.dtype}")
     for source in sources or [""]:
-        name = os.path.basename(os.path.normpath(source)) if source else f"{settings['dataset']}, validation"
+        name = os.path.basename(os.path.normpath(source or f"{settings.get('dataset')}, validation"))
         if source in QUIZZES and not os.path.exists(source):
             yield from QUIZZES[source](path, model, codec, settings)
         elif found := [] if field else questions(source): # --field asks for the text of that key
@@ -1037,7 +1043,7 @@ def share(right: torch.Tensor) -> float:
 def recall(path: str, model: GPT, codec: data.Tokenizer, settings: dict) -> Iterator[dict]:
     """Recall of pairs such as a3, told again and again in lines that are longer than most contexts."""
     lines = [line.rstrip(".") for line in data.recall("")[1]]
-    lines = lines[int(len(lines) * (1 - settings["val_fraction"])) + 1 :] # those not trained on
+    lines = lines[int(len(lines) * (1 - settings.get("val_fraction", 0))) + 1 :] # those not trained on
     lines, L = asked("recall", path, codec, lines), model.block_size # (lines, 1022): 511 pairs
     back = 2 * since_told(lines[:, ::2]) # (lines, 511)
 

@@ -273,8 +273,10 @@ def pair(tmp_path):
 
 
 @pytest.mark.deep
-def test_the_loss_is_transformers_own(pair):
+def test_the_loss_is_transformers_own(pair, tmp_path):
     model, theirs, codec, fast, words = pair
+    _, again, _, settings = bench.opened(str(tmp_path / "theirs")) # the folder that transformers reads
+    assert not settings and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     rng = random.Random(1)
     text = " ".join(rng.choice(words) for _ in range(300))
     ids = fast(text, return_tensors="pt").input_ids[0]
