@@ -16,6 +16,7 @@ B rows written at once   T tokens of the prompt   V vocabulary   C channels   n 
 from configurator import UserError, checked, configure, from_text, user_errors # first: see stop_at_once there
 
 import glob
+import io
 import math
 import os
 import re
@@ -25,16 +26,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache, partial
 from json import dumps # json is a setting here
 
 import torch
 import torch.nn.functional as F
 
-from data import tokenizer_from_dict
 from kernels import choose_device, few_rows, widen
-from model import Cache, GPT, load_checkpoint, previous_checkpoint
+from model import Cache, GPT, load_run
 
 out_dir = "" # folder of the run, or one of its .pt files; empty: the newest below out
 # The prompt. FILE:a.txt: the text of a file. LINES:a.txt: each line is a prompt of its own, all are drawn as
@@ -196,6 +196,114 @@ def capture(run: Callable, carried: Iterable[torch.Tensor] = ()) -> "torch.cuda.
     return graph
 
 
+def still_cached(cache, old: list[int], new: list[int], drafts: int) -> int:
+    """How many tokens of `new` a cache that has read `old` can keep. The newest is read again: the next token
+    is drawn from its output.
+    """
+    shared = len(os.path.commonprefix([old, new[:-1]])) # it takes lists as well as paths
+    # Short convolutions keep the last tokens alone. Rejected drafts took the place of some of them.
+    return shared if len(old) - shared <= cache.ring + 1 - cache.taps - drafts else 0
+
+
+class Text:
+    """What a model writes in B rows, which may differ in length, and the cache of it: the tokens of stream.
+    step() is a forward for all rows; where rows have more to read than their newest token, one for each of
+    these rows. The cache stays from text to text: what two texts share is not read again.
+    """
+    n = 0 # most drafts of a step
+
+    def __init__(self, model: GPT, idx: torch.Tensor | list[list[int]], temperature: float = 1.0,
+                 top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+                 generator: torch.Generator | None = None):
+        self.model, self.generator, self.device = model, generator, model.embed.weight.device
+        self.sampling = temperature, top_k, top_p, min_p
+        # Drafts are a rectangle (B, n). A row with less room is padded, and padding needs places as well.
+        self.cache = model.new_cache(len(idx), spare=self.n)
+        # Of each row: where its window begins, and how many tokens were read. The cache has those of the
+        # window.
+        self.starts, self.read = [0] * len(idx), [0] * len(idx)
+        self.seen = None # (B, n+1, C) the trunk's output that each token of the latest step was drawn from
+        self.rows = [[] for _ in idx]
+        self.go_on(idx.tolist() if torch.is_tensor(idx) else idx)
+
+    def go_on(self, rows: list[list[int]]) -> None:
+        """Makes these rows of ids the text."""
+        check_sampling(min(map(len, rows), default=1), *self.sampling)
+        for b, (old, row) in enumerate(zip(self.rows, rows)):
+            known = still_cached(self.cache, old[: self.read[b]], row, self.n)
+            self.read[b] = known if known > self.starts[b] else 0 # else the window does not hold it
+        self.rows = [list(row) for row in rows]
+        self.h = None # (B, C) the trunk's output at the last token in the cache; None before the first step
+        self.forwards = self.tokens = 0 # of all rows
+
+    def steps(self, rows: list[list[int]], count: int = 0) -> Iterator[list[list[int]]]:
+        """As Decoder.steps, but of rows of any lengths, and without end."""
+        self.go_on(rows)
+        return iter(self.step, None)
+
+    @torch.no_grad()
+    def step(self) -> list[list[int]]:
+        """One forward -> the tokens that each row wrote: none where only other rows had more to read."""
+        starts = [window_start(len(row), self.model.block_size) for row in self.rows]
+        behind = [b for b, row in enumerate(self.rows)
+                  if self.h is None or self.read[b] < len(row) - 1 or self.starts[b] != starts[b]]
+        read, self.read = self.read, [0] * len(starts) # if Ctrl-C ends this step, the cache may hold anything
+        with evaluating(self.model):
+            wrote = self.refill(behind, read, starts) if behind else self.write()
+        for row, tokens in zip(self.rows, wrote):
+            row.extend(tokens)
+        self.starts, self.read = starts, [len(row) - 1 for row in self.rows]
+        self.forwards, self.tokens = self.forwards + 1, self.tokens + sum(map(len, wrote))
+        return wrote
+
+    def refill(self, behind, read, starts):
+        """Reads what the rows `behind` have not read of their windows; each of them writes one token."""
+        wrote = [[] for _ in self.rows]
+        # Rows of one length, as at first, share a forward; rows at their own paces have one each.
+        together = len(behind) == len(wrote) and len({*zip(map(len, self.rows), self.starts, read)}) == 1
+        for part in [slice(0, len(wrote))] if together else [slice(b, b + 1) for b in behind]:
+            known, start, cache = read[part][0], starts[part][0], self.cache.rows(part)
+            old = self.starts[part][0] if known else 0
+            if not known and cache.memory is not None:
+                cache.memory[:, :, 0] = 0
+            cache.length = known - old
+            ids = self.tensor([row[old:] for row in self.rows[part]]) # (rows, T)
+            move_window(self.model, cache, ids, 0, start - old)
+            h = self.model.trunk(ids[:, start - old + cache.length :], cache)[:, -1] # (rows, C)
+            self.h = h.new_zeros(len(wrote), h.size(1)) if self.h is None else self.h.clone()
+            self.h[part] = h
+            wrote[part] = self.draw(self.distribution(h)).tolist()
+        self.seen = self.h[:, None]
+        return wrote
+
+    def write(self):
+        """Reads the newest token of each row, and draws the next one."""
+        self.seen = self.trunk(self.tensor([row[-1:] for row in self.rows])) # (B, 1, C)
+        self.h = self.seen[:, 0]
+        return self.draw(self.distribution(self.h)).tolist()
+
+    def trunk(self, ids):
+        """The output (B, T, C) for the newest token of each row and what is drafted behind it: ids (B, T)."""
+        lengths = [len(row) - 1 - start for row, start in zip(self.rows, self.starts)]
+        # This also rolls rejected drafts back.
+        self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
+        return self.model.trunk(ids, self.cache)
+
+    def distribution(self, h):
+        """What the model draws from after h (..., C). ValueError if not finite: draw would take token 0."""
+        p = distribution(self.model.logits(h), *self.sampling)
+        if not math.isfinite(p.sum()): # the sum is nan if any of its terms is
+            raise ValueError(NOT_FINITE)
+        return p
+
+    def draw(self, p):
+        """A token (B, 1) of each p (B, V)."""
+        return torch.multinomial(p, 1, generator=self.generator)
+
+    def tensor(self, ids):
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+
 class Decoder:
     """Plain decoding in steps of fixed shape, which never wait for the host: the tokens of stream.
 
@@ -268,17 +376,13 @@ class Decoder:
         return count
 
     def refill(self, window):
-        """Reads the window (B, n) but for its newest token, and what it shares with the text in the cache."""
-        n, cache = window.size(1), self.cache
-        known = min(self.known, n - 1)
-        known = int((self.ids[:, :known] == window[:, :known]).all(0).long().cumprod(0).sum())
-        # Short convolutions keep the last tokens alone. Drafts may have taken the place of n_ahead of them.
-        if self.known - known > cache.ring + 1 - cache.taps - self.model.config.n_ahead:
-            known = 0
-        cache.length, cache.bucket, self.known = known, 0, 0
+        """Reads the window (B, n) but for its newest token, and for what the cache holds of it."""
+        n, old, drafts = window.size(1), self.ids[:, : self.known].tolist(), self.model.config.n_ahead
+        known = min(still_cached(self.cache, a, b, drafts) for a, b in zip(old, window.tolist()))
+        self.cache.length, self.cache.bucket, self.known = known, 0, 0
         self.ids[:, :n] = window
         if known < n - 1:
-            self.h[:, known + 1 : n] = self.model.trunk(window[:, known:-1], cache)
+            self.h[:, known + 1 : n] = self.model.trunk(window[:, known:-1], self.cache)
         self.position.fill_(n - 1)
 
     @torch.no_grad()
@@ -404,14 +508,12 @@ def draft_by_cell(model, s, x, races, sampling):
     return torch.stack(drafts, dim=1), torch.stack(q, dim=1)
 
 
-class Speculation:
-    """A text that a model writes, in B rows, each of its own length, and the cache of it. step() is a forward
-    for all rows; where rows have more to read than their newest token, one for each of these rows.
+class Speculation(Text):
+    """A text whose steps draft tokens and judge them, so that rows write at their own paces.
 
     Drafts come from the model's Ahead cell ("ahead"), or from what followed the last tokens where they
     occurred earlier in the text ("ngram"). "auto" takes the cell if there is one, and ngram while the text
-    repeats itself. Drafting pauses where too few drafts are kept to pay for themselves. "none" is plain
-    decoding: the tokens of stream.
+    repeats itself. Drafting pauses where too few drafts are kept to pay for themselves.
     """
     TRIAL, PAUSE = 32, 512 # steps with drafts between two decisions; tokens of each row without drafts
     # Cost of drafting and judging one token, in plain forwards. Measured on a CPU with the model of
@@ -422,108 +524,45 @@ class Speculation:
     def __init__(self, model: GPT, idx: torch.Tensor | list[list[int]], temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
                  generator: torch.Generator | None = None, draft: str = "auto"):
-        if draft not in ("auto", "ahead", "ngram", "none"):
-            raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram, none")
+        if draft not in ("auto", "ahead", "ngram"):
+            raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram")
         has_cell = "ahead" in model.extras
         if draft == "ahead" and not has_cell:
             raise ValueError("draft=ahead needs a model trained with --n_ahead=7; else use draft=ngram")
-        self.model, self.generator, self.device = model, generator, model.embed.weight.device
-        self.sampling = temperature, top_k, top_p, min_p
         self.best = self.ahead if has_cell and draft != "ngram" else self.ngram
         self.source = self.repeated_or_best if draft == "auto" and has_cell else self.best
-        # Most drafts of a step. They are a rectangle (B, n). A row with less room is padded, and
-        # padding needs places in the cache as well.
-        self.n = min(model.config.n_ahead or 7, model.block_size - 1) if draft != "none" else 0
-        self.cache = model.new_cache(len(idx), spare=self.n)
-        # Of each row: where its window begins, and how many tokens were read. The cache has these, from the
-        # window's begin on.
-        self.starts, self.read = [0] * len(idx), [0] * len(idx)
-        self.seen = None # (B, n, C) the trunk's output that each token of the latest step was drawn from
-        self.rows = [[] for _ in idx]
-        self.go_on(idx.tolist() if torch.is_tensor(idx) else idx)
+        self.n = min(model.config.n_ahead or 7, model.block_size - 1)
+        super().__init__(model, idx, temperature, top_k, top_p, min_p, generator)
 
-    def go_on(self, rows: list[list[int]]) -> None:
-        """Makes these rows of ids the text. What they share with the text so far is not read again."""
-        check_sampling(min(map(len, rows), default=1), *self.sampling)
-        for b, (old, row) in enumerate(zip(self.rows, rows)):
-            known = min(self.read[b], len(row) - 1, len(os.path.commonprefix([old, row]))) # lists will do
-            # The window has to hold it, and short convolutions keep no more than the last tokens.
-            lost = self.read[b] - known > self.cache.ring + 1 - self.cache.taps - self.n
-            self.read[b] = known if known > self.starts[b] and not lost else 0
-        self.rows = [list(row) for row in rows]
-        self.h = None # (B, C) the trunk's output at the last token in the cache; None before the first step
+    def go_on(self, rows):
+        super().go_on(rows)
         # For ngram, of each row: {last tokens: the index that followed them}, and how far that is complete.
         self.followed, self.noted = [{} for _ in rows], [2] * len(rows)
-        self.forwards = self.tokens = self.drafted = self.kept = 0 # of all rows
+        self.drafted = self.kept = 0 # of all rows
         self.trial, self.pause = Counter(), 0 # results of the latest forwards; tokens until the next trial
-
-    def steps(self, rows: list[list[int]], count: int = 0) -> Iterator[list[list[int]]]:
-        """As Decoder.steps, but of rows of any lengths, and without end."""
-        self.go_on(rows)
-        return iter(self.step, None)
 
     def generate(self, max_new_tokens: int, stop: Iterable[int] = ()) -> torch.Tensor:
         """(B, T + new), as GPT.generate, of rows of one length."""
         return self.tensor(until_stopped(self.rows, iter(self.step, None), max_new_tokens, stop))
 
-    @torch.no_grad()
-    def step(self) -> list[list[int]]:
-        """One forward -> the tokens that each row wrote: none where only other rows had more to read."""
-        starts = [window_start(len(row), self.model.block_size) for row in self.rows]
-        behind = [b for b, row in enumerate(self.rows)
-                  if self.h is None or self.read[b] < len(row) - 1 or self.starts[b] != starts[b]]
-        read, self.read = self.read, [0] * len(starts) # if Ctrl-C ends this step, the cache may hold anything
-        with evaluating(self.model):
-            wrote = self.refill(behind, read, starts) if behind else self.draft_and_judge()
-        for row, tokens in zip(self.rows, wrote):
-            row.extend(tokens)
-        self.starts, self.read = starts, [len(row) - 1 for row in self.rows]
-        self.forwards, self.tokens = self.forwards + 1, self.tokens + sum(map(len, wrote))
-        return wrote
-
-    def refill(self, behind, read, starts):
-        """Reads what the rows `behind` have not read of their windows; each of them writes one token."""
-        wrote = [[] for _ in self.rows]
-        # Rows of one length, as at first, share a forward; rows at their own paces have one each.
-        together = len(behind) == len(wrote) and len({*zip(map(len, self.rows), self.starts, read)}) == 1
-        for part in [slice(0, len(wrote))] if together else [slice(b, b + 1) for b in behind]:
-            known, start, cache = read[part][0], starts[part][0], self.cache.rows(part)
-            old = self.starts[part][0] if known else 0
-            if not known and cache.memory is not None:
-                cache.memory[:, :, 0] = 0
-            cache.length = known - old
-            ids = self.tensor([row[old:] for row in self.rows[part]]) # (rows, T)
-            move_window(self.model, cache, ids, 0, start - old)
-            h = self.model.trunk(ids[:, start - old + cache.length :], cache)[:, -1] # (rows, C)
-            self.h = h.new_zeros(len(wrote), h.size(1)) if self.h is None else self.h.clone()
-            self.h[part] = h
-            wrote[part] = [[token] for token in self.draw(self.distribution(h)).tolist()]
-        self.seen = self.h[:, None]
-        return wrote
-
-    def draft_and_judge(self):
+    def write(self):
+        """Drafts n tokens for each row and judges them -> those kept, and the token behind them."""
         B, L = len(self.rows), self.model.block_size
         inside = [len(row) - start for row, start in zip(self.rows, self.starts)] # tokens in the window
         room = [min(self.n, L - m) if not self.pause else 0 for m in inside] # for drafts
-        # Drafts (B, n), their q (B, n, V), how many of the n each row takes.
-        drafts, q, limits = self.source(room) if any(room) else (self.tensor([[]] * B), None, room)
+        drafts, q, limits = self.source(room) # (B, n), (B, n, V), how many of the n each row takes
         n = drafts.size(1)
-        lengths = [m - 1 for m in inside] # all but the newest token; rejected drafts are rolled back by this
-        self.cache.length = lengths[0] if len(set(lengths)) == 1 else self.tensor(lengths)
         last = self.tensor([row[-1:] for row in self.rows])
-        h = self.seen = self.model.trunk(torch.cat([last, drafts], dim=1), self.cache) # (B, n+1, C)
+        h = self.seen = self.trunk(torch.cat([last, drafts], dim=1)) # (B, n+1, C)
         p = self.distribution(h) # (B, n+1, V)
-        if n:
-            keep, rest = judge(p, q, drafts)
-            for b, limit in enumerate(limits):
-                if limit < n: # padding: keep = 0 ends the row here, and its next token is drawn from p itself
-                    keep[b, limit:], rest[b, limit] = 0, p[b, limit]
-            u, batch = self.uniform(B, n + 1), torch.arange(B, device=self.device)
-            kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): drafts before the first rejection
-            token, self.h = draw(rest[batch, kept], u[:, n]), h[batch, kept] # (B,), (B, C)
-            wrote = [row[:k] + [t] for row, k, t in zip(drafts.tolist(), kept.tolist(), token.tolist())]
-        else:
-            self.h, wrote = h[:, 0], [[token] for token in self.draw(p[:, 0]).tolist()]
+        keep, rest = judge(p, q, drafts)
+        for b, limit in enumerate(limits):
+            if limit < n: # padding: keep = 0 ends the row here, and its next token is drawn from p itself
+                keep[b, limit:], rest[b, limit] = 0, p[b, limit]
+        u, batch = self.uniform(B, n + 1), torch.arange(B, device=self.device)
+        kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): drafts before the first rejection
+        token, self.h = draw(rest[batch, kept], u[:, n]), h[batch, kept] # (B,), (B, C)
+        wrote = [row[:k] + [t] for row, k, t in zip(drafts.tolist(), kept.tolist(), token.tolist())]
         written = sum(map(len, wrote))
         self.decide_pause(sum(limits), written - B, written)
         return wrote
@@ -538,24 +577,13 @@ class Speculation:
                 self.pause = self.PAUSE * len(self.rows) # pause counts the tokens of all rows
             self.trial.clear()
 
-    def draw(self, p):
-        """A token (B,) of each p (B, V); without drafts from the random numbers that stream takes."""
-        if self.n:
-            return draw(p, self.uniform(len(p)))
-        return torch.multinomial(p, 1, generator=self.generator)[:, 0]
-
-    def distribution(self, h):
-        """What the model draws from after h (..., C). ValueError if not finite: draw would take token 0."""
-        p = distribution(self.model.logits(h), *self.sampling)
-        if not math.isfinite(p.sum()): # the sum is nan if any of its terms is
-            raise ValueError(NOT_FINITE)
-        return p
-
     # Drafters: room, the number of drafts that fit into each row -> drafts (B, n), the q (B, n, V) that they
     # were drawn from, and how many of the n each row takes.
 
     def ahead(self, room):
         """From the model's Ahead cell and its head."""
+        if not any(room):
+            return self.ngram(room) # which drafts nothing either, in the right shapes
         races = -self.uniform(max(room), len(self.rows), self.model.config.vocab_size).log()
         last = self.tensor([row[-1] for row in self.rows])
         return *draft_by_cell(self.model, self.h, last, races, self.sampling), room
@@ -578,9 +606,6 @@ class Speculation:
         """N-gram drafts if the last 6 tokens of every row occurred before; otherwise those of the cell."""
         drafts, q, limits = self.ngram(room, (6,))
         return (drafts, q, limits) if all(limits) else self.best(room)
-
-    def tensor(self, ids):
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
 
     def uniform(self, *shape):
         dtype = torch.float32 if self.device.type == "mps" else torch.float64 # mps has no fp64
@@ -647,44 +672,40 @@ HELP = f"""a prompt a line; the model goes on from all that was said and written
 _SHADES = (0, 230, 222, 215, 203) # of 256 colours, for a score below 0.2, 0.4, ...
 
 
-def load(folder: str, device: str) -> tuple:
-    """(model, tokenizer, dtype, a line about them) of best.pt, or of the newest checkpoint that is whole.
+def load(folder: str) -> tuple[GPT, str, str]:
+    """(model, dtype of its training, a line about it) of best.pt, or of the newest checkpoint that is whole.
     folder: of a run, or one checkpoint; if empty, the folder below out (or out itself) written to last.
     """
     runs = glob.glob("out/*.pt") + glob.glob("out/*/*.pt")
     if not folder and not runs:
         raise UserError("there is no run below out yet\ntrain first: "
                         "python train.py config/train_shakespeare_diffmla.py, or name one: --out_dir=...")
-    folder = folder or os.path.dirname(max(runs, key=os.path.getmtime))
-    newest, damage = os.path.join(folder, "ckpt.pt"), []
-    files = folder, os.path.join(folder, "best.pt"), newest, previous_checkpoint(newest)
-    for path in filter(os.path.isfile, files):
-        try:
-            state = load_checkpoint(path)
-            break
-        except ValueError as error:
-            damage.append(str(error))
-    else:
-        why = damage[0] if damage else f"there is no checkpoint in {folder}"
-        raise UserError(f"{why}\ntrain first, or train again: python train.py --out_dir={folder} ...")
-    for line in damage:
-        print(f"WARNING: {line}", file=sys.stderr)
-    if state["tokenizer"] is None:
-        raise UserError(f"{path} was trained on tokens without a tokenizer, so it can write no text\n"
-                        "prepare the data with data.py")
-    settings = state["config"]["train"]
-    codec = tokenizer_from_dict(state["tokenizer"], settings["data_dir"]) # where gpt2's files are
+    folder, damage = folder or os.path.dirname(max(runs, key=os.path.getmtime)), io.StringIO()
+    try:
+        with user_errors(), redirect_stderr(damage):
+            state, path = load_run(folder)
+    except UserError as error:
+        why = damage.getvalue().removeprefix("WARNING: ").strip() or error
+        raise UserError(f"{why}\ntrain first, or train again: python train.py --out_dir={folder} ...") from None
+    print(damage.getvalue(), end="", file=sys.stderr)
     with user_errors():
         model = GPT.from_state(state, path)
+    if model.tokenizer is None:
+        raise UserError(f"{path} was trained on tokens without a tokenizer, so it can write no text\n"
+                        "prepare the data with data.py")
     about = f"{path}: {model.config.attention}, {model.num_params():,} parameters, step {state['step']}"
-    return model.to(device).eval(), codec, settings["dtype"], about
+    return model, state["config"]["train"]["dtype"], about
 
 
 def piped_in() -> bool:
-    """Whether a pipe or file is standard input. A pipe in which nothing happens may be some service's."""
+    """Whether a file is standard input, or a pipe in which something happens. Some service's never closes."""
     with suppress(OSError): # it is closed, or this system cannot tell
         mode = os.fstat(0).st_mode
-        return (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) and bool(select.select([0], [], [], 1)[0])
+        if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) and select.select([0], [], [], 1)[0]:
+            return True
+        if stat.S_ISFIFO(mode):
+            print("nothing came through standard input in a second; --start=- waits longer, "
+                  "< /dev/null not at all", file=sys.stderr)
     return False
 
 
@@ -693,8 +714,8 @@ def read_prompts(source: str) -> list[str]:
     kind, path = ("FILE", "-") if source == "-" else source.partition(":")[::2]
     if kind not in ("FILE", "LINES") or not path:
         return [source]
+    place = 0 if path == "-" else os.path.expanduser(path)
     try:
-        place = 0 if path == "-" else os.path.expanduser(path)
         with open(place, encoding="utf-8", closefd=bool(place)) as file:
             text = file.read()
     except UnicodeDecodeError as error:
@@ -707,7 +728,7 @@ def read_prompts(source: str) -> list[str]:
 def encode(text):
     """The ids of a prompt. UserError for characters that the model has never seen."""
     if unknown := tokenizer.unknown(text):
-        raise UserError("the prompt has characters that the model does not know: "
+        raise UserError(f"the prompt {text[:40]!r} has characters that the model does not know: "
                         f"{' '.join(map(repr, unknown[:10]))}\nwrite it without them")
     ids, L = [int(i) for i in tokenizer.encode(text)], model.config.block_size
     if len(ids) > L and model.memory is None:
@@ -734,8 +755,10 @@ def with_score(text, score):
 class Continuation:
     """What one row writes behind its prompt: tokens, and text up to a stop."""
 
-    def __init__(self, prompt):
+    def __init__(self, prompt, ids):
         self.prompt, self.text, self.finish, self.tokens = prompt, "", "", []
+        # Without the end of a document, behind which a model would forget what was said.
+        self.ids, self.whole, self.context, self.read = list(ids), "", 0, len(ids) # see decode
         self.first = self.seconds = 0.0 # from the start to the first token, and to the latest
         self.shown, self.highest, self.printing = 0, 0.0, safe(prompt) + lines
 
@@ -745,32 +768,43 @@ class Continuation:
 
     def take(self, token, seconds):
         """Adds a token, as judged describes it, unless the text has ended."""
-        if not self.finish:
-            self.tokens.append(token)
-            self.first, self.seconds = self.first or seconds, seconds
-            self.highest = max(self.highest, token.get("uncertainty", 0.0))
+        if self.finish:
+            return
+        self.tokens.append(token)
+        self.first, self.seconds = self.first or seconds, seconds
+        self.highest = max(self.highest, token.get("uncertainty", 0.0))
+        if token["id"] == tokenizer.eot:
+            self.finish = "stop"
+        else:
+            self.ids.append(token["id"])
             self.finish = "length" if len(self.tokens) == max_new_tokens else ""
-            self.show()
+        self.show()
+
+    def decode(self):
+        """The text of all tokens. Only the newest are decoded, with the last ones that became text before
+        them: some tokenizers drop the space in front of a text.
+        """
+        known = tokenizer.readable(self.ids[self.context : self.read])
+        new = tokenizer.readable(self.ids[self.context :])[len(known) :]
+        if not new or new.endswith("\ufffd"): # the sign for half a character: it waits for the rest
+            return self.whole + new
+        self.whole, self.context, self.read = self.whole + new, self.read, len(self.ids)
+        return self.whole
 
     def show(self):
         """Adds to `printing` what will stay: no half of a character, nothing that may begin a stop string.
         Tokens that waited together are one piece, with the highest of their scores.
         """
-        text = tokenizer.readable(self.ids())
-        found = [at for at in map(text.find, stops) if at >= 0]
+        text = self.decode()
+        found = [at for at in (text.find(string, self.shown) for string in stops) if at >= 0]
         self.text = text[: min(found, default=None)]
-        if found or tokenizer.eot in [token["id"] for token in self.tokens[-1:]]:
-            self.finish = "stop"
+        self.finish = "stop" if found else self.finish
         sure = self.text if self.finish else text.rstrip("\ufffd")
         held = [n for string in stops for n in range(1, len(string)) if sure.endswith(string[:n])]
         end = len(sure) - (0 if self.finish else max(held, default=0))
         if end > self.shown:
             self.printing += with_score(safe(self.text[self.shown : end]), self.highest)
             self.shown, self.highest = end, 0.0
-
-    def ids(self):
-        """Without the end of a document, behind which a model forgets what was said."""
-        return [token["id"] for token in self.tokens if token["id"] != tokenizer.eot]
 
     def to_dict(self):
         return {"prompt": self.prompt, "text": self.text, "tokens": self.tokens, "finish_reason": self.finish,
@@ -780,13 +814,15 @@ class Continuation:
 
 @lru_cache(2) # a conversation keeps its cache and graphs, until it changes how tokens are drawn
 def writer_of(count, alike, speculative, *sampling):
-    """A Decoder if `decode` asks for one, and all rows have one length (alike); else a Speculation."""
+    """A Decoder if `decode` asks for one, and all rows have one length (alike); else a Text."""
     graph = decode in ("graph", "compiled") or decode == "auto" and device.startswith("cuda")
     cell = count == 1 and draft != "ngram" and "ahead" in model.extras
     if graph and alike and (cell or not speculative) and Decoder.takes(model):
         kind = DraftingDecoder if speculative else Decoder
         return kind(model, count, *sampling, generator=generator, compile=decode == "compiled")
-    return Speculation(model, [[0]] * count, *sampling, generator, draft if speculative else "none")
+    if speculative:
+        return Speculation(model, [[0]] * count, *sampling, generator, draft)
+    return Text(model, [[0]] * count, *sampling, generator)
 
 
 @torch.no_grad()
@@ -806,16 +842,16 @@ def answer(prompts, before=None):
     """Prints each prompt and its continuations; how fast they came, and from what model, on stderr.
     before: ids of each row that come before its prompt -> these, the prompts and the continuations.
     """
-    said = [(prompt, ids) for prompt in prompts for ids in [encode(prompt)] * num_samples]
-    if not said or max_new_tokens < 1:
+    texts = [Continuation(prompt, ids) for prompt in prompts for ids in [encode(prompt)] * num_samples]
+    if not texts or max_new_tokens < 1:
         raise UserError("prompts, num_samples and max_new_tokens must be at least 1")
-    rows = [old + ids for old, (_, ids) in zip(before or [[]] * len(said), said)]
+    before = before or [[]] * len(texts)
+    rows = [old + text.ids for old, text in zip(before, texts)]
     shape, sampling = (len(rows), len({*map(len, rows)}) == 1), (temperature, top_k, top_p, min_p)
     with user_errors():
-        check_sampling(min(len(ids) for _, ids in said), *sampling)
+        check_sampling(min(len(text.ids) for text in texts), *sampling)
         writer = writer_of(*shape, speculative, *sampling)
-    texts, streamed = [Continuation(prompt) for prompt, _ in said], len(said) == 1 and not json
-    began = time.perf_counter()
+    streamed, began = len(texts) == 1 and not json, time.perf_counter()
     if streamed:
         texts[0].print()
     try:
@@ -846,11 +882,10 @@ def answer(prompts, before=None):
     if speculative:
         print(writer, end="", file=sys.stderr)
         if count > len(rows) and not interactive: # there the next line would have to wait for it
-            plain = writer_of(*shape, False, *sampling)
-            faster = speed_up(rows, count, writer, plain)
+            faster = speed_up(rows, count, writer, writer_of(*shape, False, *sampling))
             print(f"; {faster:.1f} times as fast as plain cached decoding", end="", file=sys.stderr)
         print(file=sys.stderr)
-    return [row + text.ids() for row, text in zip(rows, texts)]
+    return [old + text.ids for old, text in zip(before, texts)]
 
 
 def speed_up(rows, count, *writers):
@@ -907,20 +942,24 @@ if __name__ == "__main__":
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     lines = "\n" if uncertainty and not colours else "" # a token a line
     stops = [part.replace("\\n", "\n").replace("\\t", "\t") for part in stop.split("||") if part]
+    if sys.stdin is None and (interactive or start in ("-", "FILE:-", "LINES:-")):
+        raise UserError("standard input is closed; give the prompt by --start=..., and no --interactive")
     with user_errors():
         device, _ = choose_device(device)
+        model, dtype, about = load(out_dir)
         piped = "start" not in given and not interactive and piped_in()
         prompts = read_prompts("-" if piped else start)
         prompts = [start] if piped and prompts == [""] else prompts # nothing came
-        model, tokenizer, dtype, about = load(out_dir, device)
-        if model.num_params() < 3_000_000 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1) # as fast as two, and four times as fast beside another busy program
         if uncertainty:
             model.uncertainty(model.embed.weight[:1]) # refuses where there is no head
         generator = torch.Generator(device).manual_seed(seed)
-    model.cache_dtype = cache_dtype
+    model, tokenizer, model.cache_dtype = model.to(device).eval(), model.tokenizer, cache_dtype
     if device.startswith("cuda"): # half the bytes, and no cast of a weight for each token as under autocast
         model.to(getattr(torch, dtype))
+    if model.num_params() < 3_000_000 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1) # as fast as two, and four times as fast beside another busy program
+    with torch.no_grad(), redirect_stdout(sys.stderr): # a first forward compiles kernels.c, or says why not:
+        model(torch.zeros(1, 1, dtype=torch.long, device=device)) # no part of the time to the first token
     rows = answer(prompts) if not interactive or "start" in given else None
     if interactive:
         converse(rows)

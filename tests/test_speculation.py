@@ -402,8 +402,8 @@ def written(writer, rows, count):
 
 def writers(model, temperature, rows=1):
     """Of each kind one that writes from the seed 7."""
-    for draft in ("none", "auto", "ngram"):
-        yield lambda draft=draft: Speculation(model, [[0]] * rows, temperature, draft=draft,
+    for kind, how in ((S.Text, {}), (Speculation, {}), (Speculation, dict(draft="ngram"))):
+        yield lambda kind=kind, how=how: kind(model, [[0]] * rows, temperature, **how,
                                               generator=torch.Generator().manual_seed(7))
     if not model.memory and not len(model.routers):
         for kind in (S.Decoder, DraftingDecoder)[: 2 if rows == 1 else 1]:
@@ -466,7 +466,7 @@ def test_a_conversation_reads_no_token_twice(monkeypatch):
             ids += written(writer, [ids], 6)[0]
             read = lengths[first] + isinstance(writer, S.Decoder) # which leaves the newest to its first step
             assert said <= read <= newest + said and max(lengths[first + 1 :]) <= 4
-            if not hasattr(writer, "n") or not writer.n: # drafts beyond the six may have been read
+            if not getattr(writer, "n", 0): # drafts beyond the six may have been read
                 assert read == newest + said
         lengths.clear()
 
@@ -499,10 +499,10 @@ def test_ctrl_c_leaves_a_text_that_goes_on(monkeypatch):
 @pytest.mark.parametrize("change", [
     dict(), *(pytest.param(choice, marks=deep) for choice in (
         *ATTENTION, dict(conv=4, thought_tokens=1), dict(memory_slots=2, depths=(1, 2))))], ids=str)
-@pytest.mark.parametrize("draft", ["none", pytest.param("auto", marks=deep)])
-def test_prompts_of_different_lengths_write_what_each_writes_alone(change, draft):
+@pytest.mark.parametrize("kind", [S.Text, pytest.param(Speculation, marks=deep)])
+def test_prompts_of_different_lengths_write_what_each_writes_alone(change, kind):
     model, rows = build(**change), [[1], [*range(12)], [5, 6, 7], [3] * 40]
-    together = written(Speculation(model, rows, 0, draft=draft), rows, 40)
+    together = written(kind(model, rows, 0), rows, 40)
     for row, wrote in zip(rows, together):
         assert model.generate(torch.tensor([row]), 40, temperature=0)[0, len(row) :].tolist() == wrote
 
