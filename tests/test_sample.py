@@ -55,7 +55,7 @@ def char_to_id(folder):
 @pytest.fixture
 def inside(trained, tmp_path, monkeypatch, capsys):
     """sample.py in this process, without starting one: its stdout, or the UserError that would end it."""
-    def call(*flags, input=None):
+    def call(*flags, input=None, closed=False):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "excepthook", sys.excepthook) # configure sets another
         monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained / 'char'}", *flags])
@@ -66,7 +66,7 @@ def inside(trained, tmp_path, monkeypatch, capsys):
         os.dup2(theirs, 0)
         try:
             with open(0, encoding="utf-8", closefd=False) as stdin:
-                monkeypatch.setattr(sys, "stdin", stdin)
+                monkeypatch.setattr(sys, "stdin", None if closed else stdin)
                 runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
         finally:
             os.dup2(ours, 0)
@@ -232,12 +232,51 @@ def test_ctrl_c_stops_the_writing_alone(flags, trained):
     (f"--seed={2**64}", "in [0, 2**64)"), ("--max_new_tokens=0", "at least 1"), ("--top_k=1.5", "an int"),
     ("--temperature=nan", "not nan"), ("--cache_dtype=int2", "'int2' is none of auto, int8, int4"),
     ("--start=LINES:empty.txt", "at least 1"), ("--start=- --interactive", "drop one"),
-    ("--start=LINES:empty.txt --interactive", "drop one")])
+    ("--start=LINES:empty.txt --interactive", "drop one"),
+    ("--speculative --draft=none", "'none' is none of auto, ahead, ngram")])
 def test_what_cannot_be_sampled(flag, words, inside, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(words)):
         inside(*flag.split())
+
+
+@pytest.mark.parametrize("flag", ["--interactive", "--start=-", "--start=LINES:-"])
+def test_a_closed_standard_input_is_said(flag, inside):
+    """Python has None in its place."""
+    with pytest.raises(UserError, match="standard input is closed"):
+        inside(flag, closed=True)
+
+
+def test_json_stays_json_without_a_compiler(trained):
+    done = sample(trained, "--json", "--max_new_tokens=3", env={"CC": "/nowhere"})
+    assert "NO WORKING C COMPILER" in done.stderr and len(json.loads(done.stdout)["tokens"]) == 3
+
+
+@deep
+def test_a_pipe_in_which_nothing_happens_is_said(trained):
+    """The prompt that comes too late would be ignored in silence."""
+    process = start([ROOT / "sample.py", f"--out_dir={trained / 'char'}", "--max_new_tokens=3"])
+    assert "nothing came through standard input in a second" in "".join(iter(process.stderr.readline, ""))
+    assert process.communicate(timeout=60) and process.returncode == 0
+
+
+def test_a_text_is_decoded_once(monkeypatch):
+    """Not anew for each token; with its spaces, of a tokenizer that drops the space in front of a text."""
+    words, decoded = ["to", "be", "or", "", "not"], []
+
+    def readable(ids):
+        decoded.extend(ids)
+        return " ".join(words[i] for i in ids)
+
+    codec = SimpleNamespace(eot=None, readable=readable)
+    settings(monkeypatch, tokenizer=codec, uncertainty=False, max_new_tokens=10**6)
+    ids = torch.randint(5, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    text = sample_module.Continuation("to be", [0, 1])
+    for n, token in enumerate(ids, start=1):
+        text.take({"id": token}, 1.0)
+        assert text.text == "".join(" " + words[i] for i in ids[:n])
+    assert text.ids == [0, 1, *ids] and text.printing == "to be" + text.text and len(decoded) < 4 * len(ids)
 
 
 def cut_at_stops(text, stops):
