@@ -34,12 +34,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels import choose_device, few_rows, widen
-from model import Cache, GPT, load_run
+from model import GPT, load_run
 
 out_dir = "" # folder of the run, or one of its .pt files; empty: the newest below out
-# The prompt. FILE:a.txt: the text of a file. LINES:a.txt: each line is a prompt of its own, all are drawn as
-# one batch. -: standard input, without its last line end, which is also read where something is piped in and
-# no start is given. With --interactive start is the first line.
+# The prompt. FILE:a.txt: the text of a file. LINES:a.txt: each line that is not blank is a prompt, all are
+# drawn as one batch. -: standard input, without its last line end. It is read as well if no start is given and
+# something is piped in. With --interactive start is the first line.
 start = "\n"
 num_samples = 1 # continuations of each prompt, drawn as one batch
 max_new_tokens = 500 # length of each
@@ -61,7 +61,7 @@ interactive = False # a prompt a line, each behind all that was said and written
 # model_logprob (its log-probability at temperature 1, in nats) and, of a model with the head, uncertainty.
 json = False
 # graph: steps of fixed shape, on CUDA a graph each (class Decoder)   compiled: fused by torch.compile as well
-# eager: kernel by kernel                                             auto: graph on CUDA, else eager
+# eager: kernel by kernel, as are prompts of different lengths         auto: graph on CUDA, else eager
 decode = "auto" # how plain decoding runs: auto | eager | graph | compiled
 cache_dtype = "auto" # of keys and values or latents: auto (as the weights) | int8 | int4: less exact, smaller
 device = "auto" # auto (cuda, else mps, else cpu) | cpu | cuda | mps
@@ -290,14 +290,14 @@ class Text:
         return self.model.trunk(ids, self.cache)
 
     def distribution(self, h):
-        """What the model draws from after h (..., C). ValueError if not finite: draw would take token 0."""
+        """What the model draws from after h (..., C). ValueError if not finite."""
         p = distribution(self.model.logits(h), *self.sampling)
         if not math.isfinite(p.sum()): # the sum is nan if any of its terms is
             raise ValueError(NOT_FINITE)
         return p
 
     def draw(self, p):
-        """A token (B, 1) of each p (B, V)."""
+        """A token (B, 1) of each p (B, V), which need not sum to 1. Never a token with p = 0."""
         return torch.multinomial(p, 1, generator=self.generator)
 
     def tensor(self, ids):
@@ -487,17 +487,11 @@ def judge(p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor) -> tuple[torch
     return keep, torch.where(rest.sum(-1, keepdim=True) > 0, rest, p) # nothing is left where p = q: p
 
 
-def draw(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """A token of each p (..., V), which need not sum to 1, for uniform u (...). Never a token with p = 0."""
-    mass = p.cumsum(-1, dtype=u.dtype) # (..., V), in the precision of u: fp32 sums lose small p
-    return torch.searchsorted(mass, u.unsqueeze(-1) * mass[..., -1:], right=True).squeeze(-1)
-
-
 def draft_by_cell(model, s, x, races, sampling):
     """A draft of the Ahead cell for each of the races (n, 1 or B, V) -> drafts (B, n), their q (B, n, V).
 
     s (B, C): the trunk's output before the token x (B,). A race has exponential times: divided by q, the
-    first to arrive is distributed as q, and takes less work than draw().
+    first to arrive is distributed as q. torch.multinomial draws so as well, from races of its own.
     """
     drafts, q = [], []
     for race in races:
@@ -521,9 +515,7 @@ class Speculation(Text):
     # A constant, not a timing: the same seed must write the same text on every machine.
     COST = 0.1
 
-    def __init__(self, model: GPT, idx: torch.Tensor | list[list[int]], temperature: float = 1.0,
-                 top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-                 generator: torch.Generator | None = None, draft: str = "auto"):
+    def __init__(self, model: GPT, idx: torch.Tensor | list[list[int]], *how, draft: str = "auto", **named):
         if draft not in ("auto", "ahead", "ngram"):
             raise ValueError(f"draft={draft!r} is none of auto, ahead, ngram")
         has_cell = "ahead" in model.extras
@@ -532,7 +524,7 @@ class Speculation(Text):
         self.best = self.ahead if has_cell and draft != "ngram" else self.ngram
         self.source = self.repeated_or_best if draft == "auto" and has_cell else self.best
         self.n = min(model.config.n_ahead or 7, model.block_size - 1)
-        super().__init__(model, idx, temperature, top_k, top_p, min_p, generator)
+        super().__init__(model, idx, *how, **named)
 
     def go_on(self, rows):
         super().go_on(rows)
@@ -559,10 +551,11 @@ class Speculation(Text):
         for b, limit in enumerate(limits):
             if limit < n: # padding: keep = 0 ends the row here, and its next token is drawn from p itself
                 keep[b, limit:], rest[b, limit] = 0, p[b, limit]
-        u, batch = self.uniform(B, n + 1), torch.arange(B, device=self.device)
-        kept = (u[:, :n] < keep).cumprod(1).sum(1) # (B,): drafts before the first rejection
-        token, self.h = draw(rest[batch, kept], u[:, n]), h[batch, kept] # (B,), (B, C)
-        wrote = [row[:k] + [t] for row, k, t in zip(drafts.tolist(), kept.tolist(), token.tolist())]
+        u = torch.rand(B, n, device=self.device, generator=self.generator)
+        kept = (u < keep).cumprod(1).sum(1) # (B,): drafts before the first rejection
+        batch = torch.arange(B, device=self.device)
+        tokens, self.h = self.draw(rest[batch, kept]), h[batch, kept] # (B, 1), (B, C)
+        wrote = [row[:k] + token for row, k, token in zip(drafts.tolist(), kept.tolist(), tokens.tolist())]
         written = sum(map(len, wrote))
         self.decide_pause(sum(limits), written - B, written)
         return wrote
@@ -584,7 +577,8 @@ class Speculation(Text):
         """From the model's Ahead cell and its head."""
         if not any(room):
             return self.ngram(room) # which drafts nothing either, in the right shapes
-        races = -self.uniform(max(room), len(self.rows), self.model.config.vocab_size).log()
+        races = torch.empty(max(room), len(self.rows), self.model.config.vocab_size, device=self.device)
+        races.exponential_(generator=self.generator)
         last = self.tensor([row[-1] for row in self.rows])
         return *draft_by_cell(self.model, self.h, last, races, self.sampling), room
 
@@ -606,10 +600,6 @@ class Speculation(Text):
         """N-gram drafts if the last 6 tokens of every row occurred before; otherwise those of the cell."""
         drafts, q, limits = self.ngram(room, (6,))
         return (drafts, q, limits) if all(limits) else self.best(room)
-
-    def uniform(self, *shape):
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64 # mps has no fp64
-        return torch.rand(shape, dtype=dtype, device=self.device, generator=self.generator)
 
     def __str__(self):
         share = self.kept / max(1, self.drafted)
@@ -806,11 +796,6 @@ class Continuation:
             self.printing += with_score(safe(self.text[self.shown : end]), self.highest)
             self.shown, self.highest = end, 0.0
 
-    def to_dict(self):
-        return {"prompt": self.prompt, "text": self.text, "tokens": self.tokens, "finish_reason": self.finish,
-                "seconds_to_first_token": self.first,
-                "tokens_per_second": len(self.tokens) / max(self.seconds, 1e-9)}
-
 
 @lru_cache(2) # a conversation keeps its cache and graphs, until it changes how tokens are drawn
 def writer_of(count, alike, speculative, *sampling):
@@ -821,7 +806,7 @@ def writer_of(count, alike, speculative, *sampling):
         kind = DraftingDecoder if speculative else Decoder
         return kind(model, count, *sampling, generator=generator, compile=decode == "compiled")
     if speculative:
-        return Speculation(model, [[0]] * count, *sampling, generator, draft)
+        return Speculation(model, [[0]] * count, *sampling, generator, draft=draft)
     return Text(model, [[0]] * count, *sampling, generator)
 
 
@@ -872,7 +857,9 @@ def answer(prompts, before=None):
         text.finish = text.finish or "interrupted"
         text.show()
         if json:
-            print(dumps(text.to_dict()))
+            print(dumps({"prompt": text.prompt, "text": text.text, "tokens": text.tokens,
+                         "finish_reason": text.finish, "seconds_to_first_token": text.first,
+                         "tokens_per_second": len(text.tokens) / max(text.seconds, 1e-9)}))
         else:
             text.print(end="" if lines else "\n")
             print("" if streamed else "---------------\n", end="")
@@ -933,8 +920,6 @@ if __name__ == "__main__":
         raise UserError(f"seed={seed} must be in [0, 2**64)")
     if decode not in ("auto", "eager", "graph", "compiled"):
         raise UserError(f"decode={decode!r} is none of auto, eager, graph, compiled")
-    if cache_dtype not in Cache.BITS:
-        raise UserError(f"cache_dtype={cache_dtype!r} is none of {', '.join(Cache.BITS)}")
     if draft != "auto" and not speculative:
         raise UserError(f"draft={draft} is of speculative decoding; add --speculative, or drop it")
     if interactive and (start == "-" or start.startswith("LINES:")):
