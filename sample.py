@@ -1,8 +1,8 @@
 r"""All decoding of nanoSLM, and the command line that writes text from a checkpoint of train.py.
 
 From Python, use GPT.generate of model.py, or stream and Speculation below, which give tokens as they come.
-Read distribution and stream first, then Decoder, by which a GPU writes the tokens of stream, and naive_judge,
-on which speculative decoding rests.
+Read distribution and stream first. Text and Decoder write the tokens of stream as well: Text for prompts of
+different lengths and for conversations, Decoder on a GPU. Speculative decoding rests on naive_judge.
 
   python sample.py --out_dir=out/shakespeare_diffmla --start="ROMEO:"
   python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95     the newest run below out
@@ -38,7 +38,7 @@ from model import GPT, load_run
 
 out_dir = "" # folder of the run, or one of its .pt files; empty: the newest below out
 # The prompt. FILE:a.txt: the text of a file. LINES:a.txt: each line that is not blank is a prompt, all are
-# drawn as one batch. -: standard input, without its last line end. It is read as well if no start is given and
+# drawn as one batch. -: standard input, without its last line end; also read if no start is given and
 # something is piped in. With --interactive start is the first line.
 start = "\n"
 num_samples = 1 # continuations of each prompt, drawn as one batch
@@ -181,21 +181,6 @@ def evaluating(model):
             model.train()
 
 
-def capture(run: Callable, carried: Iterable[torch.Tensor] = ()) -> "torch.cuda.CUDAGraph":
-    """run() as a CUDA graph. Calls before it let Triton compile and cuBLAS allocate; they leave `carried`."""
-    side, graph, before = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [t.clone() for t in carried]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-            for tensor, value in zip(carried, before):
-                tensor.copy_(value)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
 def still_cached(cache, old: list[int], new: list[int], drafts: int) -> int:
     """How many tokens of `new` a cache that has read `old` can keep. The newest is read again: the next token
     is drawn from its output.
@@ -302,6 +287,21 @@ class Text:
 
     def tensor(self, ids):
         return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+
+def capture(run: Callable, carried: Iterable[torch.Tensor] = ()) -> "torch.cuda.CUDAGraph":
+    """run() as a CUDA graph. Calls before it let Triton compile and cuBLAS allocate; they leave `carried`."""
+    side, graph, before = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [t.clone() for t in carried]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+            for tensor, value in zip(carried, before):
+                tensor.copy_(value)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
 class Decoder:
@@ -676,7 +676,8 @@ def load(folder: str) -> tuple[GPT, str, str]:
             state, path = load_run(folder)
     except UserError as error:
         why = damage.getvalue().removeprefix("WARNING: ").strip() or error
-        raise UserError(f"{why}\ntrain first, or train again: python train.py --out_dir={folder} ...") from None
+        way_out = f"train first, or train again: python train.py --out_dir={folder} ..."
+        raise UserError(f"{why}\n{way_out}") from None
     print(damage.getvalue(), end="", file=sys.stderr)
     with user_errors():
         model = GPT.from_state(state, path)
