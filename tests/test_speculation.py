@@ -426,10 +426,12 @@ def talk(model, make, turns, rows=1):
 @pytest.mark.parametrize("temperature, rows, turns", [
     (1.0, 1, [(2, 8, 3), (5, 8, 0), (4, 9, 0)]),
     *(pytest.param(temperature, rows, turns, marks=deep) for turns in ([(2, 25, 22), (6, 8, 3), (5, 30, 8)],
-                   [(5, 9, 4), (50, 5, 3), (6, 8, 3), (9, 3, 1), (1, 2, 0)])
+                   [(5, 9, 4), (50, 5, 3), (6, 8, 3), (9, 3, 1), (1, 2, 0)], [(5, 30, 26), (3, 5, 0)])
       for temperature in (0, 1.0) for rows in (1, 2))])
 def test_a_conversation_writes_what_one_call_on_its_text_writes(temperature, rows, turns, change):
-    """Turns of (tokens said, tokens written, of these dropped): the window moves, or a prompt is longer."""
+    """Turns of (tokens said, tokens written, of these dropped): the window moves, a prompt is longer, or the
+    text is cut before the window, as by /reset and the first line again.
+    """
     model = build(**{"block_size": 32, **change})
     for make in writers(model, temperature, rows):
         talk(model, make, turns, rows)
