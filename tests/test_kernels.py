@@ -213,7 +213,8 @@ def test_sinkhorn_reference_gradient():
     assert launches["sinkhorn", "torch"] > 0
 
 
-@pytest.mark.parametrize("iters", [*(pytest.param(n, marks=pytest.mark.deep) for n in (1, 2)), 20])
+@pytest.mark.deep
+@pytest.mark.parametrize("iters", [1, 2, 20])
 def test_sinkhorn_is_deepseek_s(iters):
     """transformers' hyper-connection, for a matrix that is not symmetric: its comb is our H transposed."""
     v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
@@ -897,6 +898,7 @@ def test_finite_everywhere_torch():
     check_finite("torch", "cpu", torch.bfloat16, ("telu", "crrelu"))
 
 
+@pytest.mark.deep
 @needs_c
 def test_nan_stays_nan():
     x = torch.tensor([1.0, float("nan"), -1.0])

@@ -28,6 +28,7 @@ PROGRAMS = {
     "interrupted": "raise KeyboardInterrupt"}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_fork_is_as_an_interpreter(name, tmp_path, monkeypatch):
     monkeypatch.setenv("B", "1")

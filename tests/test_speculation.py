@@ -230,8 +230,9 @@ def test_sampled_text_has_it_with_short_convolutions(draft):
 
 
 @pytest.mark.parametrize("fault, count", [
-    ("resample from p", 3000), ("forgotten division by q", 3000), ("wrong temperature in q", 3000),
-    pytest.param("bonus off by one", 50_000, marks=deep)]) # this one shows in many rows only
+    ("resample from p", 3000), *(pytest.param(*how, marks=deep) for how in (
+        ("forgotten division by q", 3000), ("wrong temperature in q", 3000),
+        ("bonus off by one", 50_000)))]) # this one shows in many rows only
 def test_the_same_test_rejects(fault, count, monkeypatch):
     right, ahead = S.judge, Speculation.ahead
 

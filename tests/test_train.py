@@ -997,6 +997,7 @@ def test_a_folder_that_is_gone_ends_the_run_in_a_line(corpus, tmp_path):
     assert len(unsettled(said)) == 1
 
 
+@pytest.mark.deep
 def test_evaluation_is_bounded_shows_where_it_is_and_ends_at_a_signal(corpus, tmp_path):
     long = tmp_path / "long.txt"
     long.write_text("to be or not to be, that is the question\n" * 80_000)
