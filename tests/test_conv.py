@@ -113,6 +113,7 @@ CHANGES = [{}, dict(thought_tokens=1), dict(thought_tokens=3), dict(thought_toke
            dict(conv=40, thought_tokens=2), dict(memory_slots=2, thought_tokens=2, attention="diff_mla")]
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 @pytest.mark.parametrize("rows_differ", (False, True), ids=("one length", "tensor"))
 def test_chunks_and_rollbacks_past_the_ring(change, rows_differ, short_ring):

@@ -325,6 +325,7 @@ def test_documents_are_counted_exactly_in_half_precision():
     assert not seen[0][0, 0, 801, 1:].any() and seen[0][0, 0, 1000, 1:].any()
 
 
+@pytest.mark.deep
 def test_budget_moves_the_mean_depth():
     """From either side the loss pulls towards what was asked for; alone, it gets there."""
     for target in (1.3, 3.4):

@@ -48,6 +48,7 @@ def test_the_start_is_the_plain_network(form, norm):
     assert all(torch.equal(p, shared[n]) for n, p in model_of(norm=norm).named_parameters())
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_streams_come_apart_and_every_coefficient_learns(form):
     model = model_of(**form)

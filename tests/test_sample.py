@@ -406,7 +406,7 @@ def test_a_cache_of_few_bits(trained, how, monkeypatch):
     assert made and all(cache.bits == [4] for cache in made)
 
 
-@pytest.mark.parametrize("draft", ["ahead", "ngram"])
+@pytest.mark.parametrize("draft", ["ahead", pytest.param("ngram", marks=pytest.mark.deep)])
 def test_speculative_text_is_the_same(trained, draft):
     flags = ["--start=to be", "--max_new_tokens=60", "--temperature=0"]
     plain = sample(trained, *flags).stdout

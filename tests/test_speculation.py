@@ -256,6 +256,7 @@ def test_the_same_test_rejects(fault, count, monkeypatch):
     assert p_value(small(), count) < 1e-4
 
 
+@pytest.mark.deep
 def test_drafts_are_kept_as_often_as_theory_says(monkeypatch):
     """The mean of sum_x min(p, q) over the drafts that were looked at."""
     model, want, right = build(vocab_size=8, n_ahead=1), [], S.judge

@@ -531,6 +531,7 @@ def test_every_optimizer_and_every_rule_resumes_to_the_bit(names, stop, corpus, 
     assert lines[0] == lines[1] and len(lines[0]) == 4
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("knob, name", [("--n_ahead=2", "ahead"), ("--uncertainty", "uncertainty")])
 def test_what_learns_beside_the_model_leaves_it_as_it_is(knob, name, corpus, tmp_path):
     """With and without the knob the trunk ends in the same bits, dropout and clipping included; its cell or
@@ -807,7 +808,8 @@ def test_a_second_run_in_the_folder_keeps_the_first(corpus, tmp_path):
 # --- signals, and numbers that are no numbers ---
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.deep)])
 def test_a_signal_saves_and_resume_goes_on(number, code, whole, corpus, tmp_path):
     out = tmp_path / "o"
     process = started(corpus, out, "step     15/", "--max_iters=60")
@@ -1097,6 +1099,7 @@ def test_a_gpu_skips_a_batch_and_resumes(optimizer, corpus, tmp_path, device="cu
     assert all(int(one["step"]) == 7 for one in after["optimizer"]["state"].values() if "step" in one)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("before", ("", LATE), ids=("at once", "late"))
 def test_a_non_finite_batch_of_the_drafting_cell_costs_the_model_nothing(before, corpus, tmp_path):
     done = spoiled(before + """

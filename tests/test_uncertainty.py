@@ -171,6 +171,7 @@ def test_its_gradient_stays_in_the_head(tie):
                                allow_unused=True) == (None, None)
 
 
+@pytest.mark.deep
 def test_it_learns_where_the_model_is_wrong():
     """A model that always says 0 at 0.9 and is wrong after half of the tokens: the score of each token is
     what the loss asks for.
