@@ -747,7 +747,7 @@ class Continuation:
     """What one row writes behind its prompt: tokens, and text up to a stop."""
 
     def __init__(self, prompt, ids):
-        self.prompt, self.text, self.finish, self.tokens = prompt, "", "", []
+        self.prompt, self.text, self.finish, self.tokens, self.begin = prompt, "", "", [], len(ids)
         # Without the end of a document, behind which a model would forget what was said.
         self.ids, self.whole, self.context, self.read = list(ids), "", 0, len(ids) # see decode
         self.first = self.seconds = 0.0 # from the start to the first token, and to the latest
@@ -853,6 +853,8 @@ def answer(prompts, before=None):
     except KeyboardInterrupt:
         if not interactive:
             raise
+        for text in texts: # it may come when take has added a token to the one list and not yet to the other
+            del text.tokens[len(text.ids) - text.begin :]
     seconds, count = time.perf_counter() - began, sum(len(text.tokens) for text in texts)
     for text in texts:
         text.finish = text.finish or "interrupted"

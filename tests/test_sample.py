@@ -227,6 +227,19 @@ def test_ctrl_c_stops_the_writing_alone(flags, trained):
     assert begun + out == want
 
 
+@pytest.mark.deep
+def test_ctrl_c_at_the_worst_moment_counts_what_was_written(trained, tmp_path):
+    """It comes when a token is in one list of the text and not yet in the other."""
+    source, taken = (ROOT / "sample.py").read_text(encoding="utf-8"), "self.tokens.append(token)"
+    assert source.count(taken) == 1
+    broken = source.replace(taken, taken + "\n        if len(self.tokens) == 20: raise KeyboardInterrupt")
+    (tmp_path / "sample.py").write_text(broken, encoding="utf-8")
+    done = run([tmp_path / "sample.py", f"--out_dir={trained / 'char'}", "--interactive", "--start=to be",
+                "--temperature=0"], env={"PYTHONPATH": str(ROOT)}, input="")
+    assert done.returncode == 0 and done.stderr.count("\n19 tokens, ") == 1, done.stderr
+    assert len(done.stdout) == len("to be") + 19 + 1
+
+
 @pytest.mark.parametrize("flag, words", [
     ("--start=FILE:latin.txt", "latin.txt is not UTF-8"), ("--seed=-1", "in [0, 2**64)"),
     (f"--seed={2**64}", "in [0, 2**64)"), ("--max_new_tokens=0", "at least 1"), ("--top_k=1.5", "an int"),
