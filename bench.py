@@ -4,8 +4,8 @@
                                         with a CUDA GPU the suites for one, in bf16 and fp32
   python bench.py train --rounds=21     one suite
   python bench.py eval out/a [TEXT...]  loss, perplexity and bits per byte of a run on its validation split or
-                                        on texts; multiple choice in a .jsonl; recall: needles, recall. Also of
-                                        gpt2, or of a folder of transformers
+                                        on texts; multiple choice in a .jsonl; recall: needles, recall.
+                                        Also of gpt2, or of a folder of transformers
   python bench.py compare out/a out/b   table and curves of finished runs
   python bench.py ablate config/train_shakespeare_diffmla.py --seeds=5    every arm of --arms at every seed
   python bench.py --help                what each suite measures, and all settings
